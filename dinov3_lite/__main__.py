@@ -1,0 +1,138 @@
+"""`python -m dinov3_lite features PHOTO ... --model CHECKPOINT` and `python -m dinov3_lite sample FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from . import DINOv3ViT, ImageProcessor, picture
+from .sample import write_sample
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (OSError, ValueError) as error:
+        print(f"dinov3_lite: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def sample(args: argparse.Namespace) -> None:
+    write_sample(args.folder)
+    print(f"{args.folder}: a ViT-S checkpoint in transformers' layout, with made weights (not trained)")
+
+
+def features(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
+    processor = ImageProcessor.from_pretrained(args.model)
+    if args.size:
+        processor = replace(processor, size=args.size)
+    print(f"{model.config.name}  weights {model.weights_id}")
+
+    photos, outputs = [], []
+    with torch.inference_mode():
+        for file in tqdm(args.photos, unit="photo", disable=None if len(args.photos) > 1 else True):
+            with Image.open(file) as image:
+                photo = image.convert("RGB")
+            pixel_values = processor(photo)["pixel_values"].to(args.device)
+            outputs.append(model(pixel_values))
+            photos.append(photo)
+
+    R, (h, w) = model.config.num_register_tokens, outputs[0].grid
+    height, width = h * model.patch_size, w * model.patch_size
+    print(
+        f"{len(photos)} photo{'s' * (len(photos) > 1)} at {height} x {width} px: "
+        f"1 CLS + {R} registers + {h} x {w} patches = {1 + R + h * w} tokens of {model.embed_dim}"
+    )
+    feature_maps = torch.cat([out.feature_map for out in outputs])
+    tensors = {
+        "cls_token": torch.cat([out.cls_token for out in outputs]),
+        "register_tokens": torch.cat([out.register_tokens for out in outputs]),
+        "feature_map": feature_maps,
+    }
+    metadata = {
+        "files": json.dumps([str(file) for file in args.photos]),
+        "model": model.config.name,
+        "weights": model.weights_id,
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, args.output, metadata)
+    print(f"{args.output}: " + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()))
+    if args.picture:
+        caption = f"{model.config.name}, weights {model.weights_id}"
+        _draw(args, photos, feature_maps.cpu(), caption).save(args.picture)
+        print(f"{args.picture}: the first three principal components of the patch tokens")
+
+
+def _draw(args: argparse.Namespace, photos: list[Image.Image], feature_maps: Tensor, caption: str) -> Image.Image:
+    rows: list[list[tuple[Image.Image | Tensor, str]]] = []
+    for file, photo, colours, feature_map in zip(
+        args.photos, photos, picture.pca_colours(feature_maps), feature_maps, strict=True
+    ):
+        row: list[tuple[Image.Image | Tensor, str]] = [(photo, file.name), (colours, f"PCA, {caption}")]
+        if args.query:
+            x, y = args.query
+            if not (0 <= x < photo.width and 0 <= y < photo.height):
+                raise ValueError(f"--query {x},{y} is outside {file}, which is {photo.width} x {photo.height} pixels")
+            _, h, w = feature_map.shape
+            map_ = picture.similarity(feature_map, y * h // photo.height, x * w // photo.width)
+            row.append((map_.clamp(0, 1), f"cosine similarity to the patch at {x},{y}"))
+        rows.append(row)
+    return picture.draw(rows)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or HEIGHTxWIDTH")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _point(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+),(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y in pixels of the photo")
+    return int(match[1]), int(match[2])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dinov3_lite", description="DINOv3 features from the command line.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("features", help="features of photos, saved and drawn")
+    command.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
+    command.add_argument("--model", required=True, help="a converted file, a checkpoint folder or a hub id")
+    command.add_argument("--output", type=Path, default=Path("features.safetensors"), help="default: %(default)s")
+    command.add_argument("--picture", type=Path, help="draw the photo beside the principal components of its patches")
+    command.add_argument("--query", type=_point, metavar="X,Y", help="draw the similarity to the patch at this pixel too")
+    command.add_argument("--size", type=_size, metavar="N or HxW", help="resize to this many pixels (default: the model's)")
+    command.add_argument("--device", default="cpu", help="default: %(default)s")
+    command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's own)")
+    command.set_defaults(run=features)
+
+    command = commands.add_parser("sample", help="write a made checkpoint to try things with (not trained)")
+    command.add_argument("folder", type=Path)
+    command.set_defaults(run=sample)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

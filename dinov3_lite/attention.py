@@ -1,0 +1,48 @@
+"""The attention functions, all of one signature, and the one place that chooses between them.
+
+    attention(q, k, v, cos, sin, scale=None) -> (B, N, heads, D)
+
+q, k, v: (B, N, heads, D), views of one fused projection. cos, sin: (N, D/2), the rotation of each token, the identity for
+prefix tokens. scale: of the scores, D ** -0.5 unless given. The result has q's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rope import apply_rope
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v as it is written, in the tables' dtype (float32 or wider): the definition of the others."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide_q, wide_k, wide_v = (x.to(cos.dtype) for x in (q, k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", apply_rope(wide_q, cos, sin), apply_rope(wide_k, cos, sin)) * scale
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), wide_v).to(q.dtype)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
+    """PyTorch's fused attention after a rotation in float32: memory linear in the tokens, on any device."""
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2)
+
+
+ATTENTION: dict[str, AttentionFn] = {"sdpa": sdpa_attention, "eager": eager_attention}
+
+
+def resolve_attention(name: str) -> AttentionFn:
+    """The attention function of that name; `auto` takes the fastest that runs everywhere, today `sdpa`.
+
+    A named one never falls back to another. Raises ValueError for an unknown name.
+    """
+    name = "sdpa" if name == "auto" else name
+    if name not in ATTENTION:
+        raise ValueError(f"attention is {name!r}: expected one of auto, {', '.join(ATTENTION)}")
+    return ATTENTION[name]

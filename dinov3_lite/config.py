@@ -1,0 +1,169 @@
+"""The configuration: what transformers' `config.json` says, and the seven released variants by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+MODEL_TYPE = "dinov3_vit"
+ACTIVATIONS = ("gelu", "silu")
+
+
+@dataclass(frozen=True)
+class DINOv3Config:
+    """Architecture of one DINOv3 ViT. Field names and defaults are those of transformers' `dinov3_vit` config.json.
+
+    Raises ValueError if a value has the wrong type or sign, or if two values contradict each other.
+    """
+
+    patch_size: int = 16
+    hidden_size: int = 384
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    hidden_act: str = "gelu"
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 100.0
+    image_size: int = 224
+    num_channels: int = 3
+    query_bias: bool = True
+    key_bias: bool = False
+    value_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    layerscale_value: float = 1.0
+    drop_path_rate: float = 0.0
+    use_gated_mlp: bool = False
+    num_register_tokens: int = 0
+    pos_embed_shift: float | None = None
+    pos_embed_jitter: float | None = None
+    pos_embed_rescale: float | None = 2.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _checked(field.name, str(field.type), getattr(self, field.name)))
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} gives head dim "
+                f"{self.head_dim}: 2D RoPE needs a multiple of 4"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}: expected one of {', '.join(ACTIVATIONS)}")
+        if self.attention_dropout:
+            raise ValueError(f"attention_dropout is {self.attention_dropout}: DINOv3 has none, only 0.0 is supported")
+        if self.drop_path_rate >= 1:
+            raise ValueError(f"drop_path_rate is {self.drop_path_rate}: expected a probability below 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The CLS token and the register tokens, which stand before the patch tokens and are not rotated."""
+        return 1 + self.num_register_tokens
+
+    @property
+    def name(self) -> str:
+        """The released variant with these tensors (`vitb16`), or the sizes where there is none (`vit-c96-d2-h4`)."""
+        for name, variant in VARIANTS.items():
+            if all(getattr(self, key) == getattr(variant, key) for key in _ARCHITECTURE):
+                return name
+        return f"vit-c{self.hidden_size}-d{self.num_hidden_layers}-h{self.num_attention_heads}"
+
+    @classmethod
+    def from_name(cls, name: str) -> DINOv3Config:
+        """A released variant by its short name (`vitb16`) or by a hub id (`facebook/dinov3-vitb16-pretrain-lvd1689m`).
+
+        Raises ValueError, with the names that there are, for any other name.
+        """
+        parts = name.rsplit("/", 1)[-1].split("-")
+        short = parts[1] if parts[0] == "dinov3" and len(parts) > 1 else name
+        if short not in VARIANTS:
+            raise ValueError(f"unknown DINOv3 variant {name!r}: expected one of {', '.join(VARIANTS)}, or their hub id")
+        return VARIANTS[short]
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> DINOv3Config:
+        """The config in a parsed config.json. Missing keys take transformers' defaults, keys of other purposes are ignored.
+
+        Raises ValueError if `model_type` names another architecture or a value is out of range.
+        """
+        model_type = d.get("model_type", MODEL_TYPE)
+        if model_type != MODEL_TYPE:
+            raise ValueError(f"model_type is {model_type!r}: expected {MODEL_TYPE!r}, a DINOv3 vision transformer")
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in d.items() if key in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json that transformers and `from_dict` read back as this config."""
+        return {"model_type": MODEL_TYPE, "architectures": ["DINOv3ViTModel"], **asdict(self)}
+
+
+# What decides the tensors' names and shapes: two configs that agree here are the same variant.
+_ARCHITECTURE = (
+    "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
+    "use_gated_mlp", "hidden_act", "num_register_tokens", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias",
+)  # fmt: skip
+
+_POSITIVE = {
+    "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps",
+    "rope_theta", "image_size", "num_channels", "pos_embed_jitter", "pos_embed_rescale",
+}  # fmt: skip
+
+
+def _checked(name: str, kind: str, value: Any) -> Any:
+    """`value` as the field's declared type, or ValueError: JSON may hold anything."""
+    if value is None and kind.endswith("| None"):
+        return None
+    kind = kind.removesuffix(" | None")
+    if name in ("patch_size", "image_size") and isinstance(value, (list, tuple)) and len(set(value)) == 1:
+        value = value[0]  # transformers 5.23 also writes a pair; only square ones exist
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    valid = {
+        "int": number and isinstance(value, int),
+        "float": number and value == value and abs(value) != float("inf"),
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+    }[kind]
+    if not valid:
+        raise ValueError(f"{name} is {value!r}: expected {kind}")
+    if number and (value < 0 or (value == 0 and name in _POSITIVE)):
+        raise ValueError(f"{name} is {value}: expected {'more than zero' if name in _POSITIVE else 'zero or more'}")
+    return float(value) if kind == "float" else value
+
+
+_VITS = DINOv3Config(num_register_tokens=4)
+_SWIGLU = {"use_gated_mlp": True, "hidden_act": "silu"}
+
+# DINOv3 paper (arXiv 2508.10104), table 1 and appendix; sizes as in the released config.json files.
+VARIANTS: dict[str, DINOv3Config] = {
+    "vits16": _VITS,
+    "vits16plus": replace(_VITS, **_SWIGLU),
+    "vitb16": replace(_VITS, hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+    "vitl16": replace(
+        _VITS, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24
+    ),
+    "vitl16plus": replace(
+        _VITS, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, **_SWIGLU
+    ),
+    "vith16plus": replace(
+        _VITS, hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, **_SWIGLU
+    ),
+    "vit7b16": replace(
+        _VITS,
+        hidden_size=4096,
+        intermediate_size=8192,
+        num_attention_heads=32,
+        num_hidden_layers=40,
+        query_bias=False,
+        value_bias=False,
+        **_SWIGLU,
+    ),
+}

@@ -1,0 +1,27 @@
+"""What the kernels compute, in plain torch: the definition that they are tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None
+) -> Tensor:
+    """softmax(scale R(q) R(k)^T) v, where R rotates the last P of the N tokens and leaves the others.
+
+    q, k, v: (B, N, heads, D), any floating dtype. cos, sin: (P, D/2), P <= N. scale: D ** -0.5 unless given.
+    Computed in float32, or in float64 if an input is; returns (B, N, heads, D) in q's dtype.
+    """
+    dtype = torch.promote_types(torch.promote_types(q.dtype, cos.dtype), torch.float32)
+    prefix = q.shape[1] - cos.shape[0]
+    c, s = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)  # (P, 1, D/2)
+
+    def rotate(x: Tensor) -> Tensor:
+        x1, x2 = x[:, prefix:].chunk(2, dim=-1)
+        return torch.cat((x[:, :prefix], torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1)), dim=1)
+
+    scores = torch.einsum("bqhd,bkhd->bhqk", rotate(q.to(dtype)), rotate(k.to(dtype)))
+    weights = (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(dtype)).to(q.dtype)
