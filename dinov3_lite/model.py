@@ -30,7 +30,9 @@ class DINOv3Output(NamedTuple):
     pooler_output: Tensor
     """(B, C), the CLS token of `last_hidden_state`."""
     hidden_states: tuple[Tensor, ...] | None
-    """depth + 1 tensors (B, 1 + R + h*w, C): the embeddings, then each block's output, all before the final LayerNorm."""
+    """depth + 1 tensors (B, 1 + R + h*w, C): the embeddings, then each block's output, all before the final LayerNorm.
+
+    In the weights' dtype, but float32 under float16, which can't hold them."""
     grid: tuple[int, int]
     """(h, w), rows and columns of patches."""
 
@@ -199,8 +201,9 @@ class DINOv3ViT(nn.Module):
     Switches, all of them plain attributes that may be set at any time:
         attention: "auto", "sdpa" or "eager" (see `dinov3_lite.attention`).
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        residual_dtype: dtype of the residual stream and so of `hidden_states`. None follows the weights, except that
-            float16 weights get a float32 stream: released models reach 155,000 there, and float16 ends at 65,504.
+        residual_dtype: dtype of the residual stream. None is float32 or wider whatever the weights: released models reach
+            155,000 there, where float16 overflows and bfloat16 counts in steps of 1,024. `torch.bfloat16` under bfloat16
+            weights is what the references do: less memory traffic, and their error.
 
     `train()` switches on the augmentation of RoPE coordinates (`pos_embed_rescale` is 2.0 in the released configs): features
     then change from call to call, as in both references.
@@ -305,7 +308,7 @@ class DINOv3ViT(nn.Module):
         taps = range(self.depth) if output_hidden_states else (self.depth - 1,)
         states = self.run_blocks(x, grid, taps)
         last_hidden_state = self.norm(states[-1])
-        hidden_states = (x, *states) if output_hidden_states else None
+        hidden_states = tuple(map(self._as_output, (x, *states))) if output_hidden_states else None
         if return_dict:
             return DINOv3Output(last_hidden_state, last_hidden_state[:, 0], hidden_states, grid)
         output = (last_hidden_state, last_hidden_state[:, 0])
@@ -315,7 +318,7 @@ class DINOv3ViT(nn.Module):
         """The tokens before the first block, (B, 1 + R + h*w, C), and their grid (h, w)."""
         grid = self._check_images(pixel_values)
         weights_dtype = self.patch_embed.proj.weight.dtype
-        dtype = self.residual_dtype or storage_dtype("cls_token", weights_dtype)
+        dtype = self.residual_dtype or torch.promote_types(weights_dtype, torch.float32)
         patches = self.patch_embed(pixel_values.to(weights_dtype)).to(dtype)  # (B, P, C)
         if bool_masked_pos is not None:
             self._check_mask(bool_masked_pos, patches)
@@ -360,7 +363,7 @@ class DINOv3ViT(nn.Module):
         tokens, grid = self.embed(x)
         outputs: list[tuple[Tensor, ...]] = []
         for state in self.run_blocks(tokens, grid, taps):
-            state = self.norm(state) if norm else state
+            state = self.norm(state) if norm else self._as_output(state)
             patch_tokens = state[:, self.num_prefix_tokens :]
             output = [_to_map(patch_tokens, grid) if reshape else patch_tokens]
             if return_class_token:
@@ -382,13 +385,17 @@ class DINOv3ViT(nn.Module):
             "x_norm_clstoken": normed[:, 0],
             "x_storage_tokens": normed[:, 1 : self.num_prefix_tokens],
             "x_norm_patchtokens": normed[:, self.num_prefix_tokens :],
-            "x_prenorm": prenorm,
+            "x_prenorm": self._as_output(prenorm),
             "masks": masks,
         }
 
     def extra_repr(self) -> str:
         millions = sum(p.numel() for p in self.parameters()) / 1e6
         return f"{self.config.name}, {millions:.1f} M parameters, weights {self.weights_id}"
+
+    def _as_output(self, state: Tensor) -> Tensor:
+        """A state of the residual stream as users get it: in the weights' dtype, unless that is too narrow for it."""
+        return state.to(storage_dtype("cls_token", self.norm.weight.dtype))
 
     def _check_images(self, pixel_values: Tensor) -> tuple[int, int]:
         """The patch grid (h, w) of a valid batch of images, or ValueError."""

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dinov3_lite import DINOv3Config
+from dinov3_lite.config import VARIANTS
+
+# Parameters in transformers' layout, counted on its own models.
+PARAMETERS = {
+    "vits16": 21_596_544,
+    "vits16plus": 28_692_864,
+    "vitb16": 85_660_416,
+    "vitl16": 303_129_600,
+    "vitl16plus": 403_891_200,
+    "vith16plus": 840_592_640,
+    "vit7b16": 6_716_035_072,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_variants_have_the_released_number_of_parameters(name):
+    import torch
+
+    from dinov3_lite import DINOv3ViT
+
+    with torch.device("meta"):
+        model = DINOv3ViT.from_name(name)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert model.config.name == name
+
+
+def test_the_seven_variants_are_all_there():
+    assert VARIANTS.keys() == PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_dict_round_trip(name):
+    config = DINOv3Config.from_name(name)
+    assert DINOv3Config.from_dict(config.to_dict()) == config
+    assert config.to_dict()["model_type"] == "dinov3_vit"
+
+
+@pytest.mark.parametrize(
+    "hub_id", ["facebook/dinov3-vitl16-pretrain-lvd1689m", "facebook/dinov3-vitl16-pretrain-sat493m", "dinov3-vitl16"]
+)
+def test_from_hub_id(hub_id):
+    assert DINOv3Config.from_name(hub_id) == VARIANTS["vitl16"]
+
+
+def test_missing_keys_take_transformers_defaults_and_foreign_keys_are_ignored():
+    config = DINOv3Config.from_dict({"model_type": "dinov3_vit", "transformers_version": "5.0.0", "out_features": ["stage12"]})
+    assert config == DINOv3Config()
+    assert config.num_register_tokens == 0
+
+
+def test_square_pairs_are_one_size():
+    assert DINOv3Config.from_dict({"patch_size": [14, 14], "image_size": [518, 518]}).patch_size == 14
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DINOv3Config().hidden_size = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 385}, "hidden_size 385 does not divide into num_attention_heads 6"),
+        ({"hidden_size": 36, "num_attention_heads": 6}, "head dim 6: 2D RoPE needs a multiple of 4"),
+        ({"hidden_size": -384}, "hidden_size is -384: expected more than zero"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0: expected more than zero"),
+        ({"num_hidden_layers": 12.5}, "num_hidden_layers is 12.5: expected int"),
+        ({"num_hidden_layers": "12"}, "num_hidden_layers is '12': expected int"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True: expected int"),
+        ({"num_register_tokens": -1}, "num_register_tokens is -1: expected zero or more"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan: expected float"),
+        ({"patch_size": [16, 14]}, r"patch_size is \[16, 14\]: expected int"),
+        ({"key_bias": 1}, "key_bias is 1: expected bool"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu': expected one of gelu, silu"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1: DINOv3 has none"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0: expected a probability below 1"),
+        ({"rope_theta": None}, "rope_theta is None: expected float"),
+        ({"model_type": "dinov2"}, "model_type is 'dinov2': expected 'dinov3_vit'"),
+        ({"model_type": "dinov3_convnext"}, "model_type is 'dinov3_convnext': expected 'dinov3_vit'"),
+    ],
+)
+def test_contradictions_are_one_sentence(change, message):
+    with pytest.raises(ValueError, match=message):
+        DINOv3Config.from_dict({"model_type": "dinov3_vit", **change})
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match="unknown DINOv3 variant 'vitg14': expected one of vits16, .*vit7b16"):
+        DINOv3Config.from_name("vitg14")

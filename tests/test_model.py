@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import TINY, TINY_GATED, relative_error, trained_like, write_checkpoint
+
+from dinov3_lite import DINOv3ViT
+
+
+@pytest.fixture
+def model(tmp_path) -> DINOv3ViT:
+    return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY))
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 40, 24)
+
+
+# ---- what comes out
+
+
+def test_output_views_and_shapes(model, images):
+    out = model(images, output_hidden_states=True)
+    assert out.grid == (5, 3)
+    assert out.last_hidden_state.shape == (2, 1 + 4 + 15, 32)
+    assert torch.equal(out.pooler_output, out.last_hidden_state[:, 0])
+    assert torch.equal(out.cls_token, out.last_hidden_state[:, 0])
+    assert torch.equal(out.register_tokens, out.last_hidden_state[:, 1:5])
+    assert torch.equal(out.patch_tokens, out.last_hidden_state[:, 5:])
+    assert out.feature_map.shape == (2, 32, 5, 3)
+    assert torch.equal(out.feature_map[1, :, 4, 2], out.last_hidden_state[1, -1])
+    assert out.feature_map.data_ptr() == out.patch_tokens.data_ptr()
+    assert len(out.hidden_states) == 4
+    assert torch.equal(model.norm(out.hidden_states[-1]), out.last_hidden_state)
+
+
+def test_plain_tuple(model, images):
+    out = model(images, output_hidden_states=True)
+    last, pooled, hidden_states = model(images, output_hidden_states=True, return_dict=False)
+    assert torch.equal(last, out.last_hidden_state) and torch.equal(pooled, out.pooler_output)
+    assert len(hidden_states) == 4
+    assert len(model(images, return_dict=False)) == 2
+    assert model(images).hidden_states is None
+
+
+def test_the_patches_keep_their_places(model):
+    """Row by row: changing pixels of one patch changes the embedding of that token alone."""
+    images = torch.zeros(1, 3, 40, 24)
+    before = model(images, output_hidden_states=True).hidden_states[0]
+    images[0, :, 8:16, 16:24] = 1
+    after = model(images, output_hidden_states=True).hidden_states[0]
+    changed = (before != after).any(dim=-1)[0].nonzero().flatten().tolist()
+    assert changed == [5 + 1 * 3 + 2]
+
+
+def test_attributes(model):
+    assert (model.embed_dim, model.num_features, model.patch_size) == (32, 32, 8)
+    assert (model.depth, model.n_blocks, len(model.blocks), model.num_heads) == (3, 3, 3, 2)
+    assert (model.n_storage_tokens, model.num_prefix_tokens) == (4, 5)
+    assert model.config == TINY
+    assert not model.training
+
+
+def test_get_intermediate_layers(model, images):
+    hidden = model(images, output_hidden_states=True).hidden_states
+    (last,) = model.get_intermediate_layers(images)
+    assert torch.equal(last, model.norm(hidden[3])[:, 5:])
+    first, third = model.get_intermediate_layers(images, n=[-1, 0], norm=False)
+    assert torch.equal(first, hidden[1][:, 5:]) and torch.equal(third, hidden[3][:, 5:])
+    for (patches, cls, registers), state in zip(
+        model.get_intermediate_layers(images, n=2, reshape=True, return_class_token=True, return_extra_tokens=True),
+        hidden[2:],
+        strict=True,
+    ):
+        normed = model.norm(state)
+        assert torch.equal(patches, normed[:, 5:].transpose(1, 2).reshape(2, 32, 5, 3))
+        assert torch.equal(cls, normed[:, 0]) and torch.equal(registers, normed[:, 1:5])
+    ((_, cls),) = model.get_intermediate_layers(images, return_class_token=True)
+    ((_, registers),) = model.get_intermediate_layers(images, return_extra_tokens=True)
+    assert cls.shape == (2, 32) and registers.shape == (2, 4, 32)
+
+
+def test_intermediate_layers_stop_at_the_last_block_asked_for(model, images):
+    ran = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    model.get_intermediate_layers(images, n=[0, 1])
+    assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("n", [0, 4, -1, [3], [-4], []])
+def test_blocks_that_there_are_not(model, images, n):
+    with pytest.raises(ValueError, match=r"n is .*: expected (a count of blocks from 1 to 3|block indices from -3 to 2)"):
+        model.get_intermediate_layers(images, n=n)
+
+
+def test_forward_features(model, images):
+    mask = torch.rand(2, 15) < 0.5
+    out = model(images, bool_masked_pos=mask, output_hidden_states=True)
+    features = model.forward_features(images, masks=mask)
+    assert torch.equal(features["x_norm_clstoken"], out.cls_token)
+    assert torch.equal(features["x_storage_tokens"], out.register_tokens)
+    assert torch.equal(features["x_norm_patchtokens"], out.patch_tokens)
+    assert torch.equal(features["x_prenorm"], out.hidden_states[-1])
+    assert features["masks"] is mask
+
+
+def test_a_masked_patch_is_the_mask_token(model, images):
+    mask = torch.zeros(2, 15, dtype=torch.bool)
+    mask[1, 7] = True
+    state = model(images, bool_masked_pos=mask, output_hidden_states=True).hidden_states[0]
+    unmasked = model(images, output_hidden_states=True).hidden_states[0]
+    assert torch.equal(state[1, 5 + 7], model.mask_token[0, 0])
+    state[1, 5 + 7] = unmasked[1, 5 + 7]
+    assert torch.equal(state, unmasked)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("pixel_values", "message"),
+    [
+        (torch.zeros(3, 40, 24), r"shape \(3, 40, 24\): expected \(batch, 3, height, width\)"),
+        (torch.zeros(1, 4, 40, 24), r"shape \(1, 4, 40, 24\): expected \(batch, 3, height, width\)"),
+        (torch.zeros(1, 3, 40, 24, dtype=torch.uint8), "torch.uint8: expected normalised floating-point images"),
+        (torch.zeros(1, 3, 43, 24), "height 43 and width 24 must be multiples of the patch size 8.* height 40 or 48 and width 24"),
+        (torch.zeros(1, 3, 5, 30), "height 5 and width 30 .* height 8 and width 24 or 32"),
+        (torch.zeros(1, 3, 0, 24), "height 0 and width 24 .* height 8 and width 24"),
+    ],
+)
+def test_images_that_do_not_fit(model, pixel_values, message):
+    with pytest.raises(ValueError, match=message):
+        model(pixel_values)
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(2, 14, dtype=torch.bool), torch.zeros(1, 15, dtype=torch.bool), torch.zeros(2, 15)])
+def test_masks_that_do_not_fit(model, images, mask):
+    with pytest.raises(ValueError, match=r"bool_masked_pos is .*: expected torch.bool of shape \(2, 15\)"):
+        model(images, bool_masked_pos=mask)
+
+
+def test_an_unknown_config_field():
+    with pytest.raises(TypeError, match="hidden_sizes"):
+        DINOv3ViT.from_name("vits16", hidden_sizes=5)
+
+
+# ---- dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_outputs(tmp_path, dtype):
+    model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY), dtype=dtype)
+    out = model(torch.randn(1, 3, 16, 16), output_hidden_states=True)
+    assert out.last_hidden_state.dtype == out.pooler_output.dtype == dtype
+    assert all(s.dtype == (torch.float32 if dtype == torch.float16 else dtype) for s in out.hidden_states)
+
+
+def test_the_residual_stream_of_half_precision_weights_is_float32_unless_told_otherwise(tmp_path):
+    folder = write_checkpoint(tmp_path, TINY)
+    model = DINOv3ViT.from_pretrained(folder, dtype=torch.bfloat16)
+    images = torch.randn(4, 3, 40, 24)
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    truth = DINOv3ViT.from_pretrained(folder, dtype=torch.float64)(images).last_hidden_state
+    wide = relative_error(model(images).last_hidden_state, truth)
+    model.residual_dtype = torch.bfloat16
+    narrow = relative_error(model(images).last_hidden_state, truth)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert wide < narrow
+
+
+def test_tokens_stay_float32_under_float16_only():
+    model = DINOv3ViT(TINY)
+    with torch.no_grad():
+        model.register_tokens[0, 0, 0] = 1e5
+    model.half()
+    assert model.register_tokens.dtype == torch.float32 and model.register_tokens[0, 0, 0] == 1e5
+    assert model.blocks[0].ls1.gamma.dtype == torch.float16
+    assert DINOv3ViT(TINY).bfloat16().register_tokens.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_stream_in_float32(model, images, dtype):
+    exact = model(images).last_hidden_state
+    with torch.autocast("cpu", dtype):
+        out = model(images, output_hidden_states=True)
+    assert all(s.dtype == torch.float32 for s in out.hidden_states)
+    assert 0 < relative_error(out.last_hidden_state, exact) < 10 * torch.finfo(dtype).eps
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])
+def test_activation_checkpointing_changes_nothing_but_memory(config, images):
+    model = DINOv3ViT(replace(config, drop_path_rate=0.3)).train()
+    gradients = []
+    for switch in (False, True):
+        model.gradient_checkpointing = switch
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(images).last_hidden_state.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 30
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_activation_checkpointing_keeps_no_activation_inside_blocks(model, images):
+    def kept(switch: bool) -> int:
+        model.gradient_checkpointing = switch
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(images)
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 4
+
+
+def test_training_creates_no_key_bias(images):
+    model = DINOv3ViT(TINY).train()
+    assert not any("k_bias" in name for name, _ in model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(images).last_hidden_state.square().sum().backward()
+    optimizer.step()
+    zero = torch.zeros(1, 1, 32)
+    q, k, v = model.blocks[0].attn.qkv(zero).chunk(3, dim=-1)
+    assert (k == 0).all() and (q != 0).any() and (v != 0).any()
+
+
+def test_a_key_bias_that_the_config_has_is_kept():
+    model = DINOv3ViT(TINY_GATED)
+    assert "blocks.0.attn.qkv.k_bias" in dict(model.named_parameters())
+    assert "blocks.0.attn.qkv.v_bias" not in dict(model.named_parameters())
+
+
+def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
+    model = DINOv3ViT(replace(TINY, drop_path_rate=0.4)).train()
+    branch = torch.ones(20000, 2, 3)
+    dropped = model.blocks[0].drop_path(branch)
+    values = dropped[:, 0, 0]
+    assert torch.equal(dropped, values[:, None, None].expand_as(dropped))
+    torch.testing.assert_close(values.unique(), torch.tensor([0.0, 1 / 0.6]))
+    assert values.mean().item() == pytest.approx(1.0, abs=0.03)
+    assert torch.equal(model.eval().blocks[0].drop_path(branch), branch)
+
+
+def test_a_copy_is_independent(model, images):
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.cls_token.add_(1)
+        twin.rope_embed.periods.mul_(2)
+    assert not torch.equal(twin.cls_token, model.cls_token)
+    assert not torch.equal(twin.rope_embed.periods, model.rope_embed.periods)
+
+
+def test_initial_weights():
+    model = DINOv3ViT(replace(TINY, hidden_size=128, layerscale_value=0.5))
+    weight = model.blocks[1].attn.qkv.weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.05) and weight.abs().max() > 0.05
+    assert (model.blocks[0].attn.proj.bias == 0).all() and (model.mask_token == 0).all()
+    assert (model.blocks[2].ls2.gamma == 0.5).all()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ---- graphs
+
+
+def test_compile_has_no_graph_break_and_few_recompilations(model):
+    """One graph serves every batch size and resolution after the second shape seen."""
+    torch._dynamo.reset()
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for batch, height, width in [(1, 40, 24), (2, 24, 56), (3, 64, 32), (5, 32, 80), (4, 48, 48), (2, 72, 40)]:
+            images = torch.randn(batch, 3, height, width)
+            expected = model(images, output_hidden_states=True)
+            out = compiled(images, output_hidden_states=True)
+            assert out.feature_map.shape == expected.feature_map.shape
+            torch.testing.assert_close(out.last_hidden_state, expected.last_hidden_state)
+    assert counter.frame_count <= 3
+
+
+def test_compile_with_inductor_forward_and_backward(images):
+    torch._dynamo.reset()
+    model = DINOv3ViT(TINY).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    expected = model(images).last_hidden_state
+    torch.testing.assert_close(compiled(images).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    expected.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    compiled(images).last_hidden_state.square().sum().backward()
+    for eager, ours in zip(gradients, (p.grad for p in model.parameters() if p.grad is not None), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
+
+
+def test_compile_in_training_mode_has_no_graph_break(images):
+    torch._dynamo.reset()
+    model = DINOv3ViT(replace(TINY, drop_path_rate=0.2, pos_embed_jitter=1.2)).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(images, bool_masked_pos=torch.rand(2, 15) < 0.5).last_hidden_state.sum().backward()
+    assert model.mask_token.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])
+def test_export_with_dynamic_batch_and_resolution(config, tmp_path):
+    from torch.export import Dim, export
+
+    model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, config, trained_like(config)))
+    h, w = Dim("h", min=2, max=64), Dim("w", min=2, max=64)
+    shapes = {"pixel_values": {0: Dim("batch", min=1, max=64), 2: 8 * h, 3: 8 * w}}
+    program = export(model, (torch.randn(2, 3, 40, 24),), dynamic_shapes=shapes)
+    for batch, height, width in [(1, 16, 64), (3, 72, 24), (2, 40, 24)]:
+        images = torch.randn(batch, 3, height, width)
+        out = program.module()(images)
+        torch.testing.assert_close(out.last_hidden_state, model(images).last_hidden_state, rtol=1e-4, atol=1e-5)
+        assert out.feature_map.shape == (batch, 32, height // 8, width // 8)
+    # a table made while tracing must not have been kept
+    assert all(type(t) is torch.Tensor for tables in model.rope_embed._tables.values() for t in tables)

@@ -1,0 +1,189 @@
+"""Every hidden state against transformers, live, with transformers' own error against float64 as the yardstick.
+
+The bounds: in float32 at most 1.5 times the reference's error, in bfloat16 and float16 at most the reference's.
+`make test` runs this file against two releases of transformers; `make parity-table` prints what it measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import reference
+from helpers import TINY, TINY_GATED, relative_error, trained_like, write_checkpoint
+
+from convert import convert
+from dinov3_lite import DINOv3Config, DINOv3ViT
+from dinov3_lite.layouts import TRANSFORMERS
+
+# Depth is cut so that the whole fits into memory and minutes; widths, heads and MLPs are the released ones.
+DEPTHS = {"vits16": 12, "vits16plus": 12, "vitb16": 12, "vitl16": 6, "vitl16plus": 4, "vith16plus": 3, "vit7b16": 2}
+SIZES = {"square": (96, 96), "wide": (64, 112)}
+BOUND = {torch.float32: 1.5, torch.bfloat16: 1.0, torch.float16: 1.0}
+
+
+@pytest.fixture(scope="module", params=DEPTHS)
+def variant(request, tmp_path_factory):
+    """(folder, config, images and float64 states by size) of one variant with trained-like weights."""
+    name = request.param
+    config = replace(DINOv3Config.from_name(name), num_hidden_layers=DEPTHS[name])
+    folder = write_checkpoint(tmp_path_factory.mktemp(name), config)
+    truth = reference.truth_model(folder)
+    cases = {}
+    with torch.no_grad():
+        for size, (height, width) in SIZES.items():
+            images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+            cases[size] = images, reference.states(truth, images.double())
+    yield name, folder, cases
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_every_hidden_state(variant, dtype):
+    name, folder, cases = variant
+    theirs = reference.load(folder, dtype)
+    ours = DINOv3ViT.from_pretrained(folder, dtype=dtype)
+    for size, (images, truth) in cases.items():
+        with torch.no_grad():
+            pairs = zip(reference.states(ours, images), reference.states(theirs, images), truth, strict=True)
+            errors = [(relative_error(a, t), relative_error(b, t)) for a, b, t in pairs]
+        record(name, dtype, size, errors)
+        for i, (our_error, their_error) in enumerate(errors):
+            assert our_error <= BOUND[dtype] * their_error, f"{size}, state {i}: ours {our_error:.3g}, {their_error:.3g}"
+
+
+@pytest.mark.parametrize("name", ["vits16", "vits16plus"])
+def test_float16_survives_register_outliers(name, tmp_path):
+    """Released weights take the residual stream of registers to 155,000: the reference's float16 overflows, ours must not."""
+    config = replace(DINOv3Config.from_name(name), num_hidden_layers=6)
+    folder = write_checkpoint(tmp_path, config, trained_like(config, outliers=True))
+    images = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        truth = reference.states(reference.truth_model(folder), images.double())
+        theirs = reference.states(reference.load(folder, torch.float16), images)
+        ours = reference.states(DINOv3ViT.from_pretrained(folder, dtype=torch.float16), images)
+        halved = reference.states(DINOv3ViT.from_pretrained(folder).half(), images)
+    assert truth[1][:, 2].abs().max() > 65504 and truth[1][:, 5:].abs().max() < 1000
+    assert not all(state.isfinite().all() for state in theirs)
+    errors = [relative_error(a, t) for a, t in zip(ours, truth, strict=True)]
+    errors += [relative_error(a, t) for a, t in zip(halved, truth, strict=True)]
+    # the outlier dominates a norm over all tokens: look at the others by themselves, too
+    errors += [relative_error(a[:, 5:], t[:, 5:]) for a, t in zip(ours, truth, strict=True)]
+    record(f"{name}, outliers", torch.float16, "wide", [(error, float("inf")) for error in errors])
+    assert max(errors) < 3e-3
+
+
+def test_float16_survives_outliers_in_the_tokens_themselves(tmp_path):
+    weights = trained_like(TINY)
+    weights["embeddings.register_tokens"][0, 1, 7] = 90000.0
+    folder = write_checkpoint(tmp_path, TINY, weights)
+    images = torch.randn(2, 3, 40, 24)
+    with torch.no_grad():
+        truth = reference.states(reference.truth_model(folder), images.double())
+        for ours in (
+            DINOv3ViT.from_pretrained(folder, dtype=torch.float16),
+            DINOv3ViT.from_pretrained(folder).half(),
+            DINOv3ViT.from_pretrained(convert(folder, tmp_path / "half.safetensors", dtype=torch.float16, force=True)),
+        ):
+            for state, t in zip(reference.states(ours, images), truth, strict=True):
+                assert relative_error(state, t) < 3e-3
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masked_positions(config, attention, tmp_path):
+    folder = write_checkpoint(tmp_path, config)
+    images = torch.randn(3, 3, 40, 24)
+    mask = torch.rand(3, 15) < 0.4
+    with torch.no_grad():
+        truth = reference.states(reference.truth_model(folder), images.double(), mask)
+        theirs = reference.states(reference.load(folder, attention=attention), images, mask)
+        ours = reference.states(DINOv3ViT.from_pretrained(folder, attention=attention), images, mask)
+        unmasked = reference.states(DINOv3ViT.from_pretrained(folder, attention=attention), images)
+    assert relative_error(unmasked[0], truth[0]) > 0.1
+    for a, b, t in zip(ours, theirs, truth, strict=True):
+        assert relative_error(a, t) <= 1.5 * relative_error(b, t)
+
+
+@pytest.mark.parametrize("name", ["vits16", "vits16plus"])
+def test_gradients_of_input_and_weights(name, tmp_path):
+    """In float64 both are exact but for the float32 RoPE angles; in float32 ours may err 1.5 times as much as theirs."""
+    config = replace(DINOv3Config.from_name(name), num_hidden_layers=3)
+    folder = write_checkpoint(tmp_path, config)
+    images = torch.randn(2, 3, 48, 80)
+    target = torch.randn(2, 1 + config.num_register_tokens + 15, config.hidden_size)
+
+    def gradients(model, dtype):
+        x = images.to(dtype, copy=True).requires_grad_()
+        (model(x).last_hidden_state * target.to(dtype)).sum().backward()
+        return {"pixel_values": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+    def as_ours(grads):
+        """transformers' gradients under our names, by the table that loading goes by."""
+        on_disk = {name.replace("model.layer.", "layer."): g for name, g in grads.items()}
+        result = {"pixel_values": on_disk["pixel_values"]}
+        for name, sources in TRANSFORMERS.sources(config).items():
+            if sources[0][0] in on_disk:
+                result[name] = torch.cat([on_disk[source] for source, _ in sources])
+        return result
+
+    truth = as_ours(gradients(reference.truth_model(folder), torch.float64))
+    theirs = as_ours(gradients(reference.load(folder), torch.float32))
+    ours = gradients(DINOv3ViT.from_pretrained(folder), torch.float32)
+    exact = gradients(DINOv3ViT.from_pretrained(folder, dtype=torch.float64), torch.float64)
+    assert ours.keys() == exact.keys() == truth.keys() and "mask_token" not in truth
+    for name, t in truth.items():
+        assert relative_error(exact[name], t) < 1e-6, name
+        assert relative_error(ours[name], t) <= 1.5 * relative_error(theirs[name], t), name
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])
+def test_converted_and_unconverted_loading_agree_to_the_bit(config, tmp_path):
+    """Also as this release of transformers saves a model itself, whatever it calls its layers in memory."""
+    folder = write_checkpoint(tmp_path / "made", config)
+    saved = tmp_path / "saved"
+    reference.load(folder).save_pretrained(saved)
+    images = torch.randn(1, 3, 40, 56)
+    with torch.no_grad():
+        expected = reference.states(DINOv3ViT.from_pretrained(folder), images)
+        for source in (saved, convert(folder), convert(saved)):
+            for a, b in zip(reference.states(DINOv3ViT.from_pretrained(source), images), expected, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_training_mode_augments_rope_as_the_reference(tmp_path):
+    """Equal seeds give equal augmentations: shift, jitter and rescale, in that order."""
+    config = replace(TINY, pos_embed_shift=0.3, pos_embed_jitter=1.5, pos_embed_rescale=2.0)
+    folder = write_checkpoint(tmp_path, config)
+    theirs, ours = reference.load(folder).train(), DINOv3ViT.from_pretrained(folder).train()
+    images = torch.randn(2, 3, 40, 24)
+    outputs = []
+    for seed in (0, 1):
+        with torch.no_grad():
+            torch.manual_seed(seed)
+            expected = theirs(images).last_hidden_state
+            torch.manual_seed(seed)
+            outputs.append(ours(images).last_hidden_state)
+        assert relative_error(outputs[-1], expected) < 2e-6
+    assert relative_error(outputs[0], outputs[1]) > 1e-2
+
+
+def record(name: str, dtype: torch.dtype, size: str, errors: list[tuple[float, float]]) -> None:
+    """Append the worst errors to the file that `make parity-table` reads, if it asked for one."""
+    if "PARITY_TABLE" in os.environ:
+        row = {
+            "variant": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "size": size,
+            "ours": max(ours for ours, _ in errors),
+            "transformers": max(theirs for _, theirs in errors),
+            "worst_ratio": max(ours / theirs for ours, theirs in errors),
+        }
+        with Path(os.environ["PARITY_TABLE"]).open("a") as file:
+            file.write(json.dumps(row) + "\n")
