@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m convert",
         description="Make one self-describing file, dinov3_lite.safetensors, of a DINOv3 checkpoint.",
     )
-    parser.add_argument("source", help="a checkpoint folder, a folder of such folders, a .safetensors file, or a hub id")
+    parser.add_argument(
+        "source", help="a checkpoint folder, a folder of such folders, a .safetensors file, or a hub id"
+    )
     parser.add_argument("--output", type=Path, help="file or folder to write to (default: beside the source)")
     parser.add_argument("--to", choices=["lite"], default="lite", help="layout to write (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the source's own)")

@@ -26,7 +26,7 @@ def write_safetensors(path: Path, plan: Plan, on_bytes: Callable[[int], Any]) ->
         file.write(_header(plan))
         for entry in plan.entries:
             for part in entry.parts():
-                data = part.reshape(-1).view(torch.uint8).numpy()
+                data = part.reshape(-1).view(torch.uint8).numpy().data
                 file.write(data)
                 on_bytes(data.nbytes)
 

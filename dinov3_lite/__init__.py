@@ -1,8 +1,8 @@
 """DINOv3 in pure PyTorch: load a checkpoint, get features.
 
-    model = DINOv3ViT.from_pretrained("checkpoint/")
-    images = ImageProcessor.from_pretrained("checkpoint/")(picture)
-    features = model(**images).feature_map
+model = DINOv3ViT.from_pretrained("checkpoint/")
+images = ImageProcessor.from_pretrained("checkpoint/")(picture)
+features = model(**images).feature_map
 """
 
 from .config import DINOv3Config

@@ -122,8 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, help="a converted file, a checkpoint folder or a hub id")
     command.add_argument("--output", type=Path, default=Path("features.safetensors"), help="default: %(default)s")
     command.add_argument("--picture", type=Path, help="draw the photo beside the principal components of its patches")
-    command.add_argument("--query", type=_point, metavar="X,Y", help="draw the similarity to the patch at this pixel too")
-    command.add_argument("--size", type=_size, metavar="N or HxW", help="resize to this many pixels (default: the model's)")
+    command.add_argument(
+        "--query", type=_point, metavar="X,Y", help="draw the similarity to the patch at this pixel too"
+    )
+    command.add_argument(
+        "--size", type=_size, metavar="N or HxW", help="resize to this many pixels (default: the model's)"
+    )
     command.add_argument("--device", default="cpu", help="default: %(default)s")
     command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's own)")
     command.set_defaults(run=features)

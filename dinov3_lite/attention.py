@@ -2,8 +2,8 @@
 
     attention(q, k, v, cos, sin, scale=None) -> (B, N, heads, D)
 
-q, k, v: (B, N, heads, D), views of one fused projection. cos, sin: (N, D/2), the rotation of each token, the identity for
-prefix tokens. scale: of the scores, D ** -0.5 unless given. The result has q's dtype.
+q, k, v: (B, N, heads, D), views of one fused projection. cos, sin: (N, D/2), the rotation of each token, the identity
+for prefix tokens. scale: of the scores, D ** -0.5 unless given. The result has q's dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T) v as it is written, in the tables' dtype (float32 or wider): the definition of the others."""
+    """softmax(scale q k^T) v as written, in the tables' dtype (float32 or wider): the definition of the others."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide_q, wide_k, wide_v = (x.to(cos.dtype) for x in (q, k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", apply_rope(wide_q, cos, sin), apply_rope(wide_k, cos, sin)) * scale

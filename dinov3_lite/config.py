@@ -91,7 +91,8 @@ class DINOv3Config:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> DINOv3Config:
-        """The config in a parsed config.json. Missing keys take transformers' defaults, keys of other purposes are ignored.
+        """The config in a parsed config.json. Missing keys take transformers' defaults, keys of other purposes are
+        ignored.
 
         Raises ValueError if `model_type` names another architecture or a value is out of range.
         """
@@ -109,7 +110,8 @@ class DINOv3Config:
 # What decides the tensors' names and shapes: two configs that agree here are the same variant.
 _ARCHITECTURE = (
     "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
-    "use_gated_mlp", "hidden_act", "num_register_tokens", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias",
+    "use_gated_mlp", "hidden_act", "num_register_tokens",
+    "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias",
 )  # fmt: skip
 
 _POSITIVE = {
@@ -140,16 +142,14 @@ def _checked(name: str, kind: str, value: Any) -> Any:
 
 
 _VITS = DINOv3Config(num_register_tokens=4)
-_SWIGLU = {"use_gated_mlp": True, "hidden_act": "silu"}
+_SWIGLU: dict[str, Any] = {"use_gated_mlp": True, "hidden_act": "silu"}
 
 # DINOv3 paper (arXiv 2508.10104), table 1 and appendix; sizes as in the released config.json files.
 VARIANTS: dict[str, DINOv3Config] = {
     "vits16": _VITS,
     "vits16plus": replace(_VITS, **_SWIGLU),
     "vitb16": replace(_VITS, hidden_size=768, intermediate_size=3072, num_attention_heads=12),
-    "vitl16": replace(
-        _VITS, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24
-    ),
+    "vitl16": replace(_VITS, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24),
     "vitl16plus": replace(
         _VITS, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, **_SWIGLU
     ),

@@ -32,7 +32,7 @@ def download(
             huggingface_hub.snapshot_download(
                 repo_id,
                 revision=revision,
-                cache_dir=cache_dir,
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
                 local_files_only=local_files_only,
                 allow_patterns=list(FILES),
             )
@@ -47,7 +47,9 @@ def download(
             "check the name, or log in with `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id} has no revision {revision!r}: name one of its branches or commits") from error
+        raise FileNotFoundError(
+            f"{repo_id} has no revision {revision!r}: name one of its branches or commits"
+        ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
             f"{repo_id} is no local file or folder, is not in the hub's cache, and could not be downloaded: "

@@ -23,8 +23,9 @@ BILINEAR = 2  # PIL's number for it, as preprocessor_config.json writes it
 class ImageProcessor:
     """Rescale to [0, 1], resize (bilinear, antialiased), normalise per channel.
 
-    size: (height, width) in pixels, each a multiple of the model's patch size, whatever the picture's aspect; None keeps
-        the picture's own size. mean, std: per channel, of values in [0, 1]. rescale_factor: what pixel values are multiplied by.
+    size: (height, width) in pixels, each a multiple of the model's patch size, whatever the picture's aspect; None
+        keeps the picture's own size. mean, std: per channel, of values in [0, 1]. rescale_factor: what pixel values
+        are multiplied by.
     """
 
     size: tuple[int, int] | None = (224, 224)
@@ -43,8 +44,9 @@ class ImageProcessor:
     ) -> ImageProcessor:
         """The processor of a checkpoint: from its preprocessor_config.json, or from what a converted file keeps of it.
 
-        Warns if a satellite model (sat493m) comes with ImageNet's statistics. Raises FileNotFoundError if the checkpoint has no
-        such file, ValueError if it asks for something else than rescale, bilinear resize and normalise.
+        Warns if a satellite model (sat493m) comes with ImageNet's statistics. Raises FileNotFoundError if the
+        checkpoint has no such file, ValueError if it asks for something else than rescale, bilinear resize and
+        normalise.
         """
         path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
         content = read_preprocessing(path)
@@ -86,10 +88,12 @@ class ImageProcessor:
         )
 
     def __call__(self, images: Any) -> dict[str, Tensor]:
-        """{"pixel_values": (B, 3, h, w) float32} of a PIL image, an (H, W, 3) uint8 array, a (3, H, W) uint8 tensor, or a list.
+        """{"pixel_values": (B, 3, h, w) float32} of a PIL image, an (H, W, 3) uint8 array, a (3, H, W) uint8 tensor,
+        or a list.
 
         A PIL image of any mode is converted to RGB. Tensors stay on their device.
-        Raises ValueError for an empty list, for other shapes and dtypes, and for pictures of several sizes if `size` is None.
+        Raises ValueError for an empty list, for other shapes and dtypes, and for pictures of several sizes if `size`
+        is None.
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not images:

@@ -1,8 +1,8 @@
 """How each checkpoint layout names and cuts the model's tensors: one table per layout, read line by line.
 
 A row says which of our tensors is the concatenation, along the first axis, of which of theirs. Shapes are in letters of
-the config: C hidden_size, F intermediate_size, R num_register_tokens, I num_channels, p patch_size, E a quarter of the head
-dim; `{i}` is the block's number. A new layout is a new table.
+the config: C hidden_size, F intermediate_size, R num_register_tokens, I num_channels, p patch_size, E a quarter of the
+head dim; `{i}` is the block's number. A new layout is a new table.
 """
 
 from __future__ import annotations

@@ -87,8 +87,13 @@ class LayerNorm(nn.LayerNorm):
 class QKVProjection(nn.Linear):
     """Queries, keys and values by one matrix product: (B, N, C) -> (B, N, 3C).
 
-    A bias that the config lacks (DINOv3's keys have none) is no parameter, so neither loading nor training can create it.
+    A bias that the config lacks (DINOv3's keys have none) is no parameter, so neither loading nor training can create
+    it.
     """
+
+    q_bias: nn.Parameter | None
+    k_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__(config.hidden_size, 3 * config.hidden_size, bias=False)
@@ -149,7 +154,7 @@ class GatedMlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """The residual update x + gamma * branch, in one pass and in x's dtype (LayerScale: arXiv 2103.17239, section 2)."""
+    """The residual update x + gamma * branch, in one pass and in x's dtype (arXiv 2103.17239, section 2)."""
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__()
@@ -160,7 +165,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, drop a sample's branch with probability p and scale the rest."""
+    """Stochastic depth (arXiv 1603.09382): in training, a sample loses its branch with probability p."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -201,12 +206,12 @@ class DINOv3ViT(nn.Module):
     Switches, all of them plain attributes that may be set at any time:
         attention: "auto", "sdpa" or "eager" (see `dinov3_lite.attention`).
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        residual_dtype: dtype of the residual stream. None is float32 or wider whatever the weights: released models reach
-            155,000 there, where float16 overflows and bfloat16 counts in steps of 1,024. `torch.bfloat16` under bfloat16
-            weights is what the references do: less memory traffic, and their error.
+        residual_dtype: dtype of the residual stream. None is float32 or wider whatever the weights: released models
+            reach 155,000 there, where float16 overflows and bfloat16 counts in steps of 1,024. `torch.bfloat16` under
+            bfloat16 weights is what the references do: less memory traffic, and their error.
 
-    `train()` switches on the augmentation of RoPE coordinates (`pos_embed_rescale` is 2.0 in the released configs): features
-    then change from call to call, as in both references.
+    `train()` switches on the augmentation of RoPE coordinates (`pos_embed_rescale` is 2.0 in the released configs):
+    features then change from call to call, as in both references.
     """
 
     def __init__(self, config: DINOv3Config, attention: str = "auto") -> None:
@@ -236,7 +241,7 @@ class DINOv3ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Truncated normal of std `config.initializer_range` for weights and tokens, zero for biases and the mask token."""
+        """Truncated normal (std `config.initializer_range`) for weights and tokens, zero for biases and mask token."""
 
         def truncated_normal(tensor: Tensor) -> None:
             nn.init.trunc_normal_(tensor, std=self.config.initializer_range)
@@ -270,16 +275,18 @@ class DINOv3ViT(nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> DINOv3ViT:
-        """Load a checkpoint, in evaluation mode. Every tensor of the model comes from it, or an error names those that don't.
+        """Load a checkpoint, in evaluation mode. Every tensor of the model comes from it, or an error names those that
+        don't.
 
-        source: a folder in transformers' layout (one file or shards with an index), the file `dinov3_lite.safetensors` that
-            `python -m convert` writes or a folder with it, or a hub id. A converted file on the CPU is not read but
-            memory-mapped: its pages are loaded when first used, and training never writes to the file.
-        dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and so do the tokens under float16.
+        source: a folder in transformers' layout (one file or shards with an index), the file `dinov3_lite.safetensors`
+            that `python -m convert` writes or a folder with it, or a hub id. A converted file on the CPU is not read
+            but memory-mapped: its pages are loaded when first used, and training never writes to the file.
+        dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and so do the tokens under
+        float16.
         revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
-        Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or does not
-        fit its config.
+        Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
+        does not fit its config.
         """
         resolve_attention(attention)
         opened = open_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -354,8 +361,8 @@ class DINOv3ViT(nn.Module):
         """Outputs of the last n blocks, or of the blocks whose indices n lists, in ascending order: Meta's method.
 
         Each is the patch tokens (B, h*w, C), or (B, C, h, w) with `reshape`. With `return_class_token` and
-        `return_extra_tokens` each becomes a tuple that goes on with the CLS token (B, C) and the register tokens (B, R, C).
-        `norm` applies the final LayerNorm, to intermediate blocks too.
+        `return_extra_tokens` each becomes a tuple that goes on with the CLS token (B, C) and the register tokens (B,
+        R, C). `norm` applies the final LayerNorm, to intermediate blocks too.
 
         Raises ValueError for a count or an index that the model does not have.
         """
@@ -374,9 +381,11 @@ class DINOv3ViT(nn.Module):
         return tuple(o if return_class_token or return_extra_tokens else o[0] for o in outputs)
 
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
-        """Meta's dictionary: x_norm_clstoken (B, C), x_storage_tokens (B, R, C), x_norm_patchtokens (B, h*w, C), x_prenorm, masks.
+        """Meta's dictionary: x_norm_clstoken (B, C), x_storage_tokens (B, R, C), x_norm_patchtokens (B, h*w, C),
+        x_prenorm, masks.
 
-        All are after the final LayerNorm but x_prenorm, all N tokens of the last block before it. masks as `bool_masked_pos`.
+        All are after the final LayerNorm but x_prenorm, all N tokens of the last block before it. masks as
+        `bool_masked_pos`.
         """
         tokens, grid = self.embed(x, masks)
         (prenorm,) = self.run_blocks(tokens, grid, (self.depth - 1,))
@@ -410,7 +419,7 @@ class DINOv3ViT(nn.Module):
                 "which dinov3_lite.ImageProcessor makes of pictures"
             )
         H, W = pixel_values.shape[2:]
-        if H < p or W < p or H % p or W % p:
+        if p > H or p > W or H % p or W % p:
             raise ValueError(
                 f"image height {H} and width {W} must be multiples of the patch size {p}: "
                 f"the nearest that work are height {_nearest_multiples(H, p)} and width {_nearest_multiples(W, p)}"

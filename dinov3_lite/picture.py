@@ -35,7 +35,10 @@ def similarity(feature_map: Tensor, row: int, column: int) -> Tensor:
 
 
 def draw(rows: list[list[tuple[Image.Image | Tensor, str]]]) -> Image.Image:
-    """A sheet of panels with captions: photos, (h, w, 3) colours or (h, w) values in [0, 1], shaped like their row's first."""
+    """A sheet of panels with captions: photos, (h, w, 3) colours or (h, w) values in [0, 1].
+
+    Each row starts with a photo, and its other panels take the photo's shape.
+    """
     from PIL import Image, ImageDraw
 
     sheet_rows = []

@@ -1,7 +1,8 @@
 """A made checkpoint for trying things out where the real weights can't be downloaded: made, not trained.
 
-The patch embedding is a bank of colour and frequency filters (a 2D cosine basis of each opponent colour), and each attention
-head averages tokens that look alike, so that the features show the picture and not noise. They mean nothing beyond that.
+The patch embedding is a bank of colour and frequency filters (a 2D cosine basis of each opponent colour), and each
+attention head averages tokens that look alike, so that the features show the picture and not noise. They mean nothing
+beyond that.
 """
 
 from __future__ import annotations
@@ -61,17 +62,17 @@ def made_weights(config: DINOv3Config) -> dict[str, Tensor]:
     """A state dict of `DINOv3ViT(config)`, the same at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = DINOv3ViT(config)
-        with torch.no_grad():
-            model.patch_embed.proj.weight.copy_(_colour_frequency_filters(config))
-            for block in model.blocks:
-                mix = torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size)).Q
-                look = 0.8 * torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size)).Q
-                block.attn.qkv.weight.copy_(torch.cat((look, look, mix)))
-                block.attn.proj.weight.copy_(mix.T)  # a head gives back what it averaged
-                block.ls1.gamma.uniform_(0.05, 0.15)
-                block.ls2.gamma.uniform_(0.02, 0.1)
-        return dict(model.state_dict())
+        weights = dict(DINOv3ViT(config).state_dict())
+        weights["patch_embed.proj.weight"] = _colour_frequency_filters(config)
+        C = config.hidden_size
+        for i in range(config.num_hidden_layers):
+            mix = torch.linalg.qr(torch.randn(C, C)).Q
+            look = 0.8 * torch.linalg.qr(torch.randn(C, C)).Q
+            weights[f"blocks.{i}.attn.qkv.weight"] = torch.cat((look, look, mix))
+            weights[f"blocks.{i}.attn.proj.weight"] = mix.T  # a head gives back what it averaged
+            weights[f"blocks.{i}.ls1.gamma"].uniform_(0.05, 0.15)
+            weights[f"blocks.{i}.ls2.gamma"].uniform_(0.02, 0.1)
+        return weights
 
 
 def _colour_frequency_filters(config: DINOv3Config) -> Tensor:

@@ -20,6 +20,7 @@ from .layouts import LITE, Layout, Shape, detect, lite_shapes
 LITE_FILE = "dinov3_lite.safetensors"
 LITE_VERSION = "1"
 NOTE_KEY = "dinov3_lite_note"
+ONE_MODEL = "weights and config must be of one model"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # What enters the residual stream directly: in released models that stream leaves float16's range.
@@ -89,13 +90,13 @@ class Checkpoint:
             for stored in parts:
                 if stored.dtype not in (weight.dtype, storage_dtype(name, weight.dtype)):
                     raise ValueError(
-                        f"{stored.file}: tensor {stored.name!r} is {stored.dtype} but {weight.name!r} is {weight.dtype}: "
-                        "say which dtype you want"
+                        f"{stored.file}: tensor {stored.name!r} is {stored.dtype} "
+                        f"but {weight.name!r} is {weight.dtype}: say which dtype you want"
                     )
         return weight.dtype
 
     def digest(self, dtype: torch.dtype | None = None) -> str:
-        """A SHA-256 over samples of every stored tensor (as cast to `dtype`), the same for the same weights in any layout.
+        """A SHA-256 over samples of every stored tensor, as cast to `dtype`: equal for equal weights in any layout.
 
         Both ends of each tensor are hashed, not all of it: loading stays instant and unused pages stay on disk.
         """
@@ -110,7 +111,7 @@ class Checkpoint:
                 data = chunk.reshape(-1)
                 for end in (data[:64], data[-64:]):
                     sampled = end if dtype is None else end.to(storage_dtype(name, dtype))
-                    sha.update(sampled.view(torch.uint8).numpy())
+                    sha.update(sampled.view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
     @property
@@ -141,12 +142,13 @@ def open_checkpoint(
 
 
 def open_source(path: Path) -> Checkpoint:
-    """Like `open_checkpoint` for a local path, but of a folder only the weights it came with, not their converted copy."""
+    """Like `open_checkpoint` for a local path, but of a folder the weights it came with, not their converted copy."""
     files = [path] if path.is_file() else weight_files(path)
     if not files:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise ValueError(
-            f"{path}: no model.safetensors, model.safetensors.index.json or {LITE_FILE} in this folder (it holds {found})"
+            f"{path}: no model.safetensors, model.safetensors.index.json or {LITE_FILE} in this folder "
+            f"(it holds {found})"
         )
     return _open(path, files)
 
@@ -170,7 +172,7 @@ def locate(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint in transformers' layout: one, or the shards that its index lists, or none."""
+    """The safetensors files of a folder in transformers' layout: one, or the shards that its index lists, or none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -220,7 +222,8 @@ def assign(
 ) -> None:
     """Make the checkpoint's tensors the model's parameters and buffers, one at a time; nothing keeps its initial value.
 
-    A tensor that needs no cast, no move and no fusing stays memory-mapped. Raises ValueError if float16 can't hold a weight.
+    A tensor that needs no cast, no move and no fusing stays memory-mapped. Raises ValueError if float16 can't hold a
+    weight.
     """
     weights_dtype = dtype or opened.dtype
     state = {}
@@ -277,7 +280,8 @@ def _open(path: Path, files: list[Path]) -> Checkpoint:
 def _open_lite(file: Path, stored: dict[str, StoredTensor], metadata: dict[str, str]) -> Checkpoint:
     if metadata["dinov3_lite"] != LITE_VERSION:
         raise ValueError(
-            f"{file}: converted file of version {metadata['dinov3_lite']}, this release reads {LITE_VERSION}: convert again"
+            f"{file}: converted file of version {metadata['dinov3_lite']}, "
+            f"this release reads {LITE_VERSION}: convert again"
         )
     try:
         content = json.loads(metadata["config"])
@@ -341,25 +345,23 @@ def _match(
     """The stored tensors behind each of the model's, after checking that none is missing, left over or misshapen."""
     sources = layout.sources(config)
     expected = dict(source for parts in sources.values() for source in parts)
-    calls_for = f"the config ({config.name}) calls for"
-    for problem, names in {
-        f"is missing, but {calls_for} it": expected.keys() - stored.keys(),
-        f"is not what {calls_for}": stored.keys() - expected.keys(),
-    }.items():
-        if names:
-            raise ValueError(f"{file}: tensor {_first(names)} {problem}: use weights and config of one model")
+    the_config = f"the config ({config.name})"
+    if missing := expected.keys() - stored.keys():
+        raise ValueError(f"{file}: lacks {_first(missing)}, which {the_config} calls for: {ONE_MODEL}")
+    if extra := stored.keys() - expected.keys():
+        raise ValueError(f"{file}: holds {_first(extra)}, which {the_config} has no place for: {ONE_MODEL}")
     for name, shape in expected.items():
         if stored[name].shape != shape:
             raise ValueError(
-                f"{stored[name].file}: tensor {name!r} has shape {stored[name].shape}, but {calls_for} {shape}: "
-                "use weights and config of one model"
+                f"{stored[name].file}: tensor {name!r} has shape {stored[name].shape}, "
+                f"but {the_config} calls for {shape}: {ONE_MODEL}"
             )
     return {ours: [stored[name] for name, _ in parts] for ours, parts in sources.items()}
 
 
 def _first(names: set[str]) -> str:
-    shown = ", ".join(repr(name) for name in sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} (and {len(names) - 3} more)"
+    first = f"tensor {min(names)!r}"
+    return first if len(names) == 1 else f"{first} (and {len(names) - 1} more)"
 
 
 def _check_current(converted: Checkpoint, source: Checkpoint) -> None:

@@ -1,7 +1,8 @@
 """Kernels of dinov3-lite, imported as `dinov3_lite.kernels`: they know tensors, nothing of the model.
 
-This file stays lazy and without effects. With the repository's root on `sys.path`, `import kernels` finds this folder, and
-transformers takes it for the PyPI package of that name: it must import, have a version, and offer nothing it doesn't hold.
+This file stays lazy and without effects. With the repository's root on `sys.path`, `import kernels` finds this folder,
+and transformers takes it for the PyPI package of that name: it must import, have a version, and offer nothing it
+doesn't hold.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -31,9 +31,16 @@ PREPROCESSING = {
 }
 
 TINY = DINOv3Config(
-    patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_register_tokens=4
+    patch_size=8,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_register_tokens=4,
 )
-TINY_GATED = replace(TINY, use_gated_mlp=True, hidden_act="silu", key_bias=True, value_bias=False, num_register_tokens=2)
+TINY_GATED = replace(
+    TINY, use_gated_mlp=True, hidden_act="silu", key_bias=True, value_bias=False, num_register_tokens=2
+)
 
 
 def trained_like(config: DINOv3Config, seed: int = 0, outliers: bool = False) -> dict[str, Tensor]:
@@ -75,13 +82,18 @@ def trained_like(config: DINOv3Config, seed: int = 0, outliers: bool = False) ->
             gate[unit] = 0.0
             gate[unit, channel] = 1.0
             weights["layer.0.mlp.gate_proj.bias"][unit] = -high / 2
-        weights["layer.0.mlp.down_proj.weight"][channel, unit] = 20000.0 / (high / 2 if not config.use_gated_mlp else high**2 / 2)
+        weights["layer.0.mlp.down_proj.weight"][channel, unit] = 20000.0 / (
+            high / 2 if not config.use_gated_mlp else high**2 / 2
+        )
         weights["layer.0.layer_scale2.lambda1"][channel] = 4.0
     return weights
 
 
 def write_checkpoint(
-    folder: Path, config: DINOv3Config, weights: dict[str, Tensor] | None = None, preprocessing: dict | None = PREPROCESSING
+    folder: Path,
+    config: DINOv3Config,
+    weights: dict[str, Tensor] | None = None,
+    preprocessing: dict | None = PREPROCESSING,
 ) -> Path:
     """A checkpoint folder as downloaded from the hub."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dinov3_lite.kernels import rope_attention_reference
 from helpers import TINY, relative_error, write_checkpoint
 
 from dinov3_lite import DINOv3ViT
 from dinov3_lite.attention import ATTENTION, eager_attention, resolve_attention, sdpa_attention
-from dinov3_lite.kernels import rope_attention_reference
 
 
 def inputs(N: int, D: int, dtype: torch.dtype, heads: int = 3):

@@ -50,7 +50,9 @@ def test_from_hub_id(hub_id):
 
 
 def test_missing_keys_take_transformers_defaults_and_foreign_keys_are_ignored():
-    config = DINOv3Config.from_dict({"model_type": "dinov3_vit", "transformers_version": "5.0.0", "out_features": ["stage12"]})
+    config = DINOv3Config.from_dict(
+        {"model_type": "dinov3_vit", "transformers_version": "5.0.0", "out_features": ["stage12"]}
+    )
     assert config == DINOv3Config()
     assert config.num_register_tokens == 0
 

@@ -94,7 +94,9 @@ def test_intermediate_layers_stop_at_the_last_block_asked_for(model, images):
 
 @pytest.mark.parametrize("n", [0, 4, -1, [3], [-4], []])
 def test_blocks_that_there_are_not(model, images, n):
-    with pytest.raises(ValueError, match=r"n is .*: expected (a count of blocks from 1 to 3|block indices from -3 to 2)"):
+    with pytest.raises(
+        ValueError, match=r"n is .*: expected (a count of blocks from 1 to 3|block indices from -3 to 2)"
+    ):
         model.get_intermediate_layers(images, n=n)
 
 
@@ -128,7 +130,10 @@ def test_a_masked_patch_is_the_mask_token(model, images):
         (torch.zeros(3, 40, 24), r"shape \(3, 40, 24\): expected \(batch, 3, height, width\)"),
         (torch.zeros(1, 4, 40, 24), r"shape \(1, 4, 40, 24\): expected \(batch, 3, height, width\)"),
         (torch.zeros(1, 3, 40, 24, dtype=torch.uint8), "torch.uint8: expected normalised floating-point images"),
-        (torch.zeros(1, 3, 43, 24), "height 43 and width 24 must be multiples of the patch size 8.* height 40 or 48 and width 24"),
+        (
+            torch.zeros(1, 3, 43, 24),
+            "height 43 and width 24 must be multiples of the patch size 8.* height 40 or 48 and width 24",
+        ),
         (torch.zeros(1, 3, 5, 30), "height 5 and width 30 .* height 8 and width 24 or 32"),
         (torch.zeros(1, 3, 0, 24), "height 0 and width 24 .* height 8 and width 24"),
     ],
@@ -138,7 +143,9 @@ def test_images_that_do_not_fit(model, pixel_values, message):
         model(pixel_values)
 
 
-@pytest.mark.parametrize("mask", [torch.zeros(2, 14, dtype=torch.bool), torch.zeros(1, 15, dtype=torch.bool), torch.zeros(2, 15)])
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(2, 14, dtype=torch.bool), torch.zeros(1, 15, dtype=torch.bool), torch.zeros(2, 15)]
+)
 def test_masks_that_do_not_fit(model, images, mask):
     with pytest.raises(ValueError, match=r"bool_masked_pos is .*: expected torch.bool of shape \(2, 15\)"):
         model(images, bool_masked_pos=mask)

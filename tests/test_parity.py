@@ -55,7 +55,9 @@ def test_every_hidden_state(variant, dtype):
             errors = [(relative_error(a, t), relative_error(b, t)) for a, b, t in pairs]
         record(name, dtype, size, errors)
         for i, (our_error, their_error) in enumerate(errors):
-            assert our_error <= BOUND[dtype] * their_error, f"{size}, state {i}: ours {our_error:.3g}, {their_error:.3g}"
+            assert our_error <= BOUND[dtype] * their_error, (
+                f"{size}, state {i}: ours {our_error:.3g}, {their_error:.3g}"
+            )
 
 
 @pytest.mark.parametrize("name", ["vits16", "vits16plus"])
@@ -125,7 +127,7 @@ def test_gradients_of_input_and_weights(name, tmp_path):
         return {"pixel_values": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
     def as_ours(grads):
-        """transformers' gradients under our names, by the table that loading goes by."""
+        """Transformers' gradients under our names, by the table that loading goes by."""
         on_disk = {name.replace("model.layer.", "layer."): g for name, g in grads.items()}
         result = {"pixel_values": on_disk["pixel_values"]}
         for name, sources in TRANSFORMERS.sources(config).items():

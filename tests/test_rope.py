@@ -13,7 +13,24 @@ from dinov3_lite.rope import RotaryEmbedding2D, apply_rope, patch_center_coords,
 
 def test_periods_are_the_published_ones():
     """Of head dim 64 rounded to bfloat16, as Meta's files hold them."""
-    published = [1, 1.3359375, 1.78125, 2.375, 3.15625, 4.21875, 5.625, 7.5, 10, 13.3125, 17.75, 23.75, 31.625, 42.25, 56.25, 75]
+    published = [
+        1,
+        1.3359375,
+        1.78125,
+        2.375,
+        3.15625,
+        4.21875,
+        5.625,
+        7.5,
+        10,
+        13.3125,
+        17.75,
+        23.75,
+        31.625,
+        42.25,
+        56.25,
+        75,
+    ]
     assert rope_periods(DINOv3Config.from_name("vitb16")).bfloat16().float().tolist() == published
 
 
@@ -24,7 +41,7 @@ def test_coordinates_are_patch_centres_row_by_row():
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (14, 14), (1, 7)])
 def test_tables_from_the_formula(grid):
-    """angle = 2 pi coordinate / period, frequencies of y first; the identity for prefix tokens."""
+    """Angle = 2 pi coordinate / period, frequencies of y first; the identity for prefix tokens."""
     rope = RotaryEmbedding2D(TINY).eval()
     cos, sin = rope(*grid, 5, torch.float64)
     assert cos.shape == sin.shape == (5 + grid[0] * grid[1], 8)
@@ -65,7 +82,9 @@ def test_half_precision_is_rotated_in_float32_and_rounded_once():
     assert ((ours.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16), lambda m: m.double()]
+)
 def test_periods_stay_float32_to_the_bit(cast):
     model = DINOv3ViT(TINY)
     model.rope_embed.periods.copy_(torch.tensor([1.0, 3.15625, 10.1, 31.7]))

@@ -1,0 +1,50 @@
+PYTHON ?= python3
+# One environment; what the tests compare with lies beside it, since two releases of transformers can't share one.
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+REFERENCES := .venv/references
+OLD_TRANSFORMERS := $(REFERENCES)/transformers-4.57.6
+
+.PHONY: demo test lint types bench parity-table clean
+
+demo: .venv/installed-demo  ## the main job: make a checkpoint, convert it, features and picture of a photograph
+	rm -rf demo && mkdir demo
+	$(BIN)/python -m dinov3_lite sample demo/checkpoint
+	$(BIN)/python -m convert demo/checkpoint
+	cp "$$($(BIN)/python -c 'from matplotlib.cbook import get_sample_data; print(get_sample_data("grace_hopper.jpg", asfileobj=False))')" demo/photo.jpg
+	$(BIN)/python -m dinov3_lite features demo/photo.jpg --model demo/checkpoint/dinov3_lite.safetensors --size 512 \
+		--output demo/features.safetensors --picture demo/pca.png --query 290,250
+
+test: .venv/installed-dev  ## all tests, then the parity tests once more against an older transformers
+	$(BIN)/pytest
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest tests/test_parity.py tests/test_layouts.py
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+bench: .venv/installed-dev  ## start-up beside transformers
+	$(BIN)/python benchmarks/startup.py
+
+parity-table: .venv/installed-dev
+	$(BIN)/python benchmarks/parity.py
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/installed-demo: pyproject.toml constraints.txt | .venv/bin/pip
+	$(PIP) install -q -c constraints.txt -e '.[images,plots]'
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
+	$(PIP) install -q -c constraints.txt -e '.[images,plots,dev]'
+	$(PIP) install -q --no-deps --upgrade --target $(OLD_TRANSFORMERS) transformers==4.57.6 huggingface-hub==0.36.2 \
+		tokenizers==0.22.2 requests urllib3 idna certifi charset-normalizer
+	$(PIP) install -q --no-deps --upgrade --target $(REFERENCES)/torchvision -c constraints.txt torchvision
+	touch $@

@@ -1,0 +1,160 @@
+"""Who may import whom, what an import pulls in, and what a wheel installs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, run_python
+
+# The floors: a file may import, of ours, only what stands here. `lazily` counts as importing.
+EDGES = {
+    "kernels/*": {"kernels/*"},
+    "dinov3_lite/config.py": set(),
+    "dinov3_lite/rope.py": {"config"},
+    "dinov3_lite/attention.py": {"rope"},
+    "dinov3_lite/layouts.py": {"config", "rope"},
+    "dinov3_lite/hub.py": set(),
+    "dinov3_lite/weights.py": {"config", "hub", "layouts"},
+    "dinov3_lite/model.py": {"attention", "config", "rope", "weights"},
+    "dinov3_lite/image.py": {"weights"},
+    "dinov3_lite/picture.py": set(),
+    "dinov3_lite/sample.py": {"config", "image", "layouts", "model", "weights"},
+    "dinov3_lite/__init__.py": {"config", "image", "model"},
+    "dinov3_lite/__main__.py": {"", "picture", "sample"},
+    "convert/*": {"dinov3_lite.layouts", "dinov3_lite.weights", "convert/*"},
+}
+OURS = ("dinov3_lite", "convert", "kernels")
+
+
+def library_files() -> list[Path]:
+    return sorted(p.relative_to(ROOT) for folder in OURS for p in (ROOT / folder).glob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    """Our modules that a file imports, anywhere in it: `config` for one of its own folder, or the dotted name."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] in OURS}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, f"{file}:{node.lineno}"
+            siblings = {a.name for a in node.names if (ROOT / file.parent / f"{a.name}.py").exists()}
+            found |= siblings if not node.module else {node.module}
+            if not node.module and len(siblings) < len(node.names):
+                found.add("")
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in OURS:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("file", library_files(), ids=str)
+def test_nothing_imports_upwards(file):
+    folder = f"{file.parent}/*"
+    allowed = EDGES.get(str(file), EDGES.get(folder))
+    assert allowed is not None, f"{file} has no floor yet: add it to EDGES"
+    own = {p.stem for p in (ROOT / file.parent).glob("*.py")} | {""} if folder in allowed else set()
+    assert imports(file) <= allowed | own
+
+
+def test_the_library_never_names_its_references():
+    for file in library_files():
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"transformers", "timm", "torchvision"}, file
+
+
+def test_importing_pulls_in_nothing_heavy():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import dinov3_lite, convert
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(new & {"transformers", "triton", "PIL", "huggingface_hub", "matplotlib", "timm", "torchvision", "sympy"}))
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_loading_and_running_pull_in_nothing_heavy_either(tmp_path):
+    from helpers import TINY, write_checkpoint
+
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+from dinov3_lite import DINOv3ViT, ImageProcessor
+model = DINOv3ViT.from_pretrained({str(write_checkpoint(tmp_path, TINY))!r})
+images = ImageProcessor(size=(16, 16))(torch.zeros(3, 20, 20, dtype=torch.uint8))
+with torch.no_grad():
+    model(**images)
+new = {{name.split(".")[0] for name in set(sys.modules) - before}}
+print(sorted(new & {{"transformers", "triton", "PIL", "huggingface_hub", "sympy"}}))
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_kernels_folder_is_harmless_under_its_own_name():
+    """With the root on the path, transformers takes our folder for the package `kernels`: that must not break it."""
+    pytest.importorskip("transformers")
+    code = """
+import kernels, transformers
+assert kernels.__version__
+assert not hasattr(kernels, "CUDAProperties")
+print(transformers.DINOv3ViTModel.__name__)
+"""
+    done = run_python(code, cwd=ROOT)
+    assert done.stdout.strip() == "DINOv3ViTModel", done.stderr
+
+
+def test_a_wheel_has_the_kernels_inside_the_package_only(tmp_path):
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("needs the git checkout, to build a wheel of what is tracked")
+    for name in filter(None, tracked.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "src" / name)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    done = subprocess.run(command, cwd=tmp_path / "src", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"dinov3_lite", "convert"}
+    assert {"dinov3_lite/kernels/__init__.py", "dinov3_lite/py.typed", "convert/py.typed"} <= set(names)
+
+    # and what is installed from it works where there is no checkout
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    ]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    code = "import dinov3_lite.kernels as k; print(k.__file__); k.rope_attention_reference"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.startswith(str(tmp_path / "site" / "dinov3_lite" / "kernels")), done.stderr
