@@ -12,8 +12,8 @@ demo: .venv/installed-demo  ## the main job: make a checkpoint, convert it, feat
 	$(BIN)/python -m dinov3_lite sample demo/checkpoint
 	$(BIN)/python -m convert demo/checkpoint
 	cp "$$($(BIN)/python -c 'from matplotlib.cbook import get_sample_data; print(get_sample_data("grace_hopper.jpg", asfileobj=False))')" demo/photo.jpg
-	$(BIN)/python -m dinov3_lite features demo/photo.jpg --model demo/checkpoint/dinov3_lite.safetensors --size 512 \
-		--output demo/features.safetensors --picture demo/pca.png --query 290,250
+	$(BIN)/python -m dinov3_lite features demo/photo.jpg --model demo/checkpoint/dinov3_lite.safetensors --size 768 \
+		--output demo/features.safetensors --picture demo/pca.png --query 290,270
 
 test: .venv/installed-dev  ## all tests, then the parity tests once more against an older transformers
 	$(BIN)/pytest

@@ -85,6 +85,6 @@ def _colour_frequency_filters(config: DINOv3Config) -> Tensor:
     frequency = k[:, None] ** 2 + k**2
     order = frequency.flatten().argsort(stable=True)[: config.hidden_size // len(opponent)]
     basis = torch.einsum("uy,vx->uvyx", cosines, cosines).flatten(0, 1)[order]  # (n, p, p)
-    gain = (1 + frequency.flatten()[order].sqrt()) / p**2
+    gain = (1 + 0.5 * frequency.flatten()[order].sqrt()) / p**2
     filters = torch.einsum("nyx,n,oc->noyxc", basis, gain, opponent)
     return filters.permute(0, 1, 4, 2, 3).flatten(0, 1)

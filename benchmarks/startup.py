@@ -1,0 +1,126 @@
+"""From a new process to the first ViT-B features: ours beside transformers' from_pretrained, on the same weights.
+
+    python benchmarks/startup.py [--rounds 7] [--variant vitb16]
+
+Each round starts a process for each contender, in rotated order. Times start after `import torch`, which both need;
+files are in the page cache. Peak memory is Linux's VmHWM. Prints medians, quartiles and ratios, and writes
+benchmarks/results/startup.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from environment import RESULTS, environment
+from safetensors.torch import save_file
+
+from convert import convert
+from dinov3_lite import DINOv3Config
+from dinov3_lite.layouts import TRANSFORMERS
+from dinov3_lite.sample import made_weights
+
+MEASURE = """
+import json, time
+import torch
+def peak():  # KiB
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+base = peak()
+images = torch.zeros(1, 3, 224, 224)
+t0 = time.perf_counter()
+{imports}
+t1 = time.perf_counter()
+model = {load}
+t2 = time.perf_counter()
+with torch.inference_mode():
+    features = model(images).last_hidden_state
+t3 = time.perf_counter()
+print(json.dumps({{"import": t1 - t0, "load": t2 - t1, "forward": t3 - t2, "total": t3 - t0,
+                   "peak": (peak() - base) / 1024, "checksum": features.double().abs().sum().item()}}))
+"""
+IMPORT_OURS = "from dinov3_lite import DINOv3ViT"
+CONTENDERS = {
+    "ours, converted file": (IMPORT_OURS, "DINOv3ViT.from_pretrained({folder!r} + '/converted.safetensors')"),
+    "ours, transformers' folder": (IMPORT_OURS, "DINOv3ViT.from_pretrained({folder!r})"),
+    "transformers": ("from transformers import DINOv3ViTModel", "DINOv3ViTModel.from_pretrained({folder!r}).eval()"),
+}
+SECONDS = ("import", "load", "forward", "total")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--variant", default="vitb16")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), args.variant)
+        megabytes = (Path(folder) / "model.safetensors").stat().st_size / 2**20
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+        names = list(CONTENDERS)
+        for i in range(args.rounds + 1):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                run = measure(name, folder)
+                if i:  # the first round fills caches
+                    runs[name].append(run)
+
+    checksums = {name: run[0]["checksum"] for name, run in runs.items()}
+    reference = checksums["transformers"]
+    for name, checksum in checksums.items():
+        assert abs(checksum / reference - 1) < 1e-5, f"{name} computes other features: {checksums}"
+
+    result = {"environment": environment(), "variant": args.variant, "megabytes": megabytes, "runs": runs}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "startup.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    print(f"{args.variant}, {megabytes:.0f} MiB of float32 weights, 224 x 224 px, batch 1\n")
+    print(table(result))
+
+
+def write_checkpoint(folder: Path, variant: str) -> None:
+    config = DINOv3Config.from_name(variant)
+    weights = made_weights(config)
+    theirs = {
+        source: part.contiguous()
+        for name, sources in TRANSFORMERS.sources(config).items()
+        for (source, _), part in zip(sources, weights[name].chunk(len(sources)), strict=True)
+    }
+    save_file(theirs, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    convert(folder, folder / "converted.safetensors")
+
+
+def measure(name: str, folder: str) -> dict[str, float]:
+    imports, load = CONTENDERS[name]
+    code = MEASURE.format(imports=imports, load=load.format(folder=folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(result: dict) -> str:
+    """A row a contender: medians, and the ratio of the totals to transformers'."""
+    lines = [
+        "| | import ms | load ms | first forward ms | total ms (quartiles) | ratio | peak MiB above `import torch` |"
+    ]
+    lines.append("|---" * 7 + "|")
+    runs = result["runs"]
+    baseline = statistics.median(run["total"] for run in runs["transformers"])
+    for name, measured in runs.items():
+        median = {key: statistics.median(run[key] for run in measured) for key in (*SECONDS, "peak")}
+        low, _, high = statistics.quantiles([run["total"] for run in measured], n=4)
+        cells = [f"{median[key] * 1e3:.0f}" for key in SECONDS[:-1]]
+        cells.append(f"{median['total'] * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})")
+        cells += [f"{median['total'] / baseline:.3f}", f"{median['peak']:.0f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
