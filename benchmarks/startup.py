@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from convert import convert
 from dinov3_lite import DINOv3Config
-from dinov3_lite.layouts import TRANSFORMERS
+from dinov3_lite.layouts import TRANSFORMERS, rename
 from dinov3_lite.sample import made_weights
 
 MEASURE = """
@@ -84,12 +84,7 @@ def main() -> None:
 
 def write_checkpoint(folder: Path, variant: str) -> None:
     config = DINOv3Config.from_name(variant)
-    weights = made_weights(config)
-    theirs = {
-        source: part.contiguous()
-        for name, sources in TRANSFORMERS.sources(config).items()
-        for (source, _), part in zip(sources, weights[name].chunk(len(sources)), strict=True)
-    }
+    theirs = {name: t.contiguous() for name, t in rename(made_weights(config), TRANSFORMERS, config).items()}
     save_file(theirs, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     convert(folder, folder / "converted.safetensors")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import math
+import json
+import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
 
-from dinov3_lite.weights import Checkpoint, locate, open_source, weight_files
+from dinov3_lite.files import checkpoint_files
+from dinov3_lite.layouts import LAYOUTS
+from dinov3_lite.weights import LITE_FILE, locate, open_source
 
-from . import convert_opened
+from . import MAX_SHARD_SIZE, convert_opened
+from .describe import as_text, describe, summary
+from .verify import verify
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -20,50 +26,65 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        sources = _models(locate(args.source))
+        sources = _models(locate(args.source, revision=args.revision))
     except (OSError, ValueError) as error:
         return _fail(error)
-    status = 0
+    failed = []
     for source in sources:
-        output = args.output
-        if output is not None and len(sources) > 1:
-            output = output / source.name
         try:
-            start = time.perf_counter()
-            opened = open_source(source)
-            path = convert_opened(
-                opened,
-                output,
-                to=args.to,
-                dtype=DTYPES.get(args.dtype),
-                force=args.force,
-                progress=not args.quiet,
-            )
+            if args.inspect:
+                description = describe(open_source(source))
+                print(json.dumps(description, indent=2) if args.json else as_text(description))
+            else:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", UserWarning)
+                    _convert(
+                        source, args, args.output / source.name if args.output and len(sources) > 1 else args.output
+                    )
+                for warning in caught:
+                    print(f"convert: warning: {warning.message}", file=sys.stderr)
         except (OSError, ValueError) as error:
-            status = _fail(error)
-        else:
-            if not args.quiet:
-                print(summary(opened, path, time.perf_counter() - start))
-    return status
+            failed.append(source)
+            _fail(error)
+    if failed and len(sources) > 1:
+        print(f"convert: {len(failed)} of {len(sources)} failed: {', '.join(map(str, failed))}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def summary(opened: Checkpoint, path: Path, seconds: float) -> str:
-    """One line on a conversion: variant, parameters, dtype, bytes, seconds, and what became what."""
-    written = open_source(path)
-    millions = sum(math.prod(stored.shape) for parts in written.sources.values() for stored in parts) / 1e6
-    dtype = str(written.dtype).removeprefix("torch.")
-    megabytes = path.stat().st_size / 1e6
-    return (
-        f"{written.config.name}  {millions:.1f} M parameters  {dtype}  {megabytes:.1f} MB  {seconds:.2f} s  "
-        f"{opened.weights_id} -> {written.weights_id}  {path}"
+def _convert(source: Path, args: argparse.Namespace, output: Path | None) -> None:
+    start = time.perf_counter()
+    opened = open_source(source)
+    dtype = DTYPES.get(args.dtype)
+    path = convert_opened(
+        opened,
+        output,
+        to=args.to,
+        dtype=dtype,
+        force=args.force,
+        allow_loss=args.allow_loss,
+        max_shard_size=args.max_shard_size,
+        progress=not args.quiet,
     )
+    seconds = time.perf_counter() - start
+    verified = f"  {verify(opened, path, dtype)}" if args.verify else ""
+    if not args.quiet:
+        print(summary(opened, open_source(path), seconds) + verified)
+        for item in opened.left_out:
+            print(f"  left out {item}")
 
 
 def _models(path: Path) -> list[Path]:
     """The source itself, or the model folders in it if it is a folder of them."""
-    if path.is_file() or weight_files(path):
+    if path.is_file() or _is_model(path):
         return [path]
-    return sorted(p for p in path.iterdir() if p.is_dir() and weight_files(p)) or [path]
+    return sorted(p for p in path.iterdir() if p.is_dir() and _is_model(p)) or [path]
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return bool(checkpoint_files(folder)) or (folder / LITE_FILE).is_file()
+    except ValueError:  # a damaged index: a model all the same, which fails by itself
+        return True
 
 
 def _fail(error: Exception) -> int:
@@ -71,19 +92,38 @@ def _fail(error: Exception) -> int:
     return 1
 
 
+def _size(text: str) -> int:
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    match = re.fullmatch(r"(\d+)(KB|MB|GB)?", text)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB")
+    return int(match[1]) * units[match[2] or ""]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Make one self-describing file, dinov3_lite.safetensors, of a DINOv3 checkpoint.",
+        description="Convert DINOv3 checkpoints between the layouts of transformers, Meta, timm and dinov3-lite.",
     )
-    parser.add_argument(
-        "source", help="a checkpoint folder, a folder of such folders, a .safetensors file, or a hub id"
+    add = parser.add_argument
+    add("source", help="a checkpoint folder, a folder of such folders, a .safetensors or .pth file, or a hub id")
+    add("--output", type=Path, help="file or folder to write to (default: beside the source)")
+    add("--to", choices=LAYOUTS, default="lite", help="layout to write (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="dtype of the weights (default: the source's own)")
+    add(
+        "--max-shard-size",
+        type=_size,
+        default=MAX_SHARD_SIZE,
+        metavar="5GB",
+        help="size of one file of transformers' layout",
     )
-    parser.add_argument("--output", type=Path, help="file or folder to write to (default: beside the source)")
-    parser.add_argument("--to", choices=["lite"], default="lite", help="layout to write (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the source's own)")
-    parser.add_argument("--force", action="store_true", help="replace an existing output")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    add("--verify", action="store_true", help="open again what was written, compare it with the source, run both")
+    add("--allow-loss", action="store_true", help="go on where the layout can't hold something of the source")
+    add("--inspect", action="store_true", help="say what the source is, and write nothing")
+    add("--json", action="store_true", help="with --inspect: as JSON")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--force", action="store_true", help="replace existing output")
+    add("--quiet", action="store_true", help="no progress bar and no summary")
     return parser
 
 

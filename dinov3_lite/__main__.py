@@ -25,11 +25,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.run is features and args.query and not args.picture:
+        parser.error("--query is drawn into the picture: give --picture too")
     try:
         args.run(args)
-    except (OSError, ValueError) as error:
-        print(f"dinov3_lite: {error}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError, AssertionError, ImportError) as error:  # torch's for a missing device
+        print(f"dinov3_lite: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
@@ -40,27 +43,24 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def features(args: argparse.Namespace) -> None:
-    from PIL import Image
-
+    _check_outputs(args)
     model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
     processor = ImageProcessor.from_pretrained(args.model)
     if args.size:
         processor = replace(processor, size=args.size)
     print(f"{model.config.name}  weights {model.weights_id}")
 
-    photos, outputs = [], []
+    outputs = []
     with torch.inference_mode():
         for file in tqdm(args.photos, unit="photo", disable=None if len(args.photos) > 1 else True):
-            with Image.open(file) as image:
-                photo = image.convert("RGB")
-            pixel_values = processor(photo)["pixel_values"].to(args.device)
-            outputs.append(model(pixel_values))
-            photos.append(photo)
+            photo = _open(file)
+            _check_query(args.query, file, photo)
+            outputs.append(model(processor(photo)["pixel_values"].to(args.device)))
 
     R, (h, w) = model.config.num_register_tokens, outputs[0].grid
     height, width = h * model.patch_size, w * model.patch_size
     print(
-        f"{len(photos)} photo{'s' * (len(photos) > 1)} at {height} x {width} px: "
+        f"{len(outputs)} photo{'s' * (len(outputs) > 1)} at {height} x {width} px: "
         f"1 CLS + {R} registers + {h} x {w} patches = {1 + R + h * w} tokens of {model.embed_dim}"
     )
     feature_maps = torch.cat([out.feature_map for out in outputs])
@@ -78,20 +78,49 @@ def features(args: argparse.Namespace) -> None:
     print(f"{args.output}: " + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()))
     if args.picture:
         caption = f"{model.config.name}, weights {model.weights_id}"
-        _draw(args, photos, feature_maps.cpu(), caption).save(args.picture)
+        _draw(args, feature_maps.cpu(), caption).save(args.picture)
         print(f"{args.picture}: the first three principal components of the patch tokens")
 
 
-def _draw(args: argparse.Namespace, photos: list[Image.Image], feature_maps: Tensor, caption: str) -> Image.Image:
+def _check_outputs(args: argparse.Namespace) -> None:
+    """What would otherwise fail after all the work."""
+    for output in filter(None, (args.output, args.picture)):
+        if not output.parent.is_dir():
+            raise FileNotFoundError(f"{output}: there is no folder {output.parent}: make it first")
+        if output.resolve() in {photo.resolve() for photo in args.photos}:
+            raise ValueError(f"{output}: is one of the photos: give another name")
+    if args.picture:
+        from PIL import Image
+
+        if args.picture.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"{args.picture}: unknown type of picture: name it .png or .jpg")
+
+
+def _check_query(query: tuple[int, int] | None, file: Path, photo: Image.Image) -> None:
+    if query and not (query[0] < photo.width and query[1] < photo.height):
+        raise ValueError(
+            f"--query {query[0]},{query[1]} is outside {file}, which is {photo.width} x {photo.height} pixels"
+        )
+
+
+def _open(file: Path) -> Image.Image:
+    """A photo as people see it: in RGB, turned as its camera was held."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _draw(args: argparse.Namespace, feature_maps: Tensor, caption: str) -> Image.Image:
     rows: list[list[tuple[Image.Image | Tensor, str]]] = []
-    for file, photo, colours, feature_map in zip(
-        args.photos, photos, picture.pca_colours(feature_maps), feature_maps, strict=True
-    ):
-        row: list[tuple[Image.Image | Tensor, str]] = [(photo, file.name), (colours, f"PCA, {caption}")]
+    for file, colours, feature_map in zip(args.photos, picture.pca_colours(feature_maps), feature_maps, strict=True):
+        photo = _open(file)
+        thumbnail = photo.resize(
+            (max(1, round(picture.PANEL_HEIGHT * photo.width / photo.height)), picture.PANEL_HEIGHT)
+        )
+        row: list[tuple[Image.Image | Tensor, str]] = [(thumbnail, file.name), (colours, f"PCA, {caption}")]
         if args.query:
             x, y = args.query
-            if not (0 <= x < photo.width and 0 <= y < photo.height):
-                raise ValueError(f"--query {x},{y} is outside {file}, which is {photo.width} x {photo.height} pixels")
             _, h, w = feature_map.shape
             map_ = picture.similarity(feature_map, y * h // photo.height, x * w // photo.width)
             row.append((map_.clamp(0, 1), f"cosine similarity to the patch at {x},{y}"))

@@ -23,8 +23,9 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, s
     """softmax(scale q k^T) v as written, in the tables' dtype (float32 or wider): the definition of the others."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide_q, wide_k, wide_v = (x.to(cos.dtype) for x in (q, k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", apply_rope(wide_q, cos, sin), apply_rope(wide_k, cos, sin)) * scale
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), wide_v).to(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("bqhd,bkhd->bhqk", apply_rope(wide_q, cos, sin), apply_rope(wide_k, cos, sin)) * scale
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), wide_v).to(q.dtype)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:

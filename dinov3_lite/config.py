@@ -125,12 +125,16 @@ def _checked(name: str, kind: str, value: Any) -> Any:
     if value is None and kind.endswith("| None"):
         return None
     kind = kind.removesuffix(" | None")
-    if name in ("patch_size", "image_size") and isinstance(value, (list, tuple)) and len(set(value)) == 1:
+    if (
+        name in ("patch_size", "image_size")
+        and isinstance(value, (list, tuple))
+        and list(value[:1]) * len(value) == list(value) != []
+    ):
         value = value[0]  # transformers 5.23 also writes a pair; only square ones exist
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     valid = {
         "int": number and isinstance(value, int),
-        "float": number and value == value and abs(value) != float("inf"),
+        "float": number and -1e30 < value < 1e30,
         "bool": isinstance(value, bool),
         "str": isinstance(value, str),
     }[kind]
@@ -138,6 +142,8 @@ def _checked(name: str, kind: str, value: Any) -> Any:
         raise ValueError(f"{name} is {value!r}: expected {kind}")
     if number and (value < 0 or (value == 0 and name in _POSITIVE)):
         raise ValueError(f"{name} is {value}: expected {'more than zero' if name in _POSITIVE else 'zero or more'}")
+    if kind == "int" and value > (limit := 1000 if name == "num_hidden_layers" else 2**20):
+        raise ValueError(f"{name} is {value}: expected at most {limit}")
     return float(value) if kind == "float" else value
 
 

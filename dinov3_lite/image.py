@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -32,6 +33,19 @@ class ImageProcessor:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     rescale_factor: float = 1 / 255
+
+    def __post_init__(self) -> None:
+        size = self.size
+        if size is not None and not (len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
+            raise ValueError(f"size is {size}: expected (height, width), two whole numbers of pixels")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or len(value) != 3 or not all(map(_is_number, value)):
+                raise ValueError(f"{name} is {value}: expected three numbers, one a channel")
+        if not all(self.std):
+            raise ValueError(f"std is {self.std}: expected three numbers, none of them zero")
+        if not _is_number(self.rescale_factor):
+            raise ValueError(f"rescale_factor is {self.rescale_factor}: expected a number")
 
     @classmethod
     def from_pretrained(
@@ -75,15 +89,15 @@ class ImageProcessor:
         if d.get("resample", BILINEAR) != BILINEAR:
             raise ValueError(f"resample is {d['resample']}: only bilinear ({BILINEAR}) is supported")
         size = d.get("size", {"height": 224, "width": 224})
-        if isinstance(size, int):
+        if isinstance(size, int) and not isinstance(size, bool):
             size = {"height": size, "width": size}
         if not isinstance(size, dict) or not {"height", "width"} <= size.keys():
             raise ValueError(f"size is {size}: expected a height and a width")
         normalise = d.get("do_normalize", True)
         return cls(
             size=(size["height"], size["width"]) if d.get("do_resize", True) else None,
-            mean=tuple(d.get("image_mean", IMAGENET_MEAN)) if normalise else (0.0,),
-            std=tuple(d.get("image_std", IMAGENET_STD)) if normalise else (1.0,),
+            mean=_as_tuple(d.get("image_mean", IMAGENET_MEAN)) if normalise else (0.0,) * 3,
+            std=_as_tuple(d.get("image_std", IMAGENET_STD)) if normalise else (1.0,) * 3,
             rescale_factor=d.get("rescale_factor", 1 / 255) if d.get("do_rescale", True) else 1.0,
         )
 
@@ -109,17 +123,27 @@ class ImageProcessor:
         x = image.to(torch.float32) * self.rescale_factor
         if self.size is not None and x.shape[1:] != self.size:
             x = F.interpolate(x[None], self.size, mode="bilinear", antialias=True, align_corners=False)[0]
-        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def to_tensor(image: Any) -> Tensor:
     """One picture as a (3, H, W) uint8 tensor."""
     if isinstance(image, Tensor):
         tensor = image
-    elif isinstance(image, np.ndarray):
-        tensor = torch.from_numpy(np.ascontiguousarray(image))
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        tensor = torch.from_numpy(image.copy())
         tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
+    elif isinstance(image, np.ndarray):
+        tensor = torch.empty(0)
     elif hasattr(image, "convert"):  # a PIL image, without importing PIL
         tensor = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     else:

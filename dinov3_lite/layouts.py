@@ -1,22 +1,29 @@
 """How each checkpoint layout names and cuts the model's tensors: one table per layout, read line by line.
 
-A row says which of our tensors is the concatenation, along the first axis, of which of theirs. Shapes are in letters of
-the config: C hidden_size, F intermediate_size, R num_register_tokens, I num_channels, p patch_size, E a quarter of the
-head dim; `{i}` is the block's number. A new layout is a new table.
+A row is an equation: their tensors, one after the other along the first axis, hold what ours hold, one after the other.
+Shapes are in letters of the config: C hidden_size, F intermediate_size, R num_register_tokens, I num_channels,
+p patch_size, E a quarter of the head dim; `{i}` is the block's number. Both directions follow from the table.
+A new layout is a new table.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .config import DINOv3Config
+from .files import Shape
 from .rope import rope_periods
 
-Shape = tuple[int, ...]
+Make = Callable[[DINOv3Config], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,36 +46,90 @@ class Spec:
         return int(self.shape[0]) if self.shape[0].isdigit() else 1
 
 
-@dataclass(frozen=True)
-class Row:
-    """One of our tensors and what it is called, or of what parts it is made, in another layout."""
+class Row(NamedTuple):
+    """`theirs`, each of `shape`, one after the other, are `ours`, one after the other (names parted by spaces).
 
-    ours: str
-    theirs: tuple[str, ...]
+    One of ours that a config lacks counts as zeros, if the row holds another that exists: Meta's key bias.
+    """
+
+    theirs: str
     shape: str
-    """of each of theirs"""
+    ours: str
+
+
+class Assumed(NamedTuple):
+    """What a layout does not store: the value that its readers assume instead, and why."""
+
+    make: Make
+    reason: str
+
+
+class Derived(NamedTuple):
+    """A tensor of theirs that follows from the config: written as `make` has it, expected to be that when read."""
+
+    shape: str
+    make: Make
+    beside: str
+    """the tensor of theirs that it accompanies"""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint layout: its table, and what it leaves to be computed from the config."""
+    """A checkpoint layout: its table, and what stands outside of it."""
 
     name: str
     rows: tuple[Row, ...]
-    computed: Mapping[str, Callable[[DINOv3Config], Tensor]] = field(default_factory=dict)
+    assumed: Mapping[str, Assumed] = field(default_factory=dict)
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that a file may hold and the model does not need, with the reason."""
 
-    def sources(self, config: DINOv3Config) -> dict[str, list[tuple[str, Shape]]]:
-        """For each of our tensors that this layout stores: names and shapes of theirs that make it up."""
-        rows = {row.ours: row for row in self.rows}
-        ours = {}
-        for spec in LITE_SPECS:
-            if spec.exists(config) and spec.name not in self.computed:
-                row = rows[spec.name]
+    def equations(self, config: DINOv3Config) -> list[Equation]:
+        """The rows that a config calls for, block by block, with names and shapes filled in."""
+        result = []
+        for row in self.rows:
+            ours = row.ours.split()
+            if any(_SPECS[name].exists(config) for name in ours):
                 shape = shape_of(row.shape, config)
-                for i in _block_numbers(spec.name, config):
-                    ours[spec.name.format(i=i)] = [(name.format(i=i), shape) for name in row.theirs]
-        return ours
+                shapes = [shape_of(_SPECS[name].shape, config) for name in ours]
+                for i in _block_numbers(row.ours, config):
+                    theirs = [(name.format(i=i), shape) for name in row.theirs.split()]
+                    result.append(
+                        Equation(theirs, [(name.format(i=i), s) for name, s in zip(ours, shapes, strict=True)])
+                    )
+        return result
 
+    def derived_tensors(self, config: DINOv3Config, theirs: Collection[str]) -> dict[str, Tensor]:
+        """The derived tensors that accompany those of theirs."""
+        return {
+            name.format(i=i): derived.make(config)
+            for name, derived in self.derived.items()
+            for i in _block_numbers(name, config)
+            if derived.beside.format(i=i) in theirs
+        }
+
+
+class Equation(NamedTuple):
+    """One row for one block: (name, shape) of theirs and of ours."""
+
+    theirs: list[tuple[str, Shape]]
+    ours: list[tuple[str, Shape]]
+
+
+def _zeros(shape: str) -> Make:
+    return lambda config: torch.zeros(shape_of(shape, config), device="cpu")
+
+
+def _key_bias_mask(config: DINOv3Config) -> Tensor:
+    ones = torch.ones(config.hidden_size, device="cpu")
+    return torch.cat((ones, torch.zeros_like(ones), ones))
+
+
+_NO_PERIODS = Assumed(
+    rope_periods, "it computes RoPE periods from the config, and these are others (Meta's are rounded)"
+)
+_NO_MASK_TOKEN = Assumed(_zeros("1,1,C"), "it has no mask token")
+_NO_KEY_BIAS = Assumed(_zeros("C"), "it has no key bias")
 
 # fmt: off
 LITE_SPECS: tuple[Spec, ...] = (
@@ -103,64 +164,208 @@ LITE_SPECS: tuple[Spec, ...] = (
 )
 
 # Our own file: the model's state dict as it is.
-LITE = Layout("lite", tuple(Row(spec.name, (spec.name,), spec.shape) for spec in LITE_SPECS))
+LITE = Layout("lite", tuple(Row(spec.name, spec.shape, spec.name) for spec in LITE_SPECS))
 
-# transformers' DINOv3ViTModel, as all its releases write it to disk. RoPE frequencies are not stored.
+# transformers' DINOv3ViTModel, as all its releases write it to disk.
 TRANSFORMERS = Layout("transformers", (
-    Row("cls_token",                  ("embeddings.cls_token",), "1,1,C"),
-    Row("register_tokens",            ("embeddings.register_tokens",), "1,R,C"),
-    Row("mask_token",                 ("embeddings.mask_token",), "1,1,C"),
-    Row("patch_embed.proj.weight",    ("embeddings.patch_embeddings.weight",), "C,I,p,p"),
-    Row("patch_embed.proj.bias",      ("embeddings.patch_embeddings.bias",), "C"),
-    Row("blocks.{i}.norm1.weight",    ("layer.{i}.norm1.weight",), "C"),
-    Row("blocks.{i}.norm1.bias",      ("layer.{i}.norm1.bias",), "C"),
-    Row("blocks.{i}.attn.qkv.weight", ("layer.{i}.attention.q_proj.weight",
-                                       "layer.{i}.attention.k_proj.weight",
-                                       "layer.{i}.attention.v_proj.weight"), "C,C"),
-    Row("blocks.{i}.attn.qkv.q_bias", ("layer.{i}.attention.q_proj.bias",), "C"),
-    Row("blocks.{i}.attn.qkv.k_bias", ("layer.{i}.attention.k_proj.bias",), "C"),
-    Row("blocks.{i}.attn.qkv.v_bias", ("layer.{i}.attention.v_proj.bias",), "C"),
-    Row("blocks.{i}.attn.proj.weight", ("layer.{i}.attention.o_proj.weight",), "C,C"),
-    Row("blocks.{i}.attn.proj.bias",  ("layer.{i}.attention.o_proj.bias",), "C"),
-    Row("blocks.{i}.ls1.gamma",       ("layer.{i}.layer_scale1.lambda1",), "C"),
-    Row("blocks.{i}.norm2.weight",    ("layer.{i}.norm2.weight",), "C"),
-    Row("blocks.{i}.norm2.bias",      ("layer.{i}.norm2.bias",), "C"),
-    Row("blocks.{i}.mlp.fc1.weight",  ("layer.{i}.mlp.up_proj.weight",), "F,C"),
-    Row("blocks.{i}.mlp.fc1.bias",    ("layer.{i}.mlp.up_proj.bias",), "F"),
-    Row("blocks.{i}.mlp.fc2.weight",  ("layer.{i}.mlp.down_proj.weight",), "C,F"),
-    Row("blocks.{i}.mlp.fc2.bias",    ("layer.{i}.mlp.down_proj.bias",), "C"),
-    Row("blocks.{i}.mlp.w12.weight",  ("layer.{i}.mlp.gate_proj.weight", "layer.{i}.mlp.up_proj.weight"), "F,C"),
-    Row("blocks.{i}.mlp.w12.bias",    ("layer.{i}.mlp.gate_proj.bias", "layer.{i}.mlp.up_proj.bias"), "F"),
-    Row("blocks.{i}.mlp.w3.weight",   ("layer.{i}.mlp.down_proj.weight",), "C,F"),
-    Row("blocks.{i}.mlp.w3.bias",     ("layer.{i}.mlp.down_proj.bias",), "C"),
-    Row("blocks.{i}.ls2.gamma",       ("layer.{i}.layer_scale2.lambda1",), "C"),
-    Row("norm.weight",                ("norm.weight",), "C"),
-    Row("norm.bias",                  ("norm.bias",), "C"),
-), computed={"rope_embed.periods": rope_periods})
+    Row("embeddings.cls_token",                "1,1,C",   "cls_token"),
+    Row("embeddings.register_tokens",          "1,R,C",   "register_tokens"),
+    Row("embeddings.mask_token",               "1,1,C",   "mask_token"),
+    Row("embeddings.patch_embeddings.weight",  "C,I,p,p", "patch_embed.proj.weight"),
+    Row("embeddings.patch_embeddings.bias",    "C",       "patch_embed.proj.bias"),
+    Row("layer.{i}.norm1.weight",              "C",       "blocks.{i}.norm1.weight"),
+    Row("layer.{i}.norm1.bias",                "C",       "blocks.{i}.norm1.bias"),
+    Row("layer.{i}.attention.q_proj.weight layer.{i}.attention.k_proj.weight layer.{i}.attention.v_proj.weight",
+                                               "C,C",     "blocks.{i}.attn.qkv.weight"),
+    Row("layer.{i}.attention.q_proj.bias",     "C",       "blocks.{i}.attn.qkv.q_bias"),
+    Row("layer.{i}.attention.k_proj.bias",     "C",       "blocks.{i}.attn.qkv.k_bias"),
+    Row("layer.{i}.attention.v_proj.bias",     "C",       "blocks.{i}.attn.qkv.v_bias"),
+    Row("layer.{i}.attention.o_proj.weight",   "C,C",     "blocks.{i}.attn.proj.weight"),
+    Row("layer.{i}.attention.o_proj.bias",     "C",       "blocks.{i}.attn.proj.bias"),
+    Row("layer.{i}.layer_scale1.lambda1",      "C",       "blocks.{i}.ls1.gamma"),
+    Row("layer.{i}.norm2.weight",              "C",       "blocks.{i}.norm2.weight"),
+    Row("layer.{i}.norm2.bias",                "C",       "blocks.{i}.norm2.bias"),
+    Row("layer.{i}.mlp.up_proj.weight",        "F,C",     "blocks.{i}.mlp.fc1.weight"),
+    Row("layer.{i}.mlp.up_proj.bias",          "F",       "blocks.{i}.mlp.fc1.bias"),
+    Row("layer.{i}.mlp.down_proj.weight",      "C,F",     "blocks.{i}.mlp.fc2.weight"),
+    Row("layer.{i}.mlp.down_proj.bias",        "C",       "blocks.{i}.mlp.fc2.bias"),
+    Row("layer.{i}.mlp.gate_proj.weight layer.{i}.mlp.up_proj.weight",
+                                               "F,C",     "blocks.{i}.mlp.w12.weight"),
+    Row("layer.{i}.mlp.gate_proj.bias layer.{i}.mlp.up_proj.bias",
+                                               "F",       "blocks.{i}.mlp.w12.bias"),
+    Row("layer.{i}.mlp.down_proj.weight",      "C,F",     "blocks.{i}.mlp.w3.weight"),
+    Row("layer.{i}.mlp.down_proj.bias",        "C",       "blocks.{i}.mlp.w3.bias"),
+    Row("layer.{i}.layer_scale2.lambda1",      "C",       "blocks.{i}.ls2.gamma"),
+    Row("norm.weight",                         "C",       "norm.weight"),
+    Row("norm.bias",                           "C",       "norm.bias"),
+), assumed={"rope_embed.periods": _NO_PERIODS})
+
+# Meta's .pth files, and all code that descends from Meta's repository.
+META = Layout("meta", (
+    Row("cls_token",                           "1,1,C",   "cls_token"),
+    Row("storage_tokens",                      "1,R,C",   "register_tokens"),
+    Row("mask_token",                          "1,C",     "mask_token"),
+    Row("patch_embed.proj.weight",             "C,I,p,p", "patch_embed.proj.weight"),
+    Row("patch_embed.proj.bias",               "C",       "patch_embed.proj.bias"),
+    Row("rope_embed.periods",                  "E",       "rope_embed.periods"),
+    Row("blocks.{i}.norm1.weight",             "C",       "blocks.{i}.norm1.weight"),
+    Row("blocks.{i}.norm1.bias",               "C",       "blocks.{i}.norm1.bias"),
+    Row("blocks.{i}.attn.qkv.weight",          "3C,C",    "blocks.{i}.attn.qkv.weight"),
+    Row("blocks.{i}.attn.qkv.bias",            "3C",
+        "blocks.{i}.attn.qkv.q_bias blocks.{i}.attn.qkv.k_bias blocks.{i}.attn.qkv.v_bias"),
+    Row("blocks.{i}.attn.proj.weight",         "C,C",     "blocks.{i}.attn.proj.weight"),
+    Row("blocks.{i}.attn.proj.bias",           "C",       "blocks.{i}.attn.proj.bias"),
+    Row("blocks.{i}.ls1.gamma",                "C",       "blocks.{i}.ls1.gamma"),
+    Row("blocks.{i}.norm2.weight",             "C",       "blocks.{i}.norm2.weight"),
+    Row("blocks.{i}.norm2.bias",               "C",       "blocks.{i}.norm2.bias"),
+    Row("blocks.{i}.mlp.fc1.weight",           "F,C",     "blocks.{i}.mlp.fc1.weight"),
+    Row("blocks.{i}.mlp.fc1.bias",             "F",       "blocks.{i}.mlp.fc1.bias"),
+    Row("blocks.{i}.mlp.fc2.weight",           "C,F",     "blocks.{i}.mlp.fc2.weight"),
+    Row("blocks.{i}.mlp.fc2.bias",             "C",       "blocks.{i}.mlp.fc2.bias"),
+    Row("blocks.{i}.mlp.w1.weight blocks.{i}.mlp.w2.weight",
+                                               "F,C",     "blocks.{i}.mlp.w12.weight"),
+    Row("blocks.{i}.mlp.w1.bias blocks.{i}.mlp.w2.bias",
+                                               "F",       "blocks.{i}.mlp.w12.bias"),
+    Row("blocks.{i}.mlp.w3.weight",            "C,F",     "blocks.{i}.mlp.w3.weight"),
+    Row("blocks.{i}.mlp.w3.bias",              "C",       "blocks.{i}.mlp.w3.bias"),
+    Row("blocks.{i}.ls2.gamma",                "C",       "blocks.{i}.ls2.gamma"),
+    Row("norm.weight",                         "C",       "norm.weight"),
+    Row("norm.bias",                           "C",       "norm.bias"),
+), derived={
+    "blocks.{i}.attn.qkv.bias_mask": Derived("3C", _key_bias_mask, beside="blocks.{i}.attn.qkv.bias"),
+}, ignored={
+    "local_cls_norm.weight": "normalises the CLS token of local crops in pretraining",
+    "local_cls_norm.bias": "normalises the CLS token of local crops in pretraining",
+})
+
+# timm's vit_*_patch16_dinov3 models; those called *_qkvb have q_bias and v_bias.
+TIMM = Layout("timm", (
+    Row("cls_token",                           "1,1,C",   "cls_token"),
+    Row("reg_token",                           "1,R,C",   "register_tokens"),
+    Row("patch_embed.proj.weight",             "C,I,p,p", "patch_embed.proj.weight"),
+    Row("patch_embed.proj.bias",               "C",       "patch_embed.proj.bias"),
+    Row("blocks.{i}.norm1.weight",             "C",       "blocks.{i}.norm1.weight"),
+    Row("blocks.{i}.norm1.bias",               "C",       "blocks.{i}.norm1.bias"),
+    Row("blocks.{i}.attn.qkv.weight",          "3C,C",    "blocks.{i}.attn.qkv.weight"),
+    Row("blocks.{i}.attn.q_bias",              "C",       "blocks.{i}.attn.qkv.q_bias"),
+    Row("blocks.{i}.attn.v_bias",              "C",       "blocks.{i}.attn.qkv.v_bias"),
+    Row("blocks.{i}.attn.proj.weight",         "C,C",     "blocks.{i}.attn.proj.weight"),
+    Row("blocks.{i}.attn.proj.bias",           "C",       "blocks.{i}.attn.proj.bias"),
+    Row("blocks.{i}.gamma_1",                  "C",       "blocks.{i}.ls1.gamma"),
+    Row("blocks.{i}.norm2.weight",             "C",       "blocks.{i}.norm2.weight"),
+    Row("blocks.{i}.norm2.bias",               "C",       "blocks.{i}.norm2.bias"),
+    Row("blocks.{i}.mlp.fc1.weight",           "F,C",     "blocks.{i}.mlp.fc1.weight"),
+    Row("blocks.{i}.mlp.fc1.bias",             "F",       "blocks.{i}.mlp.fc1.bias"),
+    Row("blocks.{i}.mlp.fc2.weight",           "C,F",     "blocks.{i}.mlp.fc2.weight"),
+    Row("blocks.{i}.mlp.fc2.bias",             "C",       "blocks.{i}.mlp.fc2.bias"),
+    Row("blocks.{i}.mlp.fc1_g.weight blocks.{i}.mlp.fc1_x.weight",
+                                               "F,C",     "blocks.{i}.mlp.w12.weight"),
+    Row("blocks.{i}.mlp.fc1_g.bias blocks.{i}.mlp.fc1_x.bias",
+                                               "F",       "blocks.{i}.mlp.w12.bias"),
+    Row("blocks.{i}.mlp.fc2.weight",           "C,F",     "blocks.{i}.mlp.w3.weight"),
+    Row("blocks.{i}.mlp.fc2.bias",             "C",       "blocks.{i}.mlp.w3.bias"),
+    Row("blocks.{i}.gamma_2",                  "C",       "blocks.{i}.ls2.gamma"),
+    Row("norm.weight",                         "C",       "norm.weight"),
+    Row("norm.bias",                           "C",       "norm.bias"),
+), assumed={
+    "rope_embed.periods": _NO_PERIODS,
+    "mask_token": _NO_MASK_TOKEN,
+    "blocks.{i}.attn.qkv.k_bias": _NO_KEY_BIAS,
+})
 # fmt: on
 
-LAYOUTS = (LITE, TRANSFORMERS)
+LAYOUTS = {layout.name: layout for layout in (LITE, TRANSFORMERS, META, TIMM)}
+_SPECS = {spec.name: spec for spec in LITE_SPECS}
+
+
+def rename(weights: Mapping[str, Tensor], layout: Layout, config: DINOv3Config) -> dict[str, Tensor]:
+    """A state dict of the model in that layout: names and cuts are theirs, data is shared where nothing is joined."""
+    result: dict[str, Tensor] = {}
+    for equation in layout.equations(config):
+        parts = [
+            weights[name].flatten() if name in weights else torch.zeros(shape).flatten()
+            for name, shape in equation.ours
+        ]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        cut = flat.split([numel(shape) for _, shape in equation.theirs])
+        result |= {name: t.view(shape) for (name, shape), t in zip(equation.theirs, cut, strict=True)}
+    return result | layout.derived_tensors(config, result)
+
+
+def kind(name: str) -> str:
+    """The name with `{i}` for the block's number, as tables have it."""
+    return re.sub(r"\.\d+\.", ".{i}.", name, count=1)
 
 
 def detect(names: Collection[str]) -> Layout:
-    """The layout that these tensor names speak: the one with the largest share of its first block's names among them.
+    """The layout that these tensor names speak: the one that knows the most of them.
 
-    Raises ValueError if no name belongs to any.
+    Raises ValueError if no layout knows any.
     """
-    present = set(names)
+    kinds = set(map(kind, names))
 
-    def share(layout: Layout) -> float:
-        theirs = {name.format(i=0) for row in layout.rows for name in row.theirs}
-        return len(theirs & present) / len(theirs)
+    def known(layout: Layout) -> int:
+        theirs = {name for row in layout.rows for name in row.theirs.split()}
+        return len(kinds & (theirs | layout.derived.keys()))
 
-    best = max(LAYOUTS, key=share)
-    if not share(best):
-        example = min(present, default="none")
+    best = max(LAYOUTS.values(), key=known)
+    if not known(best):
+        example = min(names, default="none")
         raise ValueError(
-            f"none of its {len(present)} tensors (first: {example!r}) has a name of the layouts "
-            f"{', '.join(layout.name for layout in LAYOUTS)}: this is not a DINOv3 vision transformer"
+            f"none of its {len(names)} tensors (first: {example!r}) has a name of the layouts {', '.join(LAYOUTS)}: "
+            "this is not a DINOv3 vision transformer"
         )
     return best
+
+
+def infer_config(layout: Layout, shapes: Mapping[str, Shape], periods: Tensor | None) -> DINOv3Config:
+    """The config of tensors that come without one: every size can be read off a shape, heads off the RoPE periods.
+
+    Where a layout stores no periods the head dim is that of the released models: 128 for the 7B's width, else 64.
+    """
+
+    def shape(ours: str) -> Shape | None:
+        theirs = next(row.theirs.split()[0] for row in layout.rows if row.ours.split()[0] == ours)
+        return shapes.get(theirs.format(i=0))
+
+    patch = shape("patch_embed.proj.weight")
+    if patch is None or len(patch) != 4:
+        raise ValueError("it lacks the patch embedding, from which the model's sizes are read")
+    C = patch[0]
+    registers = shape("register_tokens")
+    gated = shape("blocks.{i}.mlp.w12.weight")
+    # gated and plain MLPs share a name for the second matrix in some layouts: the first one tells
+    plain = shape("blocks.{i}.mlp.fc1.weight")
+    hidden = gated or plain
+    depth = len({m[1] for name in shapes if (m := re.match(r"(?:blocks|layer)\.(\d+)\.", name))})
+    head_dim = 4 * len(periods) if periods is not None else 128 if C >= 4096 else 64
+    qkv_bias = shape("blocks.{i}.attn.qkv.q_bias") is not None
+    masked = any(name.format(i=0) in shapes for name in layout.derived)
+    return DINOv3Config(
+        patch_size=patch[2],
+        num_channels=patch[1],
+        hidden_size=C,
+        intermediate_size=hidden[0] if hidden else 0,
+        num_hidden_layers=depth,
+        num_attention_heads=C // head_dim if C % head_dim == 0 else 0,
+        num_register_tokens=registers[1] if registers and len(registers) == 3 else 0,
+        use_gated_mlp=gated is not None,
+        hidden_act="silu" if gated is not None else "gelu",
+        query_bias=qkv_bias,
+        value_bias=qkv_bias,
+        key_bias=qkv_bias and bool(layout.derived) and not masked,
+        proj_bias=shape("blocks.{i}.attn.proj.bias") is not None,
+        mlp_bias=shape("blocks.{i}.mlp.w12.bias" if gated else "blocks.{i}.mlp.fc1.bias") is not None,
+        rope_theta=_theta(periods),
+    )
+
+
+def _theta(periods: Tensor | None) -> float:
+    """The base of the periods, 100 where they are those of 100 up to rounding to bfloat16."""
+    if periods is None or len(periods) < 2:
+        return 100.0
+    theta = periods[-1].double().item() ** (len(periods) / (len(periods) - 1))
+    return 100.0 if abs(theta - 100) < 1 else theta
 
 
 def shape_of(letters: str, config: DINOv3Config) -> Shape:
@@ -174,21 +379,29 @@ def shape_of(letters: str, config: DINOv3Config) -> Shape:
         "E": config.head_dim // 4,
     }
 
-    def size(factor: str, letter: str) -> int:
+    def size(axis: str) -> int:
+        factor, letter = (axis, "") if axis[-1].isdigit() else (axis[:-1], axis[-1])
         return int(factor or 1) * (sizes[letter] if letter else 1)
 
-    return tuple(size(*axis) for axis in re.findall(r"(\d*)([CFRIpE]?)(?:,|$)", letters) if any(axis))
+    return tuple(size(axis) for axis in letters.split(","))
 
 
-def lite_shapes(config: DINOv3Config) -> dict[str, tuple[Shape, int]]:
-    """Name, shape and number of fused tensors of each of the model's tensors."""
-    return {
+@functools.lru_cache(maxsize=8)
+def lite_shapes(config: DINOv3Config) -> Mapping[str, tuple[Shape, int]]:
+    """Name, shape and number of fused tensors of each of the model's tensors, in the order of the model."""
+    shapes = {
         spec.name.format(i=i): (shape_of(spec.shape, config), spec.chunks)
         for spec in LITE_SPECS
         if spec.exists(config)
         for i in _block_numbers(spec.name, config)
     }
+    return MappingProxyType(shapes)
 
 
 def _block_numbers(name: str, config: DINOv3Config) -> range:
     return range(config.num_hidden_layers if "{i}" in name else 1)
+
+
+def numel(shape: Shape) -> int:
+    """How many elements a tensor of that shape has."""
+    return math.prod(shape)

@@ -6,6 +6,7 @@ N = 1 + R + P tokens, C embedding, F hidden width of the MLP, D head dim.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import _pytree
 
 from .attention import AttentionFn, resolve_attention
 from .config import DINOv3Config
-from .rope import RotaryEmbedding2D
-from .weights import FLOAT32_UNDER_HALF, assign, open_checkpoint, storage_dtype
+from .rope import RotaryEmbedding2D, rope_periods
+from .weights import FLOAT32_UNDER_HALF, assign, open_checkpoint
 
 
 class DINOv3Output(NamedTuple):
@@ -59,6 +60,10 @@ class DINOv3Output(NamedTuple):
     @property
     def _num_prefix_tokens(self) -> int:
         return self.last_hidden_state.shape[1] - self.grid[0] * self.grid[1]
+
+
+# Lets torch.export.save and AOTInductor write programs that return it.
+_pytree._register_namedtuple(DINOv3Output, serialized_type_name="dinov3_lite.DINOv3Output")
 
 
 def _to_map(patch_tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -161,7 +166,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((config.hidden_size,), config.layerscale_value))
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        return torch.addcmul(x, branch, self.gamma)
+        return torch.addcmul(x, branch, self.gamma).to(x.dtype)
 
 
 class DropPath(nn.Module):
@@ -241,19 +246,22 @@ class DINOv3ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Truncated normal (std `config.initializer_range`) for weights and tokens, zero for biases and mask token."""
+        """Truncated normal (std `config.initializer_range`) for weights and tokens, zero for biases and mask token.
 
-        def truncated_normal(tensor: Tensor) -> None:
-            nn.init.trunc_normal_(tensor, std=self.config.initializer_range)
-
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                truncated_normal(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        truncated_normal(self.cls_token)
-        truncated_normal(self.register_tokens)
-        nn.init.zeros_(self.mask_token)
+        LayerNorm starts as the identity, LayerScale at `config.layerscale_value`: every parameter and buffer is set.
+        """
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or name == "mask_token":
+                nn.init.zeros_(parameter)
+            elif name.endswith("gamma"):
+                nn.init.constant_(parameter, self.config.layerscale_value)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=std)
+        if not self.rope_embed.periods.is_meta:
+            self.rope_embed.periods.copy_(rope_periods(self.config))
 
     @classmethod
     def from_name(cls, name: str, **config_changes: Any) -> DINOv3ViT:
@@ -289,6 +297,8 @@ class DINOv3ViT(nn.Module):
         does not fit its config.
         """
         resolve_attention(attention)
+        if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
         opened = open_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
         with torch.device("meta"):
             model = cls(opened.config, attention)
@@ -339,6 +349,8 @@ class DINOv3ViT(nn.Module):
         table_dtype = torch.promote_types(torch.float32, self.norm.weight.dtype)
         cos, sin = self.rope_embed(*grid, self.num_prefix_tokens, table_dtype)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        if recompute:
+            from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
         states = []
         for i, block in enumerate(self.blocks[: taps[-1] + 1]):
             if recompute:
@@ -404,7 +416,8 @@ class DINOv3ViT(nn.Module):
 
     def _as_output(self, state: Tensor) -> Tensor:
         """A state of the residual stream as users get it: in the weights' dtype, unless that is too narrow for it."""
-        return state.to(storage_dtype("cls_token", self.norm.weight.dtype))
+        dtype = self.norm.weight.dtype
+        return state.to(torch.float32 if dtype == torch.float16 else dtype)
 
     def _check_images(self, pixel_values: Tensor) -> tuple[int, int]:
         """The patch grid (h, w) of a valid batch of images, or ValueError."""
@@ -439,9 +452,10 @@ class DINOv3ViT(nn.Module):
             if not 1 <= n <= self.depth:
                 raise ValueError(f"n is {n}: expected a count of blocks from 1 to {self.depth}, or a list of indices")
             return list(range(self.depth - n, self.depth))
-        if not n or not all(-self.depth <= i < self.depth for i in n):
-            raise ValueError(f"n is {list(n)}: expected block indices from {-self.depth} to {self.depth - 1}")
-        return sorted({i % self.depth for i in n})
+        indices = [operator.index(i) for i in n]
+        if not indices or not all(-self.depth <= i < self.depth for i in indices):
+            raise ValueError(f"n is {indices}: expected block indices from {-self.depth} to {self.depth - 1}")
+        return sorted({i % self.depth for i in indices})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DINOv3ViT:
         """`.half()` and its like keep float32 where float16 is too narrow."""
@@ -450,8 +464,13 @@ class DINOv3ViT(nn.Module):
         for name, before in tokens.items():
             token = getattr(self, name)
             if token.dtype == torch.float16:
-                token.data = before.to(token.device, torch.float32)
+                token.data = (token.data if before.is_meta else before).to(token.device, torch.float32)
+                token.grad = None if token.grad is None else token.grad.float()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.weights_id = "from a state dict"
 
 
 def _nearest_multiples(size: int, p: int) -> str:

@@ -37,7 +37,7 @@ def similarity(feature_map: Tensor, row: int, column: int) -> Tensor:
 def draw(rows: list[list[tuple[Image.Image | Tensor, str]]]) -> Image.Image:
     """A sheet of panels with captions: photos, (h, w, 3) colours or (h, w) values in [0, 1].
 
-    Each row starts with a photo, and its other panels take the photo's shape.
+    Each row starts with a photo of PANEL_HEIGHT pixels, and its other panels take the photo's size.
     """
     from PIL import Image, ImageDraw
 
@@ -45,8 +45,7 @@ def draw(rows: list[list[tuple[Image.Image | Tensor, str]]]) -> Image.Image:
     for row in rows:
         photo = row[0][0]
         assert isinstance(photo, Image.Image)
-        size = (max(1, round(PANEL_HEIGHT * photo.width / photo.height)), PANEL_HEIGHT)
-        sheet_rows.append([(_panel(content, size), caption) for content, caption in row])
+        sheet_rows.append([(_panel(content, photo.size), caption) for content, caption in row])
     width = max(sum(panel.width + MARGIN for panel, _ in row) for row in sheet_rows) + MARGIN
     height = len(rows) * (PANEL_HEIGHT + CAPTION_HEIGHT + MARGIN) + MARGIN
     sheet = Image.new("RGB", (width, height), "white")
@@ -70,4 +69,4 @@ def _panel(content: Image.Image | Tensor, size: tuple[int, int]) -> Image.Image:
         if content.ndim == 2:
             pixels = ImageOps.colorize(pixels, black="#0b0724", mid="#b63679", white="#fcfdbf")
         return pixels.resize(size, Image.Resampling.NEAREST)
-    return content.convert("RGB").resize(size)
+    return content

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import DINOv3Config
 from .image import BILINEAR, IMAGENET_MEAN, IMAGENET_STD, ImageProcessor
-from .layouts import TRANSFORMERS
+from .layouts import TRANSFORMERS, rename
 from .model import DINOv3ViT
 from .weights import NOTE_KEY
 
@@ -29,15 +29,12 @@ def write_sample(folder: Path) -> None:
 
     Raises FileExistsError if the folder holds a checkpoint already.
     """
-    if (folder / "config.json").exists():
-        raise FileExistsError(f"{folder}: holds a config.json already: choose another folder")
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json"):
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder}: holds a {name} already: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     config = DINOv3Config.from_name("vits16")
-    ours = made_weights(config)
-    theirs = {}
-    for name, sources in TRANSFORMERS.sources(config).items():
-        for (source, _), part in zip(sources, ours[name].chunk(len(sources)), strict=True):
-            theirs[source] = part.contiguous()
+    theirs = {name: t.contiguous() for name, t in rename(made_weights(config), TRANSFORMERS, config).items()}
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     height, width = ImageProcessor().size or (0, 0)
     preprocessing = {

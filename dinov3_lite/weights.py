@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import hub
 from .config import MODEL_TYPE, DINOv3Config
-from .layouts import LITE, Layout, Shape, detect, lite_shapes
+from .files import StoredTensor, checkpoint_files, open_file, parse_json_object, read_into, read_json
+from .layouts import LITE, TRANSFORMERS, Layout, detect, infer_config, kind, lite_shapes, numel
 
 LITE_FILE = "dinov3_lite.safetensors"
 LITE_VERSION = "1"
 NOTE_KEY = "dinov3_lite_note"
 ONE_MODEL = "weights and config must be of one model"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # What enters the residual stream directly: in released models that stream leaves float16's range.
 FLOAT32_UNDER_HALF = ("cls_token", "register_tokens", "mask_token")
@@ -35,17 +35,54 @@ def storage_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file: what its header says, and the memory-mapped data on `read()`."""
+class Piece:
+    """Elements start to stop of a stored tensor, in memory order."""
 
-    file: Path
-    name: str
-    dtype: torch.dtype
-    shape: Shape
-    handle: Any
+    stored: StoredTensor
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return self.stop - self.start
+
+    def part(self, start: int, stop: int) -> Piece:
+        """Some of its elements."""
+        return Piece(self.stored, self.start + start, self.start + stop)
 
     def read(self) -> Tensor:
-        return self.handle.get_tensor(self.name)
+        """The elements, (stop - start,), without a copy."""
+        return self.stored.read().reshape(-1)[self.start : self.stop]
+
+    def load(self) -> Tensor:
+        """The elements in memory of their own, which goes when they do: a mapping keeps what it has touched."""
+        stored = self.stored
+        if stored.offset is None or not self.size:
+            return self.read()
+        itemsize = stored.dtype.itemsize
+        data = bytearray(self.size * itemsize)
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.offset + self.start * itemsize)
+            read_into(file, memoryview(data))
+        return torch.frombuffer(data, dtype=stored.dtype)
+
+
+def recut(pieces: Iterable[Piece], sizes: Sequence[int]) -> list[list[Piece]]:
+    """Cut the pieces, laid one after the other, into runs of `sizes` elements."""
+    runs = []
+    queue = list(pieces)
+    for size in sizes:
+        run: list[Piece] = []
+        while size:
+            piece = queue.pop(0)
+            taken = min(size, piece.size)
+            run.append(piece.part(0, taken))
+            if taken < piece.size:
+                queue.insert(0, piece.part(taken, piece.size))
+            size -= taken
+        runs.append(run)
+    return runs
 
 
 @dataclass(frozen=True)
@@ -59,25 +96,24 @@ class Checkpoint:
     """The parsed preprocessor_config.json, if there is one."""
     metadata: dict[str, str]
     """What a converted file says of itself; empty for other layouts."""
+    license: str
+    """The name of the weights' licence, if it is known; else empty."""
     note: str
     """A word of the checkpoint's maker on the weights, as the sample's "made, not trained"; mostly empty."""
-    sources: dict[str, list[StoredTensor]]
-    """For each of the model's tensors that is stored: the tensors that make it up, along the first axis."""
+    pieces: dict[str, list[Piece]]
+    """For each of the model's tensors: the stored elements that make it up."""
+    left_out: list[str]
+    """Tensors of the file that are not the model's, each with the reason."""
 
     def names(self) -> list[str]:
         """The model's tensors, in the order of the model."""
         return list(lite_shapes(self.config))
 
-    def parts(self, name: str) -> list[Tensor]:
-        """The tensors whose concatenation along the first axis is the model's tensor `name`, without a copy."""
-        if name in self.layout.computed:
-            return [self.layout.computed[name](self.config)]
-        return [stored.read() for stored in self.sources[name]]
-
     def tensor(self, name: str) -> Tensor:
         """The model's tensor `name`: memory-mapped where the layout stores it whole."""
-        parts = self.parts(name)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = [piece.read() for piece in self.pieces[name]]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype)
+        return flat.view(lite_shapes(self.config)[name][0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,9 +121,11 @@ class Checkpoint:
 
         Raises ValueError if they have several, apart from the tensors that are kept in float32 on purpose.
         """
-        weight = self.sources["patch_embed.proj.weight"][0]
-        for name, parts in self.sources.items():
-            for stored in parts:
+        weight = self.pieces["patch_embed.proj.weight"][0].stored
+        for name, pieces in self.pieces.items():
+            if name in self.layout.assumed or name == "rope_embed.periods":  # Meta's are bfloat16 under float32 weights
+                continue
+            for stored in (piece.stored for piece in pieces):
                 if stored.dtype not in (weight.dtype, storage_dtype(name, weight.dtype)):
                     raise ValueError(
                         f"{stored.file}: tensor {stored.name!r} is {stored.dtype} "
@@ -95,24 +133,31 @@ class Checkpoint:
                     )
         return weight.dtype
 
-    def digest(self, dtype: torch.dtype | None = None) -> str:
-        """A SHA-256 over samples of every stored tensor, as cast to `dtype`: equal for equal weights in any layout.
+    @property
+    def rope(self) -> str:
+        """Where the RoPE periods come from: "computed" from the config, or "stored" in the source and kept."""
+        return self.metadata.get("rope", "computed" if "rope_embed.periods" in self.layout.assumed else "stored")
 
-        Both ends of each tensor are hashed, not all of it: loading stays instant and unused pages stay on disk.
+    def digest(self, dtype: torch.dtype | None = None) -> str:
+        """A SHA-256 over samples of every tensor, as cast to `dtype`: the same for the same weights in any layout.
+
+        Loading stays instant and most pages stay on disk. Training changes every number and so the digest; a change of
+        a few by hand may go unseen.
         """
         sha = hashlib.sha256()
-        shapes = lite_shapes(self.config)
-        for name in self.names():
-            if name == "rope_embed.periods":
-                continue  # not stored in every layout
-            parts = self.parts(name)
-            chunks = [chunk for part in parts for chunk in part.chunk(shapes[name][1] // len(parts))]
-            for chunk in chunks:
-                data = chunk.reshape(-1)
-                for end in (data[:64], data[-64:]):
-                    sampled = end if dtype is None else end.to(storage_dtype(name, dtype))
-                    sha.update(sampled.view(torch.uint8).numpy().data)
+        for name, sample in self.samples():
+            sample = sample if dtype is None else sample.to(storage_dtype(name, dtype))
+            sha.update(sample.view(torch.uint8).numpy().data)
         return sha.hexdigest()
+
+    def samples(self) -> Iterator[tuple[str, Tensor]]:
+        """64 numbers at five places of each tensor, of each of those that are fused in one of ours."""
+        for name, (shape, chunks) in lite_shapes(self.config).items():
+            if name in ("rope_embed.periods", "mask_token"):
+                continue  # not stored in every layout
+            for piece in itertools.chain(*recut(self.pieces[name], [numel(shape) // chunks] * chunks)):
+                for start in (*(piece.size * quarter // 4 for quarter in range(4)), max(0, piece.size - 64)):
+                    yield name, piece.part(start, min(start + 64, piece.size)).load()
 
     @property
     def weights_id(self) -> str:
@@ -128,14 +173,14 @@ def open_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Checkpoint:
-    """Open a checkpoint folder, a converted file, or a hub id, and check names, shapes and dtypes; read no data yet.
+    """Open a checkpoint folder, a file or a hub id, and check names, shapes and dtypes; read samples of the data only.
 
     Raises FileNotFoundError or ValueError, in one sentence that names the file and the tensor.
     """
     path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     if path.is_dir() and (path / LITE_FILE).is_file():
         converted = open_source(path / LITE_FILE)
-        if weight_files(path):
+        if checkpoint_files(path):
             _check_current(converted, open_source(path))
         return converted
     return open_source(path)
@@ -143,14 +188,28 @@ def open_checkpoint(
 
 def open_source(path: Path) -> Checkpoint:
     """Like `open_checkpoint` for a local path, but of a folder the weights it came with, not their converted copy."""
-    files = [path] if path.is_file() else weight_files(path)
+    files = [path] if path.is_file() else checkpoint_files(path)
+    if not files and (path / LITE_FILE).is_file():
+        files = [path / LITE_FILE]
     if not files:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise ValueError(
-            f"{path}: no model.safetensors, model.safetensors.index.json or {LITE_FILE} in this folder "
+            f"{path}: no model.safetensors, model.safetensors.index.json, single .pth or {LITE_FILE} in this folder "
             f"(it holds {found})"
         )
-    return _open(path, files)
+    stored: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        opened = open_file(file)
+        metadata = opened.metadata
+        for tensor in opened.tensors:
+            if tensor.name in stored:
+                other = stored[tensor.name].file.name
+                raise ValueError(f"{file}: tensor {tensor.name!r} is also in {other}: remove one")
+            stored[tensor.name] = tensor
+    if "dinov3_lite" in metadata:
+        return _open_lite(files[0], stored, metadata)
+    return _open_foreign(path, files[0], stored)
 
 
 def locate(
@@ -162,7 +221,7 @@ def locate(
 ) -> Path:
     """The local file or folder that `source` names, downloaded first if it is a hub id."""
     path = Path(source)
-    if path.exists():
+    if os.fspath(source) and path.exists():
         return path
     if hub.is_hub_id(os.fspath(source)):
         return hub.download(
@@ -171,46 +230,14 @@ def locate(
     raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (owner/name) either")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder in transformers' layout: one, or the shards that its index lists, or none."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: no weight_map in it: download it again")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"{index}: shard {name!r} is not a file name in this folder")
-            if not (folder / name).is_file():
-                raise ValueError(f"{index}: shard {name!r} is missing from the folder: download it")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else []
-
-
 def read_preprocessing(path: Path) -> dict[str, Any] | None:
     """The parsed preprocessor_config.json of a checkpoint folder, or the copy of it in a converted file."""
     file = path / "preprocessor_config.json" if path.is_dir() else path.with_name("preprocessor_config.json")
-    converted = path / LITE_FILE if path.is_dir() else path
-    if converted.is_file() and not (path.is_dir() and file.is_file()):
-        metadata = _open_file(converted)[1]
-        if "preprocessing" in metadata:
-            return json.loads(metadata["preprocessing"])
-        if "dinov3_lite" in metadata:
-            return None
-    return read_json(file) if file.is_file() else None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError if the file holds anything else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, expected a JSON object: download it again")
-    return content
+    if path.is_dir() and file.is_file():
+        return read_json(file)
+    if path.is_file() or (path / LITE_FILE).is_file() or (path.is_dir() and checkpoint_files(path)):
+        return open_checkpoint(path).preprocessing
+    return None
 
 
 def assign(
@@ -243,40 +270,6 @@ def cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _open(path: Path, files: list[Path]) -> Checkpoint:
-    stored: dict[str, StoredTensor] = {}
-    metadata: dict[str, str] = {}
-    for file in files:
-        tensors, metadata = _open_file(file)
-        for tensor in tensors:
-            name = tensor.name.removeprefix("model.") if tensor.name.startswith("model.layer.") else tensor.name
-            if name in stored:
-                raise ValueError(f"{file}: tensor {tensor.name!r} is also in {stored[name].file.name}: remove one")
-            stored[name] = tensor
-
-    if "dinov3_lite" in metadata:
-        return _open_lite(files[0], stored, metadata)
-    config_file = files[0].parent / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{config_file}: missing: a checkpoint in this layout needs the config.json it came with")
-    content = read_json(config_file)
-    if "model_type" not in content:
-        raise ValueError(f"{config_file}: no model_type in it, expected {MODEL_TYPE!r}: this is no model's config.json")
-    config = _config_from(config_file, content)
-    layout = _detect(files[0], stored)
-    sources = _match(files[0], layout, config, stored)
-    preprocessing = files[0].parent / "preprocessor_config.json"
-    return Checkpoint(
-        path=path,
-        layout=layout,
-        config=config,
-        preprocessing=read_json(preprocessing) if preprocessing.is_file() else None,
-        metadata={},
-        note=str(content.get(NOTE_KEY, "")),
-        sources=sources,
-    )
-
-
 def _open_lite(file: Path, stored: dict[str, StoredTensor], metadata: dict[str, str]) -> Checkpoint:
     if metadata["dinov3_lite"] != LITE_VERSION:
         raise ValueError(
@@ -284,90 +277,172 @@ def _open_lite(file: Path, stored: dict[str, StoredTensor], metadata: dict[str, 
             f"this release reads {LITE_VERSION}: convert again"
         )
     try:
-        content = json.loads(metadata["config"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: its metadata holds no config: convert again") from error
-    config = _config_from(file, content)
+        config = DINOv3Config.from_dict(parse_json_object(metadata["config"]))
+        preprocessing = parse_json_object(metadata["preprocessing"]) if "preprocessing" in metadata else None
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file}: its metadata is not what this library writes ({error}): convert again") from error
+    pieces, _ = _match(file, LITE, config, stored)
     opened = Checkpoint(
         path=file,
         layout=LITE,
         config=config,
-        preprocessing=json.loads(metadata["preprocessing"]) if "preprocessing" in metadata else None,
+        preprocessing=preprocessing,
         metadata=metadata,
+        license=metadata.get("license", ""),
         note=metadata.get("note", ""),
-        sources=_match(file, LITE, config, stored),
+        pieces=pieces,
+        left_out=[],
     )
     if opened.digest() != metadata.get("digest"):
         raise ValueError(f"{file}: its tensors are not those it was written with (another digest): convert again")
     return opened
 
 
-def _open_file(file: Path) -> tuple[list[StoredTensor], dict[str, str]]:
-    """The tensors and the metadata of one safetensors file."""
-    if file.suffix != ".safetensors":
-        raise ValueError(f"{file}: expected a folder or a .safetensors file")
-    try:
-        handle = safe_open(file, framework="pt")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - the handle is no mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        with file.open("rb") as f:
-            lfs = f.read(32).startswith(b"version https://git-lfs")
-        what = "a git-lfs pointer, not the weights" if lfs else f"not a whole safetensors file ({error})"
-        raise ValueError(f"{file}: {what}: download it again") from error
-    tensors = []
-    for name, view in slices.items():
-        if view.get_dtype() not in DTYPES:
-            raise ValueError(f"{file}: tensor {name!r} is {view.get_dtype()}, expected one of {', '.join(DTYPES)}")
-        tensors.append(StoredTensor(file, name, DTYPES[view.get_dtype()], tuple(view.get_shape()), handle))
-    return tensors, handle.metadata() or {}
-
-
-def _config_from(file: Path, content: dict[str, Any]) -> DINOv3Config:
-    try:
-        return DINOv3Config.from_dict(content)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _detect(file: Path, stored: dict[str, StoredTensor]) -> Layout:
+def _open_foreign(path: Path, file: Path, stored: dict[str, StoredTensor]) -> Checkpoint:
+    """A checkpoint of another layout: its config lies beside it, or is read off the tensors."""
+    stored, left_out = _without_prefix(file, stored)
+    config_file = file.parent / "config.json"
+    content = read_json(config_file) if config_file.is_file() else {}
     try:
         layout = detect(stored)
+        if layout is LITE:
+            raise ValueError("a converted file whose metadata is lost: convert it again from its source")
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    if layout is LITE:
-        raise ValueError(f"{file}: a converted file whose metadata is lost: convert it again from its source")
-    return layout
+    if layout is TRANSFORMERS and not config_file.is_file():
+        raise ValueError(f"{config_file}: missing: a checkpoint in transformers' layout needs the config it came with")
+    if layout is TRANSFORMERS and "model_type" not in content:
+        raise ValueError(f"{config_file}: no model_type in it, expected {MODEL_TYPE!r}: this is no model's config.json")
+    try:
+        if "model_type" in content:
+            config = DINOv3Config.from_dict(content)
+        else:
+            periods = stored.get("rope_embed.periods")
+            shapes = {name: tensor.shape for name, tensor in stored.items()}
+            config = infer_config(layout, shapes, None if periods is None else periods.read().float())
+    except ValueError as error:
+        raise ValueError(f"{config_file if 'model_type' in content else file}: {error}") from error
+    pieces, ignored = _match(file, layout, config, stored)
+    preprocessing_file = file.parent / "preprocessor_config.json"
+    preprocessing = read_json(preprocessing_file) if preprocessing_file.is_file() else _timm_preprocessing(content)
+    return Checkpoint(
+        path=path,
+        layout=layout,
+        config=config,
+        preprocessing=preprocessing,
+        metadata={},
+        license=_license(file.parent),
+        note=str(content.get(NOTE_KEY, "")),
+        pieces=pieces,
+        left_out=left_out + ignored,
+    )
+
+
+def _without_prefix(file: Path, stored: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The backbone's tensors under its own names, and what else the file holds.
+
+    Training code puts `module.`, `backbone.`, `teacher.backbone.` before them, transformers `model.` before its layers.
+    """
+    prefixes = {
+        name[: -len(anchor)]
+        for name in stored
+        for anchor in ("cls_token", "embeddings.cls_token")
+        if ("." + name).endswith("." + anchor)
+    }
+
+    def preference(prefix: str) -> tuple[bool, bool, int]:
+        blocks = sum(
+            name.startswith((prefix + "blocks.", prefix + "layer.", prefix + "model.layer.")) for name in stored
+        )
+        return blocks > 0, "teacher" in prefix or "ema" in prefix, blocks
+
+    prefix = max(sorted(prefixes), key=preference, default="")
+    result: dict[str, StoredTensor] = {}
+    left_out = []
+    for name, tensor in stored.items():
+        if not name.startswith(prefix):
+            left_out.append(f"{name!r} (outside of {prefix!r})")
+            continue
+        own = name[len(prefix) :]
+        own = own.removeprefix("model.") if own.startswith("model.layer.") else own
+        if own in result:
+            raise ValueError(f"{file}: tensor {name!r} is also there as {result[own].name!r}: remove one")
+        result[own] = tensor
+    return result, left_out
 
 
 def _match(
     file: Path, layout: Layout, config: DINOv3Config, stored: dict[str, StoredTensor]
-) -> dict[str, list[StoredTensor]]:
-    """The stored tensors behind each of the model's, after checking that none is missing, left over or misshapen."""
-    sources = layout.sources(config)
-    expected = dict(source for parts in sources.values() for source in parts)
+) -> tuple[dict[str, list[Piece]], list[str]]:
+    """The pieces of each of the model's tensors, and what the layout has that the model does not need.
+
+    Raises ValueError if a tensor is missing, left over, misshapen, or not what it must be.
+    """
     the_config = f"the config ({config.name})"
+    equations = layout.equations(config)
+    expected = {name: shape for equation in equations for name, shape in equation.theirs}
+    derived = layout.derived_tensors(config, expected)
+    expected |= {name: tuple(tensor.shape) for name, tensor in derived.items() if name in stored}
+    ignored = stored.keys() & layout.ignored.keys()
     if missing := expected.keys() - stored.keys():
-        raise ValueError(f"{file}: lacks {_first(missing)}, which {the_config} calls for: {ONE_MODEL}")
-    if extra := stored.keys() - expected.keys():
-        raise ValueError(f"{file}: holds {_first(extra)}, which {the_config} has no place for: {ONE_MODEL}")
-    for name, shape in expected.items():
-        if stored[name].shape != shape:
-            raise ValueError(
-                f"{stored[name].file}: tensor {name!r} has shape {stored[name].shape}, "
-                f"but {the_config} calls for {shape}: {ONE_MODEL}"
-            )
-    return {ours: [stored[name] for name, _ in parts] for ours, parts in sources.items()}
+        raise ValueError(f"{file}: lacks {_listed(missing)}, which {the_config} calls for: {ONE_MODEL}")
+    if extra := stored.keys() - expected.keys() - ignored:
+        raise ValueError(f"{file}: holds {_listed(extra)}, which {the_config} has no place for: {ONE_MODEL}")
+    misshapen = [name for name, shape in expected.items() if stored[name].shape != shape]
+    if misshapen:
+        shapes_found = ", ".join(f"{name!r} has shape {stored[name].shape}, not {expected[name]}" for name in misshapen)
+        raise ValueError(f"{stored[misshapen[0]].file}: against {the_config}, tensor {shapes_found}: {ONE_MODEL}")
+    for name, tensor in derived.items():
+        if name in stored and not torch.equal(stored[name].read().float(), tensor):
+            raise ValueError(f"{file}: tensor {name!r} is not the mask of an absent key bias: {ONE_MODEL}")
+
+    shapes = lite_shapes(config)
+    pieces: dict[str, list[Piece]] = {}
+    for equation in equations:
+        run = [Piece(stored[name], 0, numel(shape)) for name, shape in equation.theirs]
+        runs = recut(run, [numel(shape) for _, shape in equation.ours])
+        pieces |= {name: r for (name, _), r in zip(equation.ours, runs, strict=True) if name in shapes}
+    for name, (shape, _) in shapes.items():
+        if name not in pieces:
+            make = layout.assumed[kind(name)].make
+            assumed = StoredTensor.in_memory(name, lambda make=make: make(config), shape, torch.float32)  # type: ignore[misc]
+            pieces[name] = [Piece(assumed, 0, numel(shape))]
+    return pieces, [f"{name!r} ({layout.ignored[name]})" for name in sorted(ignored)]
 
 
-def _first(names: set[str]) -> str:
-    first = f"tensor {min(names)!r}"
-    return first if len(names) == 1 else f"{first} (and {len(names) - 1} more)"
+def license_files(folder: Path) -> list[Path]:
+    """The licence files in a checkpoint's folder."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.upper().startswith(("LICENSE", "LICENCE")))
+
+
+def _license(folder: Path) -> str:
+    """`dinov3-license` if a licence file says that it is Meta's, the file's name if it is another, or nothing."""
+    for file in license_files(folder):
+        return "dinov3-license" if "DINOv3" in file.read_text(encoding="utf-8", errors="replace")[:4096] else file.name
+    return ""
+
+
+def _timm_preprocessing(content: dict[str, Any]) -> dict[str, Any] | None:
+    """What timm's config.json says of images, as a preprocessor_config.json would.
+
+    timm resizes bicubically; the released models were trained and are evaluated by Meta with bilinear resizing.
+    """
+    cfg = content.get("pretrained_cfg")
+    if not isinstance(cfg, dict) or not {"mean", "std", "input_size"} <= cfg.keys():
+        return None
+    _, height, width = cfg["input_size"]
+    size = {"height": height, "width": width}
+    return {"do_resize": True, "size": size, "resample": 2, "image_mean": cfg["mean"], "image_std": cfg["std"]}
+
+
+def _listed(names: set[str]) -> str:
+    return f"tensor{'s' * (len(names) > 1)} {', '.join(repr(name) for name in sorted(names))}"
 
 
 def _check_current(converted: Checkpoint, source: Checkpoint) -> None:
     """A converted file beside its source must come from it: stale weights would be loaded silently."""
-    if converted.metadata.get("source_digest") != source.digest():
+    if converted.metadata.get("source_digest") != source.digest() or converted.config != source.config:
         raise ValueError(
-            f"{converted.path}: was converted from other weights than those beside it: "
+            f"{converted.path}: was converted from other weights, or another config, than those beside it: "
             "run `python -m convert --force` on the folder, or load the file by its own path"
         )

@@ -56,8 +56,8 @@ def trained_like(config: DINOv3Config, seed: int = 0, outliers: bool = False) ->
         return torch.randn(shape, generator=generator) * std
 
     weights = {}
-    for sources in TRANSFORMERS.sources(config).values():
-        for name, shape in sources:
+    for equation in TRANSFORMERS.equations(config):
+        for name, shape in equation.theirs:
             if "norm" in name and name.endswith("weight"):
                 weights[name] = torch.exp(normal(shape, 0.7))
             elif "layer_scale" in name:

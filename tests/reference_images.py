@@ -6,20 +6,11 @@ python reference_images.py pictures.safetensors pixel_values.safetensors '{"size
 import json
 import sys
 
-import torch
-from safetensors.torch import load_file, save_file
+import torchvision_shim  # noqa: F401
 
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:
-    # a torchvision built for another torch lacks its compiled operators; resizing tensors needs none of them
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for name in [name for name in sys.modules if name.startswith("torchvision")]:
-        del sys.modules[name]
-
+# isort: split
 import transformers
+from safetensors.torch import load_file, save_file
 
 processor_class = getattr(transformers, "DINOv3ViTImageProcessor", None) or transformers.DINOv3ViTImageProcessorFast
 processor = processor_class(**json.loads(sys.argv[3]))

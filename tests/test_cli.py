@@ -96,6 +96,19 @@ def test_features_of_a_photo(sample, photo, tmp_path, capsys):
     assert sheet[row, start + width - 100].sum() > sheet[row, start + 100].sum() + 200
 
 
+def test_photos_are_turned_as_the_camera_was_held(sample, photo, tmp_path):
+    turned = Image.open(photo).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 270 degrees to show
+    turned.save(tmp_path / "turned.png", exif=exif)
+    maps = []
+    for file in (photo, tmp_path / "turned.png"):
+        output = tmp_path / "f.safetensors"
+        assert main(["features", str(file), "--model", str(sample), "--output", str(output), "--size", "32x64"]) == 0
+        maps.append(load_file(output)["feature_map"])
+    assert torch.equal(*maps)
+
+
 def test_many_photos_in_one_file(sample, photo, tmp_path, capsys):
     output, drawing = tmp_path / "f.safetensors", tmp_path / "pca.png"
     files = [str(photo)] * 3
@@ -118,6 +131,10 @@ def test_many_photos_in_one_file(sample, photo, tmp_path, capsys):
         (["PHOTO", "--query", "200,50"], "--query 200,50 is outside .*photo.png, which is 200 x 100 pixels"),
         (["PHOTO", "--size", "50"], "image height 50 and width 50 must be multiples of the patch size 16"),
         (["PHOTO", "--model", "/nowhere"], "/nowhere: no such file or folder"),
+        (["PHOTO", "--output", "/nowhere/f.safetensors"], "/nowhere/f.safetensors: there is no folder /nowhere"),
+        (["PHOTO", "--output", "PHOTO"], "photo.png: is one of the photos"),
+        (["PHOTO", "--picture", "pca.nonsense"], "pca.nonsense: unknown type of picture"),
+        (["PHOTO", "--device", "nonsense"], "nonsense"),
     ],
 )
 def test_bad_input_is_one_line(sample, photo, tmp_path, capsys, arguments, message):
@@ -126,13 +143,22 @@ def test_bad_input_is_one_line(sample, photo, tmp_path, capsys, arguments, messa
     arguments = [str(photo) if a == "PHOTO" else a for a in arguments]
     model = [] if "--model" in arguments else ["--model", str(sample)]
     outputs = ["--output", str(tmp_path / "f.safetensors"), "--picture", str(tmp_path / "p.png")]
-    assert main(["features", *arguments, *model, *outputs]) == 1
+    assert main(["features", *outputs, *arguments, *model]) == 1
     err = capsys.readouterr().err
     assert re.search(message, err) and err.startswith("dinov3_lite: ") and err.count("\n") == 1
     assert not (tmp_path / "p.png").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["features"], ["features", "x", "--model", "m", "--query", "5"], ["draw"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["features"],
+        ["features", "x", "--model", "m", "--query", "5"],
+        ["features", "x", "--model", "m", "--query", "5,5"],
+        ["draw"],
+    ],
+)
 def test_bad_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,29 +78,56 @@ def test_an_existing_output_is_kept_unless_forced(folder):
     assert path.stat().st_mtime_ns > before
 
 
-def test_only_our_layout_is_written_so_far(folder):
-    with pytest.raises(ValueError, match="to is 'timm': expected 'lite'"):
-        convert(folder, to="timm")
+def test_an_unknown_layout(folder):
+    with pytest.raises(ValueError, match="to is 'keras': expected one of lite, transformers, meta, timm"):
+        convert(folder, to="keras")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_source_is_never_overwritten(folder, force):
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"model.safetensors: is the source itself: give another --output"):
+        convert(folder, to="timm", force=force, allow_loss=True)
+    with pytest.raises(FileExistsError, match=r"dinov3_lite.safetensors: is the source itself"):
+        convert(convert(folder), force=force)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_two_conversions_at_once(folder):
+    """Whoever ends last wins, and the file is whole at any time."""
+    script = "import sys; from convert.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, str(folder), "--force", "--quiet"]
+    running = [subprocess.Popen(command, cwd=Path(__file__).parent) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
+    DINOv3ViT.from_pretrained(folder / LITE_FILE)
+    assert not list(folder.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("to", ["lite", "meta"])
+def test_where_the_kernel_does_not_copy(folder, tmp_path, monkeypatch, to):
+    """Other systems, and files on two file systems."""
+    expected = convert(folder, tmp_path / "a", to=to).read_bytes()
+    monkeypatch.delattr(os, "copy_file_range")
+    assert convert(folder, tmp_path / "b", to=to).read_bytes() == expected
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes and signals of POSIX")
 class TestWholeOrNotAtAll:
     CRASH = """
 import os, signal, sys
-import convert, convert.writer
-written = []
-def on_bytes(n):
-    written.append(n)
-    if len(written) == 20:
-        {act}
-original = convert.write_safetensors
-convert.write_safetensors = lambda path, plan, on_bytes: original(path, plan, crash)
-crash = on_bytes
-convert.convert(sys.argv[1], force=True)
+import convert
+class Bar(convert.tqdm):
+    pieces = 0
+    def update(self, n):
+        Bar.pieces += 1
+        if Bar.pieces == 20:
+            {act}
+convert.tqdm = Bar
+convert.convert(sys.argv[1], force=True, to=sys.argv[2])
 """
 
-    def crash(self, folder: Path, act: str) -> subprocess.CompletedProcess[str]:
-        code = [sys.executable, "-c", self.CRASH.format(act=act), str(folder)]
+    def crash(self, folder: Path, act: str, to: str = "lite") -> subprocess.CompletedProcess[str]:
+        code = [sys.executable, "-c", self.CRASH.format(act=act), str(folder), to]
         return subprocess.run(code, capture_output=True, text=True, cwd=Path(__file__).parent)
 
     def test_killed(self, folder):
@@ -112,9 +140,10 @@ convert.convert(sys.argv[1], force=True)
         self.crash(folder, "os.kill(os.getpid(), signal.SIGKILL)")
         assert (folder / LITE_FILE).read_bytes() == before
 
-    def test_failed(self, folder):
+    @pytest.mark.parametrize("to", ["lite", "meta"])
+    def test_failed(self, folder, to):
         listing = sorted(folder.iterdir())
-        done = self.crash(folder, "raise OSError('the disk is gone')")
+        done = self.crash(folder, "raise OSError('the disk is gone')", to)
         assert done.returncode == 1 and "the disk is gone" in done.stderr
         assert sorted(folder.iterdir()) == listing
 
@@ -169,7 +198,8 @@ def test_a_folder_of_models_goes_on_past_a_bad_one(tmp_path, capsys):
     (tmp_path / "b" / "config.json").write_text("{}")
     assert main([str(tmp_path)]) == 1
     out, err = capsys.readouterr()
-    assert out.count("\n") == 2 and err.count("\n") == 1 and "b/config.json" in err
+    assert out.count("\n") == 2 and err.count("\n") == 2 and "b/config.json" in err
+    assert err.splitlines()[1] == f"convert: 1 of 3 failed: {tmp_path / 'b'}"
     assert (tmp_path / "a" / LITE_FILE).exists() and (tmp_path / "c" / LITE_FILE).exists()
     assert main([str(tmp_path), "--output", str(tmp_path / "out"), "--quiet"]) == 1
     assert (tmp_path / "out" / "c" / LITE_FILE).exists()
@@ -182,7 +212,17 @@ def test_bad_input_is_status_1_and_one_line(source, capsys):
     assert out == "" and err.startswith(f"convert: {source}: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["x", "--dtype", "int8"], ["x", "--to", "keras"], ["x", "--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["x", "--dtype", "int8"],
+        ["x", "--to", "keras"],
+        ["x", "--max-shard-size", "0"],
+        ["x", "--max-shard-size", "5 pounds"],
+        ["x", "--nonsense"],
+    ],
+)
 def test_bad_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -198,5 +238,69 @@ def test_weights_that_are_not_numbers_survive(tmp_path):
     weights = trained_like(TINY)
     weights["norm.bias"][0] = float("nan")
     folder = write_checkpoint(tmp_path, TINY, weights)
-    state = DINOv3ViT.from_pretrained(convert(folder, dtype=torch.float16)).state_dict()
+    with pytest.warns(UserWarning, match="NaN or infinity in tensor 'norm.bias': kept as it is"):
+        path = convert(folder, dtype=torch.float16)
+    state = DINOv3ViT.from_pretrained(path).state_dict()
     assert state["norm.bias"][0].isnan() and state["norm.bias"][1:].isfinite().all()
+
+
+# ---- --verify and --inspect
+
+
+@pytest.mark.parametrize("to", ["lite", "transformers", "meta"])
+def test_verify_says_what_it_compared(to, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    folder = write_checkpoint(tmp_path / "source", TINY)
+    options = ["--to", to, "--output", str(tmp_path / "out"), "--verify"]
+    assert main([str(folder), *options]) == 0
+    out = capsys.readouterr().out
+    match = re.search(r"verified: (\d+) tensors equal and finite; hidden states within (\S+) of transformers'", out)
+    assert int(match[1]) == len(open_checkpoint(folder).names()) and float(match[2]) < 5e-6
+
+
+def test_verify_from_the_repository_root(folder, tmp_path):
+    """Where `import kernels` would find our folder, transformers is imported with the root off the path."""
+    pytest.importorskip("transformers")
+    (tmp_path / "kernels-0.18.3.dist-info").mkdir()
+    command = [sys.executable, "-m", "convert", str(folder), "--verify"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "hidden states within" in done.stdout, done.stderr
+
+
+def test_inspect(folder, capsys):
+    (folder / "LICENSE.md").write_text("DINOv3 License Agreement")
+    for source, layout in ((folder, "transformers"), (convert(folder), "lite"), (convert(folder, to="meta"), "meta")):
+        assert main([str(source), "--inspect"]) == 0
+        text = capsys.readouterr().out
+        assert "vit-c32-d3-h2" in text and layout in text and "dinov3-license" in text
+        assert main([str(source), "--inspect", "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["layout"] == layout and said["dtype"] == "float32" and said["warnings"] == []
+        assert said["config"]["hidden_size"] == 32 and said["source_layout"] in ("transformers", "meta")
+        assert said["parameters"] == sum(p.numel() for p in DINOv3ViT(TINY).parameters())
+        assert said["rope"].startswith("computed" if layout != "meta" else "stored, equal")
+
+
+def test_inspect_tells_rounded_periods_and_tensors_left_out(folder, tmp_path, capsys):
+    meta = convert(folder, tmp_path, to="meta")
+    tensors = torch.load(meta, weights_only=True)
+    tensors["rope_embed.periods"] = tensors["rope_embed.periods"].bfloat16()
+    tensors["local_cls_norm.bias"] = torch.zeros(32)
+    torch.save(tensors, meta)
+    assert main([str(meta), "--inspect"]) == 0
+    out = capsys.readouterr().out
+    assert "stored, rounded to bfloat16" in out and "left out   'local_cls_norm.bias'" in out
+
+
+def test_inspect_warns_of_a_satellite_model_with_imagenet_statistics(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "dinov3-vitl16-pretrain-sat493m", TINY)
+    assert main([str(folder), "--inspect"]) == 0
+    assert "WARNING    a satellite model with ImageNet's image statistics" in capsys.readouterr().out
+
+
+def test_the_licence_goes_along(folder, tmp_path):
+    (folder / "LICENSE.md").write_text("DINOv3 License Agreement")
+    path = convert(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE.md").read_text() == "DINOv3 License Agreement"
+    assert open_checkpoint(path).license == "dinov3-license"
+    assert open_checkpoint(convert(path, tmp_path / "again")).license == "dinov3-license"

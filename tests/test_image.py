@@ -49,7 +49,7 @@ def test_equal_to_transformers(config, tmp_path):
         cwd=tmp_path,
     )
     if "No module named 'torchvision'" in done.stderr:
-        pytest.skip("needs torchvision, as `make setup` installs it")
+        pytest.skip("needs torchvision, as `make test` installs it")
     assert done.returncode == 0, done.stderr
     processor = ImageProcessor.from_dict({**PREPROCESSING, **config})
     for name, expected in load_file(tmp_path / "out.safetensors").items():
@@ -72,7 +72,10 @@ def test_every_kind_of_picture_gives_the_same():
     processor = ImageProcessor(size=(32, 48))
     expected = processor(array)["pixel_values"]
     assert expected.shape == (1, 3, 32, 48) and expected.dtype == torch.float32
-    for image in (Image.fromarray(array), torch.from_numpy(array).permute(2, 0, 1), array[:, ::1]):
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    flipped = array[::-1].copy()[::-1]
+    for image in (Image.fromarray(array), torch.from_numpy(array).permute(2, 0, 1), read_only, flipped):
         assert torch.equal(processor(image)["pixel_values"], expected)
     batch = processor([array, Image.fromarray(array[:20]), torch.from_numpy(array).permute(2, 0, 1)])["pixel_values"]
     assert batch.shape == (3, 3, 32, 48)
@@ -132,6 +135,7 @@ def test_a_satellite_model_with_imagenet_statistics_deserves_a_warning(tmp_path)
             np.zeros((3, 4, 4), np.uint8),
             r"image is uint8 of shape \(3, 4, 4\): expected uint8 of shape \(height, width, 3\)",
         ),
+        (np.array(["a"]), r"image is <U1 of shape \(1,\): expected uint8"),
         (np.zeros((4, 4, 3), np.float32), r"image is float32 of shape \(4, 4, 3\): expected uint8"),
         (
             torch.zeros(4, 4, 3, dtype=torch.uint8),
@@ -156,6 +160,12 @@ def test_several_sizes_without_a_size_to_resize_to():
         ({"resample": 3}, r"resample is 3: only bilinear \(2\) is supported"),
         ({"do_center_crop": True}, "do_center_crop is true: only rescale, resize and normalise"),
         ({"size": {"shortest_edge": 224}}, "size is .*: expected a height and a width"),
+        ({"size": {"height": "224", "width": 224}}, r"size is \('224', 224\): expected \(height, width\)"),
+        ({"size": True}, "size is True: expected a height and a width"),
+        ({"image_mean": None}, "mean is None: expected three numbers"),
+        ({"image_mean": [0.5, 0.5]}, r"mean is \(0.5, 0.5\): expected three numbers"),
+        ({"image_std": [0.2, 0.2, 0.0]}, "std is .*: expected three numbers, none of them zero"),
+        ({"rescale_factor": None}, "rescale_factor is None: expected a number"),
     ],
 )
 def test_preprocessing_that_is_not_dinov3s(change, message, tmp_path):

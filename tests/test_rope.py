@@ -95,16 +95,30 @@ def test_periods_stay_float32_to_the_bit(cast):
     assert model.norm.weight.dtype != torch.float32
 
 
-def test_tables_are_computed_once_a_grid_and_follow_the_periods():
+def test_tables_follow_the_periods():
+    """However they change: nothing of an earlier call is kept."""
     rope = RotaryEmbedding2D(TINY).eval()
-    first = rope(3, 4, 5, torch.float32)
-    assert rope(3, 4, 5, torch.float32)[0] is first[0]
-    assert rope(4, 3, 5, torch.float32)[0] is not first[0]
+    first = rope(3, 4, 5, torch.float32)[0]
+    rope.periods.mul_(2)
+    second = rope(3, 4, 5, torch.float32)[0]
     rope.load_state_dict({"periods": rope.periods * 2})
-    assert not torch.equal(rope(3, 4, 5, torch.float32)[0], first[0])
+    third = rope(3, 4, 5, torch.float32)[0]
+    assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
-def test_tables_made_in_inference_mode_serve_training():
+@pytest.mark.parametrize(
+    "cast", [lambda m: m, lambda m: m.bfloat16(), lambda m: m.half()], ids=["as is", "bf16", "half"]
+)
+def test_periods_stay_float32_on_the_way_from_the_meta_device(cast):
+    with torch.device("meta"):
+        model = DINOv3ViT(TINY)
+    model = cast(model).to_empty(device="cpu")
+    assert model.rope_embed.periods.dtype == torch.float32
+    model.init_weights()
+    assert torch.equal(model.rope_embed.periods, rope_periods(TINY))
+
+
+def test_inference_mode_leaves_nothing_behind_that_training_trips_over():
     model = DINOv3ViT(TINY).eval()
     images = torch.randn(1, 3, 24, 24)
     with torch.inference_mode():

@@ -138,6 +138,33 @@ def test_repr_shows_the_fingerprint(folder):
     assert "weights random" in repr(DINOv3ViT(TINY))
 
 
+def test_the_fingerprint_goes_when_other_weights_come(folder):
+    model = DINOv3ViT.from_pretrained(folder)
+    model.load_state_dict(DINOv3ViT(TINY).state_dict())
+    assert "weights from a state dict" in repr(model)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.float8_e4m3fn])
+def test_dtypes_that_no_model_runs_in(folder, dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*: expected torch.float32, float16, bfloat16, float64 or None"):
+        DINOv3ViT.from_pretrained(folder, dtype=dtype)
+
+
+def test_a_default_device_changes_nothing(folder):
+    with torch.device("meta"):
+        model = DINOv3ViT.from_pretrained(folder)
+        convert(folder)
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+    assert {t.device.type for t in DINOv3ViT.from_pretrained(folder).state_dict().values()} == {"cpu"}
+
+
+def test_a_link_to_a_file_that_is_gone(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "gone")
+    with pytest.raises(ValueError, match=r"model.safetensors: a link to a file that is gone: download it again"):
+        DINOv3ViT.from_pretrained(folder)
+
+
 def test_the_fingerprint_tells_weights_apart(folder, tmp_path):
     weights = trained_like(TINY)
     weights["layer.2.attention.k_proj.weight"][-1, -1] += 1e-3
@@ -152,10 +179,22 @@ def test_a_stale_converted_file_is_refused(folder):
     convert(folder)
     weights = {name: w * 2 for name, w in trained_like(TINY).items()}
     write_checkpoint(folder, TINY, weights)
-    with pytest.raises(ValueError, match=r"dinov3_lite.safetensors: was converted from other weights .* --force"):
+    with pytest.raises(ValueError, match=r"dinov3_lite.safetensors: was converted from other weights.* --force"):
         DINOv3ViT.from_pretrained(folder)
     convert(folder, force=True)
     assert torch.equal(DINOv3ViT.from_pretrained(folder).cls_token, weights["embeddings.cls_token"])
+
+    weights["layer.1.mlp.up_proj.weight"][10:50] = 0  # in the middle of one tensor
+    write_checkpoint(folder, TINY, weights)
+    with pytest.raises(ValueError, match="was converted from other weights"):
+        DINOv3ViT.from_pretrained(folder)
+
+
+def test_a_config_changed_since_the_conversion_is_refused(folder):
+    convert(folder)
+    edit_config(folder, layer_norm_eps=1e-2)
+    with pytest.raises(ValueError, match="or another config"):
+        DINOv3ViT.from_pretrained(folder)
 
 
 def test_an_edited_converted_file_is_refused(folder):
@@ -202,7 +241,10 @@ def change_metadata(folder, **changes):
 
 
 BAD = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"config.json: missing: a checkpoint in this layout needs"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        r"config.json: missing: a checkpoint in transformers' layout needs",
+    ),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json: not valid JSON"),
     "config a list": (
         lambda f: (f / "config.json").write_text("[]"),
@@ -252,17 +294,20 @@ BAD = {
     ),
     "wrong shape": (
         lambda f: edit_weights(f, lambda w: w.update({"norm.weight": torch.zeros(31)})),
-        r"tensor 'norm.weight' has shape \(31,\), but the config \(vit-c32-d3-h2\) calls for \(32,\)",
+        r"against the config \(vit-c32-d3-h2\), tensor 'norm.weight' has shape \(31,\), not \(32,\)",
     ),
     "deeper config": (
         lambda f: edit_config(f, num_hidden_layers=4),
-        r"lacks tensor 'layer.3.*' \(and 16 more\), which",
+        r"lacks tensors 'layer.3.attention.k_proj.weight', .*'layer.3.norm2.weight', which",
     ),
     "shallower config": (
         lambda f: edit_config(f, num_hidden_layers=2),
-        r"holds tensor 'layer.2.*' \(and 16 more\), which",
+        r"holds tensors 'layer.2.attention.k_proj.weight', .*'layer.2.norm2.weight', which",
     ),
-    "wider config": (lambda f: edit_config(f, hidden_size=64), r"has shape .*, but the config .* calls for"),
+    "wider config": (
+        lambda f: edit_config(f, hidden_size=64),
+        r"against the config \(vit-c64-d3-h2\), tensor .* has shape .*, not",
+    ),
     "no register count": (lambda f: edit_config(f, num_register_tokens=0), r"register_tokens' has shape \(1, 4, 32\)"),
     "integer weights": (
         lambda f: edit_weights(f, lambda w: w.update({"norm.weight": torch.zeros(32, dtype=torch.int8)})),
@@ -274,7 +319,7 @@ BAD = {
     ),
     "both prefixes": (
         lambda f: edit_weights(f, lambda w: w.update({"model.layer.0.norm1.bias": torch.zeros(32)})),
-        r"tensor '(model.)?layer.0.norm1.bias' is also in model.safetensors",
+        r"tensor '(model.)?layer.0.norm1.bias' is also there as",
     ),
     "index without map": (
         lambda f: (f / "model.safetensors.index.json").write_text("{}"),
@@ -290,14 +335,17 @@ BAD = {
         lambda f: (f / "model.safetensors.index.json").write_text(
             '{"weight_map": {"norm.bias": "../model.safetensors"}}'
         ),
-        r"index.json: shard '../model.safetensors' is not a file name",
+        r"index.json: shard '../model.safetensors' is not the name of a file",
     ),
     "converted without metadata": (lose_metadata, r"a converted file whose metadata is lost"),
     "converted by a later release": (
         lambda f: change_metadata(f, dinov3_lite="2"),
         r"converted file of version 2, this release",
     ),
-    "converted without config": (lambda f: change_metadata(f, config=""), r"its metadata holds no config"),
+    "converted without config": (
+        lambda f: change_metadata(f, config=""),
+        r"its metadata is not what this library writes",
+    ),
 }
 
 
@@ -315,7 +363,7 @@ def test_an_empty_folder(tmp_path):
         DINOv3ViT.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere.safetensors", "a b/c"])
+@pytest.mark.parametrize("source", ["", "./nowhere", "/nowhere/at/all", "nowhere.safetensors", "a b/c"])
 def test_no_such_source(source):
     with pytest.raises(FileNotFoundError, match=f"{source}: no such file or folder, and no hub id"):
         DINOv3ViT.from_pretrained(source)
@@ -324,7 +372,7 @@ def test_no_such_source(source):
 def test_a_file_of_another_kind(tmp_path):
     file = tmp_path / "weights.bin"
     file.write_bytes(b"123")
-    with pytest.raises(ValueError, match="weights.bin: expected a folder or a .safetensors file"):
+    with pytest.raises(ValueError, match="weights.bin: expected a folder or a file of type .safetensors, .pth, .pt"):
         DINOv3ViT.from_pretrained(file)
 
 
@@ -356,7 +404,8 @@ def test_a_hub_id_in_the_cache(folder, tmp_path, monkeypatch):
 
 def test_a_hub_id_that_is_not_in_the_cache(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="someone/dinov3-tiny is no local file or folder, is not in the hub's cache"
+        FileNotFoundError,
+        match="someone/dinov3-tiny is not in the cache, nor a local file or folder, and this is offline",
     ):
         DINOv3ViT.from_pretrained("someone/dinov3-tiny", cache_dir=tmp_path, local_files_only=True)
 

@@ -1,0 +1,94 @@
+"""`--verify`: open again what was written, compare every tensor with its source, and run both through a forward."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinov3_lite.layouts import TRANSFORMERS, kind
+from dinov3_lite.model import DINOv3ViT
+from dinov3_lite.weights import Checkpoint, open_source, storage_dtype
+
+from . import convert_opened
+from .plan import losses
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a verification found."""
+
+    tensors: int
+    worst_error: float | None
+    """The worst relative error of a hidden state against transformers' own, None where it is not installed."""
+
+    def __str__(self) -> str:
+        tensors = f"verified: {self.tensors} tensors equal and finite"
+        if self.worst_error is None:
+            return f"{tensors}; no forward, since transformers is not installed"
+        return f"{tensors}; hidden states within {self.worst_error:.1e} of transformers'"
+
+
+def verify(source: Checkpoint, path: Path, dtype: torch.dtype | None) -> Verified:
+    """Compare what was written at `path` with its source.
+
+    Raises ValueError that names the tensor if one differs or is not finite.
+    """
+    written = open_source(path)
+    weights_dtype = dtype or source.dtype
+    lost = written.layout.assumed.keys() if losses(source, written.layout) else ()
+    compared = 0
+    for name, pieces in source.pieces.items():
+        if name not in written.pieces or kind(name) in lost:
+            continue
+        target = torch.float32 if name == "rope_embed.periods" else weights_dtype
+        a = torch.cat([piece.load().to(target) for piece in pieces]) if pieces else torch.empty(0)
+        b = torch.cat([piece.load().to(target) for piece in written.pieces[name]]) if pieces else torch.empty(0)
+        if not a.isfinite().all():
+            raise ValueError(f"{source.path}: tensor {name!r} holds NaN or infinity")
+        if not torch.equal(a, b):
+            raise ValueError(f"{path}: tensor {name!r} differs from its source: convert again")
+        compared += 1
+    return Verified(compared, _forward_error(source, written, storage_dtype("norm.weight", weights_dtype)))
+
+
+def _forward_error(source: Checkpoint, written: Checkpoint, dtype: torch.dtype) -> float | None:
+    """Worst relative error over the hidden states of ours from the output against transformers' from the source."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    with tempfile.TemporaryDirectory() as scratch, transformers_module() as transformers:
+        folder = source.path
+        if source.layout is not TRANSFORMERS or not folder.is_dir():
+            folder = convert_opened(source, Path(scratch), to="transformers", allow_loss=True)
+        theirs = transformers.DINOv3ViTModel.from_pretrained(folder, dtype=torch.float32).eval()
+        ours = DINOv3ViT.from_pretrained(written.path, dtype=torch.float32)
+        p = source.config.patch_size
+        images = torch.randn(1, source.config.num_channels, 4 * p, 6 * p, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            a = ours(images, output_hidden_states=True)
+            b = theirs(images, output_hidden_states=True)
+        pairs = [(a.last_hidden_state, b.last_hidden_state)]
+        pairs += list(zip(a.hidden_states or (), b.hidden_states, strict=True))[:-1]
+        return max(((x - y).norm() / y.norm()).item() for x, y in pairs)
+
+
+@contextmanager
+def transformers_module() -> Iterator[Any]:
+    """transformers, imported with our root off the path: it would take our folder `kernels` for a package."""
+    root = Path(__file__).resolve().parent.parent
+    path = sys.path[:]
+    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != root]
+    try:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        yield transformers
+    finally:
+        sys.path[:] = path
