@@ -1,5 +1,6 @@
 PYTHON ?= python3
-# One environment; what the tests compare with lies beside it, since two releases of transformers can't share one.
+# One environment; what the tests compare with lies beside it: two releases of transformers can't share one, and timm needs
+# torchvision, of which PyPI has no build that fits a CPU build of torch (the tests make do with its Python part).
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 REFERENCES := .venv/references
@@ -46,5 +47,5 @@ clean:
 	$(PIP) install -q -c constraints.txt -e '.[images,plots,dev]'
 	$(PIP) install -q --no-deps --upgrade --target $(OLD_TRANSFORMERS) transformers==4.57.6 huggingface-hub==0.36.2 \
 		tokenizers==0.22.2 requests urllib3 idna certifi charset-normalizer
-	$(PIP) install -q --no-deps --upgrade --target $(REFERENCES)/torchvision -c constraints.txt torchvision
+	$(PIP) install -q --no-deps --upgrade --target $(REFERENCES)/torchvision -c constraints.txt torchvision timm
 	touch $@

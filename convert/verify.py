@@ -15,7 +15,7 @@ import torch
 
 from dinov3_lite.layouts import TRANSFORMERS, kind
 from dinov3_lite.model import DINOv3ViT
-from dinov3_lite.weights import Checkpoint, open_source, storage_dtype
+from dinov3_lite.weights import Checkpoint, open_source
 
 from . import convert_opened
 from .plan import losses
@@ -26,14 +26,15 @@ class Verified:
     """What a verification found."""
 
     tensors: int
-    worst_error: float | None
-    """The worst relative error of a hidden state against transformers' own, None where it is not installed."""
+    errors: list[float] | None
+    """Relative error against transformers of each hidden state and of the output; None where it is not installed."""
 
     def __str__(self) -> str:
         tensors = f"verified: {self.tensors} tensors equal and finite"
-        if self.worst_error is None:
+        if self.errors is None:
             return f"{tensors}; no forward, since transformers is not installed"
-        return f"{tensors}; hidden states within {self.worst_error:.1e} of transformers'"
+        each = " ".join(f"{error:.1e}" for error in self.errors)
+        return f"{tensors}; hidden states within {max(self.errors):.1e} of transformers' (each: {each})"
 
 
 def verify(source: Checkpoint, path: Path, dtype: torch.dtype | None) -> Verified:
@@ -56,11 +57,11 @@ def verify(source: Checkpoint, path: Path, dtype: torch.dtype | None) -> Verifie
         if not torch.equal(a, b):
             raise ValueError(f"{path}: tensor {name!r} differs from its source: convert again")
         compared += 1
-    return Verified(compared, _forward_error(source, written, storage_dtype("norm.weight", weights_dtype)))
+    return Verified(compared, _forward_errors(source, written))
 
 
-def _forward_error(source: Checkpoint, written: Checkpoint, dtype: torch.dtype) -> float | None:
-    """Worst relative error over the hidden states of ours from the output against transformers' from the source."""
+def _forward_errors(source: Checkpoint, written: Checkpoint) -> list[float] | None:
+    """Ours from the output against transformers' from the source, both in float32, state by state."""
     if importlib.util.find_spec("transformers") is None:
         return None
     with tempfile.TemporaryDirectory() as scratch, transformers_module() as transformers:
@@ -74,9 +75,12 @@ def _forward_error(source: Checkpoint, written: Checkpoint, dtype: torch.dtype) 
         with torch.no_grad():
             a = ours(images, output_hidden_states=True)
             b = theirs(images, output_hidden_states=True)
-        pairs = [(a.last_hidden_state, b.last_hidden_state)]
-        pairs += list(zip(a.hidden_states or (), b.hidden_states, strict=True))[:-1]
-        return max(((x - y).norm() / y.norm()).item() for x, y in pairs)
+        # the last hidden state is compared through the output: up to transformers 4.57.1 it was normed already
+        pairs = [
+            *zip(a.hidden_states[:-1], b.hidden_states[:-1], strict=True),
+            (a.last_hidden_state, b.last_hidden_state),
+        ]
+        return [((x - y).norm() / y.norm()).item() for x, y in pairs]
 
 
 @contextmanager

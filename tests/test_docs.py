@@ -24,7 +24,7 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     Image = pytest.importorskip("PIL.Image")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)).save(tmp_path / "photo.jpg")
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python ")]
-    assert len(commands) == 2
+    assert len(commands) == 5
     for command in ["python -m dinov3_lite sample checkpoint", *commands]:
         words = [sys.executable, *command.split()[1:]]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
@@ -41,7 +41,7 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     assert [m.shape for m in session["maps"]] == [(1, 384, 14, 14)] * 4 and len(session["raw"]) == 13
 
 
-@pytest.mark.parametrize("name", ["parity", "startup"])
+@pytest.mark.parametrize("name", ["parity", "startup", "conversion"])
 def test_tables_are_the_committed_results(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = __import__(name)
