@@ -283,14 +283,13 @@ class DINOv3ViT(nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> DINOv3ViT:
-        """Load a checkpoint, in evaluation mode. Every tensor of the model comes from it, or an error names those that
-        don't.
+        """Load a checkpoint, in evaluation mode: every tensor comes from it, or an error names those that don't.
 
-        source: a folder in transformers' layout (one file or shards with an index), the file `dinov3_lite.safetensors`
-            that `python -m convert` writes or a folder with it, or a hub id. A converted file on the CPU is not read
-            but memory-mapped: its pages are loaded when first used, and training never writes to the file.
-        dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and so do the tokens under
-        float16.
+        source: a checkpoint folder, a .safetensors or .pth file, in the layout of transformers, Meta, timm or our own;
+            or a hub id. A converted file on the CPU is not read but memory-mapped: its pages are loaded when first
+            used, and training never writes to the file.
+        dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
+        device: to load to; None is the CPU. attention: see the class.
         revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -115,3 +116,15 @@ def run_python(code: str, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter, away from the repository's root."""
     kwargs.setdefault("cwd", Path(__file__).parent)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **kwargs)
+
+
+def run_reference(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script of this folder in a fresh interpreter that also sees what `make` installs for it: torchvision, timm."""
+    extra = [str(Path(sys.prefix) / "references" / "torchvision"), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, Path(__file__).with_name(script), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(extra)},
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )

@@ -1,23 +1,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import PREPROCESSING, TINY, write_checkpoint
+from helpers import PREPROCESSING, TINY, run_reference, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from convert import convert
 from dinov3_lite import ImageProcessor
 from dinov3_lite.image import SATELLITE_MEAN, SATELLITE_STD
-
-SCRIPT = Path(__file__).with_name("reference_images.py")
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -40,14 +34,8 @@ def test_equal_to_transformers(config, tmp_path):
     sizes = [(224, 224), (600, 512), (97, 301), (224, 500), (1000, 40), (16, 16)]
     pictures = {f"{h}x{w}": torch.from_numpy(picture(h, w)).permute(2, 0, 1).contiguous() for h, w in sizes}
     save_file(pictures, tmp_path / "pictures.safetensors")
-    extra = Path(sys.prefix) / "references" / "torchvision"
-    done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path / "pictures.safetensors", tmp_path / "out.safetensors", json.dumps(config)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(extra), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    files = tmp_path / "pictures.safetensors", tmp_path / "out.safetensors"
+    done = run_reference("reference_images.py", *files, json.dumps(config), cwd=tmp_path)
     if "No module named 'torchvision'" in done.stderr:
         pytest.skip("needs torchvision, as `make test` installs it")
     assert done.returncode == 0, done.stderr

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import PREPROCESSING, TINY, TINY_GATED, relative_error, trained_like, write_checkpoint
+from helpers import PREPROCESSING, TINY, TINY_GATED, relative_error, run_reference, trained_like, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from convert import convert
@@ -234,15 +231,8 @@ def test_timm_itself_loads_what_we_write_and_agrees(name, changes, architecture,
     folder = convert(source, tmp_path / "timm", to="timm")
     images = torch.randn(2, 3, 64, 96)
     save_file({"images": images}, tmp_path / "images.safetensors")
-    script = Path(__file__).with_name("reference_timm.py")
-    extra = [str(Path(sys.prefix) / "references" / "torchvision"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, script, folder, tmp_path / "images.safetensors", tmp_path / "out.safetensors"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(extra)},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    files = tmp_path / "images.safetensors", tmp_path / "out.safetensors"
+    done = run_reference("reference_timm.py", folder, *files, cwd=tmp_path)
     if "No module named 'timm'" in done.stderr:
         pytest.skip("needs timm, as `make test` installs it")
     assert done.returncode == 0, done.stderr
