@@ -368,7 +368,7 @@ class DINOv3ViT(nn.Module):
         return_class_token: bool = False,
         return_extra_tokens: bool = False,
         norm: bool = True,
-    ) -> tuple[Tensor | tuple[Tensor, ...], ...]:
+    ) -> tuple[Any, ...]:
         """Outputs of the last n blocks, or of the blocks whose indices n lists, in ascending order: Meta's method.
 
         Each is the patch tokens (B, h*w, C), or (B, C, h, w) with `reshape`. With `return_class_token` and

@@ -34,7 +34,7 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     session: dict = {}
     python = blocks("python")
-    assert len(python) == 5
+    assert len(python) == 6
     for block in python:
         exec(compile(block, "README.md", "exec"), session)
     assert session["out"].feature_map.shape == (1, 384, 24, 40)

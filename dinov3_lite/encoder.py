@@ -1,0 +1,63 @@
+"""A feature pyramid for segmentation decoders: four maps from the quarters of the backbone's depth."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .model import DINOv3ViT
+
+
+class PyramidEncoder(nn.Module):
+    """(B, 3, H, W) -> [F1, F2, F3, F4], patch tokens of the blocks at 1/4, 2/4, 3/4 and 4/4 of the depth as maps.
+
+    The maps are (B, C, H/s, W/s) for s in `strides`, before the final LayerNorm; a side shorter than s gives 1.
+    A frozen encoder computes no gradients, keeps no activations, and stays in evaluation mode whatever its parent does.
+    """
+
+    def __init__(self, backbone: DINOv3ViT, freeze: bool = True, simple: bool = False) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.freeze = freeze
+        p = backbone.patch_size
+        self.strides = (p, p, p, p) if simple else (p // 4, p // 2, p, 2 * p)
+        self.channels = (backbone.embed_dim,) * 4
+        self.blocks = [backbone.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+        backbone.requires_grad_(not freeze)
+        self.train(not freeze)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            maps = self.backbone.get_intermediate_layers(x, n=self.blocks, reshape=True, norm=False)
+            return [self._resize(m, x, stride) for m, stride in zip(maps, self.strides, strict=True)]
+
+    def _resize(self, feature_map: Tensor, x: Tensor, stride: int) -> Tensor:
+        if stride == self.backbone.patch_size:
+            return feature_map
+        size = (max(1, x.shape[-2] // stride), max(1, x.shape[-1] // stride))
+        return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
+
+    def train(self, mode: bool = True) -> PyramidEncoder:
+        return super().train(mode and not self.freeze)
+
+
+def build_dinov3_encoder(
+    model_name: str = "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    pretrained_path: str | os.PathLike[str] | None = None,
+    freeze: bool = True,
+    simple: bool = False,
+) -> PyramidEncoder:
+    """A pretrained encoder whose four maps have strides 4, 8, 16 and 32 or, with `simple`, all 16 (at patch size 16).
+
+    model_name: a hub id, used if there is no pretrained_path.
+    pretrained_path: whatever `DINOv3ViT.from_pretrained` reads.
+    freeze: no gradients, always in evaluation mode; False fine-tunes. Resizing is bilinear with align_corners=False.
+    Raises what `DINOv3ViT.from_pretrained` does, and ValueError if the model has fewer than four blocks.
+    """
+    backbone = DINOv3ViT.from_pretrained(model_name if pretrained_path is None else pretrained_path)
+    if backbone.depth < 4:
+        raise ValueError(f"the model has {backbone.depth} blocks: four maps need at least 4")
+    return PyramidEncoder(backbone, freeze, simple)
