@@ -17,7 +17,7 @@ def describe(opened: Checkpoint) -> dict[str, Any]:
     processing = opened.preprocessing or {}
     warnings = []
     mean = processing.get("image_mean")
-    if "sat493m" in str(opened.path.resolve()) and mean is not None and tuple(mean) == IMAGENET_MEAN:
+    if "sat493m" in str(opened.path.resolve()) and mean in (IMAGENET_MEAN, list(IMAGENET_MEAN)):
         warnings.append("a satellite model with ImageNet's image statistics: expected mean 0.430, 0.411, 0.296")
     not_finite = [
         name for name, pieces in opened.pieces.items() if not all(piece.load().isfinite().all() for piece in pieces)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dinov3_lite.config import VARIANTS
 from dinov3_lite.files import Shape, StoredTensor
 from dinov3_lite.hub import TIMM_SIZES
+from dinov3_lite.image import ImageProcessor
 from dinov3_lite.layouts import LITE, META, TIMM, TRANSFORMERS, Layout, kind, numel
 from dinov3_lite.weights import LITE_VERSION, NOTE_KEY, Checkpoint, Piece, cast, recut, storage_dtype
 
@@ -116,17 +117,20 @@ def side_files(opened: Checkpoint, layout: Layout) -> dict[str, dict[str, Any]]:
 
 def timm_config(opened: Checkpoint) -> dict[str, Any]:
     """The config.json of timm: the name of its model, where it has one with these tensors, and its image statistics."""
-    config, processing = opened.config, opened.preprocessing or {}
+    config = opened.config
     size = TIMM_SIZES.get(variant_ignoring_biases(opened))
     result: dict[str, Any] = {"num_classes": 0, "num_features": config.hidden_size}
     if size:
         result["architecture"] = f"vit_{size}_patch16_dinov3" + ("_qkvb" if config.query_bias and size != "7b" else "")
-    if {"image_mean", "image_std", "size"} <= processing.keys():
-        height, width = processing["size"]["height"], processing["size"]["width"]
+    try:
+        images = ImageProcessor.from_dict(opened.preprocessing or {"size": None})
+    except ValueError:
+        return result  # no preprocessing, or none that this library can tell
+    if images.size:
         result["pretrained_cfg"] = {
-            "input_size": [config.num_channels, height, width],
-            "mean": processing["image_mean"],
-            "std": processing["image_std"],
+            "input_size": [config.num_channels, *images.size],
+            "mean": list(images.mean),
+            "std": list(images.std),
             "interpolation": "bilinear",
         }
     return result

@@ -35,10 +35,7 @@ class Spec:
     when: str = ""
 
     def exists(self, config: DINOv3Config) -> bool:
-        return all(
-            not getattr(config, switch[4:]) if switch.startswith("not-") else getattr(config, switch)
-            for switch in self.when.split()
-        )
+        return _holds(self.when, config)
 
     @property
     def chunks(self) -> int:
@@ -71,6 +68,8 @@ class Derived(NamedTuple):
     make: Make
     beside: str
     """the tensor of theirs that it accompanies"""
+    when: str
+    """the config switches it exists under"""
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Layout:
             name.format(i=i): derived.make(config)
             for name, derived in self.derived.items()
             for i in _block_numbers(name, config)
-            if derived.beside.format(i=i) in theirs
+            if derived.beside.format(i=i) in theirs and _holds(derived.when, config)
         }
 
 
@@ -114,6 +113,14 @@ class Equation(NamedTuple):
 
     theirs: list[tuple[str, Shape]]
     ours: list[tuple[str, Shape]]
+
+
+def _holds(when: str, config: DINOv3Config) -> bool:
+    """Whether the config has all the switches on, and those with `not-` off."""
+    return all(
+        not getattr(config, switch[4:]) if switch.startswith("not-") else getattr(config, switch)
+        for switch in when.split()
+    )
 
 
 def _zeros(shape: str) -> Make:
@@ -232,7 +239,7 @@ META = Layout("meta", (
     Row("norm.weight",                         "C",       "norm.weight"),
     Row("norm.bias",                           "C",       "norm.bias"),
 ), derived={
-    "blocks.{i}.attn.qkv.bias_mask": Derived("3C", _key_bias_mask, beside="blocks.{i}.attn.qkv.bias"),
+    "blocks.{i}.attn.qkv.bias_mask": Derived("3C", _key_bias_mask, "blocks.{i}.attn.qkv.bias", "not-key_bias"),
 }, ignored={
     "local_cls_norm.weight": "normalises the CLS token of local crops in pretraining",
     "local_cls_norm.bias": "normalises the CLS token of local crops in pretraining",

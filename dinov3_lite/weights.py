@@ -428,11 +428,14 @@ def _timm_preprocessing(content: dict[str, Any]) -> dict[str, Any] | None:
     timm resizes bicubically; the released models were trained and are evaluated by Meta with bilinear resizing.
     """
     cfg = content.get("pretrained_cfg")
-    if not isinstance(cfg, dict) or not {"mean", "std", "input_size"} <= cfg.keys():
+    if not isinstance(cfg, dict) or not {"mean", "std"} <= cfg.keys() or not _is_triple(cfg.get("input_size")):
         return None
-    _, height, width = cfg["input_size"]
-    size = {"height": height, "width": width}
+    size = {"height": cfg["input_size"][1], "width": cfg["input_size"][2]}
     return {"do_resize": True, "size": size, "resample": 2, "image_mean": cfg["mean"], "image_std": cfg["std"]}
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3
 
 
 def _listed(names: set[str]) -> str:

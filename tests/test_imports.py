@@ -32,7 +32,8 @@ EDGES = {
     "dinov3_lite/__main__.py": {"", "picture", "sample"},
     "convert/verify.py": {"convert/*", "dinov3_lite.layouts", "dinov3_lite.model", "dinov3_lite.weights"},
     "convert/describe.py": {"dinov3_lite.image", "dinov3_lite.rope", "dinov3_lite.weights"},
-    "convert/*": {f"dinov3_lite.{name}" for name in ("config", "files", "hub", "layouts", "weights")} | {"convert/*"},
+    "convert/*": {f"dinov3_lite.{name}" for name in ("config", "files", "hub", "image", "layouts", "weights")}
+    | {"convert/*"},
 }
 OURS = ("dinov3_lite", "convert", "kernels")
 

@@ -137,6 +137,20 @@ def test_metas_rounded_periods_are_kept_to_the_bit_and_transformers_refuses_them
     assert torch.equal(back["rope_embed.periods"], model.rope_embed.periods)
 
 
+def test_a_key_bias_goes_through_meta_without_a_mask(tmp_path):
+    """The mask of an absent key bias would switch a present one off."""
+    config = replace(TINY, key_bias=True)
+    source = write_checkpoint(tmp_path / "source", config)
+    meta = convert(source, tmp_path / "meta", to="meta")
+    assert not any("bias_mask" in key for key in torch.load(meta, weights_only=True))
+    expected = state(source)
+    assert "blocks.0.attn.qkv.k_bias" in expected
+    for path in (meta, convert(meta, tmp_path / "back", to="transformers")):
+        result = state(path)
+        assert result.keys() == expected.keys()
+        assert all(torch.equal(result[key], expected[key]) for key in expected)
+
+
 def test_metas_tensors_that_the_model_does_not_use(tmp_path):
     meta = convert(write_checkpoint(tmp_path / "source", TINY), tmp_path / "meta", to="meta")
     tensors = torch.load(meta, weights_only=True)
@@ -208,6 +222,13 @@ def test_timm_has_no_mask_token(tmp_path):
         convert(source, tmp_path / "timm", to="timm")
     back = convert(convert(source, tmp_path / "timm", to="timm", allow_loss=True))
     assert (DINOv3ViT.from_pretrained(back).mask_token == 0).all()
+
+
+@pytest.mark.parametrize("preprocessing", [None, {"size": {"shortest_edge": 7}}, {"size": 5, "image_mean": 0.5}])
+def test_preprocessing_that_timm_is_not_told(preprocessing, tmp_path):
+    source = write_checkpoint(tmp_path / "source", WIDE, holdable(WIDE), preprocessing)
+    folder = convert(source, tmp_path / "timm", to="timm")
+    assert "pretrained_cfg" not in json.loads((folder / "config.json").read_text())
 
 
 def test_timm_has_no_key_bias(tmp_path):
