@@ -78,8 +78,10 @@ def write_pth(file: IO[bytes], entries: list[Entry], on_bytes: OnBytes) -> None:
     with torch.serialization.skip_data():
         torch.save({entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="cpu") for entry in entries}, file)
     with zipfile.ZipFile(file) as archive:
-        records = [info for info in archive.infolist() if "/data/" in info.filename and info.filename[-1].isdigit()]
-        for entry, record in zip(entries, records, strict=True):
+        # the i-th tensor is called data/i; in which order they lie in the archive depends on the release
+        records = {Path(info.filename).name: info for info in archive.infolist() if "/data/" in info.filename}
+        for i, entry in enumerate(entries):
+            record = records[str(i)]
             if record.file_size != entry.nbytes:
                 raise ValueError(f"torch.save reserved {record.file_size} bytes for {entry.name!r}, not {entry.nbytes}")
             file.seek(record_offset(file, record))

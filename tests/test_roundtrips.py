@@ -254,7 +254,7 @@ def test_timm_itself_loads_what_we_write_and_agrees(name, changes, architecture,
     save_file({"images": images}, tmp_path / "images.safetensors")
     files = tmp_path / "images.safetensors", tmp_path / "out.safetensors"
     done = run_reference("reference_timm.py", folder, *files, cwd=tmp_path)
-    if "No module named 'timm'" in done.stderr:
+    if "No module named 'timm'" in done.stderr or "No module named 'torchvision'" in done.stderr:
         pytest.skip("needs timm, as `make test` installs it")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == architecture
