@@ -2,13 +2,14 @@
 
     attention(q, k, v, cos, sin, scale=None) -> (B, N, heads, D)
 
-q, k, v: (B, N, heads, D), views of one fused projection. cos, sin: (N, D/2), the rotation of each token, the identity
-for prefix tokens. scale: of the scores, D ** -0.5 unless given. The result has q's dtype.
+q, k, v: (B, N, heads, D), views of one fused projection. cos, sin: (N, D/2), or (B, N, D/2) where every sequence has
+its own: the rotation of each token, the identity for prefix tokens. scale: of the scores, D ** -0.5 unless given. The
+result has q's dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,3 +48,21 @@ def resolve_attention(name: str) -> AttentionFn:
     if name not in ATTENTION:
         raise ValueError(f"attention is {name!r}: expected one of auto, {', '.join(ATTENTION)}")
     return ATTENTION[name]
+
+
+def packed_attention(attention: AttentionFn, shapes: Sequence[tuple[int, int]]) -> AttentionFn:
+    """`attention` within each sequence of a packed one: (1, T, heads, D) with cos, sin (T, D/2).
+
+    shapes: (B_i, N_i), batches of equal sequences that lie one after the other; T is the sum of B_i * N_i.
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        def batches(x: Tensor) -> list[Tensor]:
+            parts = x.split([b * n for b, n in shapes])
+            return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+        q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
+        each = zip(*map(batches, (q, k, v, cos, sin)), strict=True)
+        return torch.cat([attention(*batch).flatten(0, 1) for batch in each]).unsqueeze(0)
+
+    return run

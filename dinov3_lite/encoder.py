@@ -25,7 +25,7 @@ class PyramidEncoder(nn.Module):
         p = backbone.patch_size
         self.strides = (p, p, p, p) if simple else (p // 4, p // 2, p, 2 * p)
         self.channels = (backbone.embed_dim,) * 4
-        self.blocks = [backbone.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+        self.blocks = backbone.block_indices("quarters")
         backbone.requires_grad_(not freeze)
         self.train(not freeze)
 

@@ -1,7 +1,7 @@
 """The DINOv3 vision transformer, top to bottom (arXiv 2508.10104, section 3; the ViT itself is arXiv 2010.11929).
 
 Letters in the shape comments: B batch, H W image pixels, h w patch grid, P = h*w patch tokens, R register tokens,
-N = 1 + R + P tokens, C embedding, F hidden width of the MLP, D head dim.
+N = 1 + R + P tokens, C embedding, D head dim.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .attention import AttentionFn, resolve_attention
+from .attention import packed_attention, resolve_attention
 from .config import DINOv3Config
+from .layers import Block, LayerNorm, PatchEmbed
+from .packing import Tokens, pack, unpack
 from .rope import RotaryEmbedding2D, rope_periods
 from .weights import FLOAT32_UNDER_HALF, assign, open_checkpoint
 
@@ -36,6 +37,8 @@ class DINOv3Output(NamedTuple):
     In the weights' dtype, but float32 under float16, which can't hold them."""
     grid: tuple[int, int]
     """(h, w), rows and columns of patches."""
+    num_prefix_tokens: int
+    """1 + R: how many tokens stand before the patch tokens."""
 
     @property
     def cls_token(self) -> Tensor:
@@ -45,21 +48,20 @@ class DINOv3Output(NamedTuple):
     @property
     def register_tokens(self) -> Tensor:
         """(B, R, C), a view of `last_hidden_state`."""
-        return self.last_hidden_state[:, 1 : self._num_prefix_tokens]
+        return self.last_hidden_state[:, 1 : self.num_prefix_tokens]
 
     @property
     def patch_tokens(self) -> Tensor:
-        """(B, h*w, C), a view of `last_hidden_state`."""
-        return self.last_hidden_state[:, self._num_prefix_tokens :]
+        """(B, h*w, C), or (B, K, C) with K `keep_indices`, a view of `last_hidden_state`."""
+        return self.last_hidden_state[:, self.num_prefix_tokens :]
 
     @property
     def feature_map(self) -> Tensor:
-        """(B, C, h, w), the patch tokens on their grid, a view of `last_hidden_state`."""
-        return _to_map(self.patch_tokens, self.grid)
+        """(B, C, h, w), the patch tokens on their grid, a view of `last_hidden_state`.
 
-    @property
-    def _num_prefix_tokens(self) -> int:
-        return self.last_hidden_state.shape[1] - self.grid[0] * self.grid[1]
+        Raises ValueError if only some of the patches were kept.
+        """
+        return _to_map(self.patch_tokens, self.grid)
 
 
 # Lets torch.export.save and AOTInductor write programs that return it.
@@ -67,142 +69,12 @@ _pytree._register_namedtuple(DINOv3Output, serialized_type_name="dinov3_lite.DIN
 
 
 def _to_map(patch_tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    h, w = grid
+    if patch_tokens.shape[1] != h * w:
+        raise ValueError(
+            f"a feature map needs all {h} x {w} patches, and {patch_tokens.shape[1]} were kept: use the patch tokens"
+        )
     return patch_tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, h*w, C) -> (B, C, h, w)
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each projected linearly: (B, 3, H, W) -> (B, P, C)."""
-
-    def __init__(self, config: DINOv3Config) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.proj(pixel_values).flatten(2).transpose(1, 2)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm of a residual stream that may be wider than the weights: computed in x's dtype, returned in theirs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
-
-
-class QKVProjection(nn.Linear):
-    """Queries, keys and values by one matrix product: (B, N, C) -> (B, N, 3C).
-
-    A bias that the config lacks (DINOv3's keys have none) is no parameter, so neither loading nor training can create
-    it.
-    """
-
-    q_bias: nn.Parameter | None
-    k_bias: nn.Parameter | None
-    v_bias: nn.Parameter | None
-
-    def __init__(self, config: DINOv3Config) -> None:
-        super().__init__(config.hidden_size, 3 * config.hidden_size, bias=False)
-        switches = {"q_bias": config.query_bias, "k_bias": config.key_bias, "v_bias": config.value_bias}
-        for name, exists in switches.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(config.hidden_size)) if exists else None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        biases = [self.q_bias, self.k_bias, self.v_bias]
-        if all(b is None for b in biases):
-            return F.linear(x, self.weight)
-        absent = self.weight.new_zeros(self.in_features)
-        return F.linear(x, self.weight, torch.cat([absent if b is None else b for b in biases]))
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with RoPE on queries and keys: (B, N, C) -> (B, N, C)."""
-
-    def __init__(self, config: DINOv3Config) -> None:
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.qkv = QKVProjection(config)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (B, N, heads, D) each
-        return self.proj(attention(q, k, v, cos, sin).flatten(-2))
-
-
-class Mlp(nn.Module):
-    """fc2(act(fc1(x))), with the exact (erf) GELU in the released models: (B, N, C) -> (B, N, C)."""
-
-    def __init__(self, config: DINOv3Config) -> None:
-        super().__init__()
-        self.act = getattr(F, config.hidden_act)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class GatedMlp(nn.Module):
-    """w3(act(w1 x) * (w2 x)), SwiGLU in the released models (arXiv 2002.05202): (B, N, C) -> (B, N, C).
-
-    w1 (the gate) and w2 (the value) lie one above the other in `w12`, so that one matrix product serves both.
-    """
-
-    def __init__(self, config: DINOv3Config) -> None:
-        super().__init__()
-        self.act = getattr(F, config.hidden_act)
-        self.w12 = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.w3 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)  # (B, N, F) each
-        return self.w3(self.act(gate) * value)
-
-
-class LayerScale(nn.Module):
-    """The residual update x + gamma * branch, in one pass and in x's dtype (arXiv 2103.17239, section 2)."""
-
-    def __init__(self, config: DINOv3Config) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((config.hidden_size,), config.layerscale_value))
-
-    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        return torch.addcmul(x, branch, self.gamma).to(x.dtype)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, a sample loses its branch with probability p."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, branch: Tensor) -> Tensor:
-        if self.p == 0.0 or not self.training:
-            return branch
-        keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1.0 - self.p)
-        return branch * (keep / (1.0 - self.p))
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block: (B, N, C) -> (B, N, C)."""
-
-    def __init__(self, config: DINOv3Config) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attn = SelfAttention(config)
-        self.ls1 = LayerScale(config)
-        self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = GatedMlp(config) if config.use_gated_mlp else Mlp(config)
-        self.ls2 = LayerScale(config)
-        self.drop_path = DropPath(config.drop_path_rate)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        x = self.ls1(x, self.drop_path(self.attn(self.norm1(x), cos, sin, attention)))
-        x = self.ls2(x, self.drop_path(self.mlp(self.norm2(x))))
-        return x
 
 
 class DINOv3ViT(nn.Module):
@@ -311,27 +183,54 @@ class DINOv3ViT(nn.Module):
         bool_masked_pos: Tensor | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
+        keep_indices: Tensor | None = None,
     ) -> DINOv3Output | tuple[Tensor, ...]:
         """Features of a batch of normalised images.
 
         pixel_values: (B, 3, H, W), floating point, H and W multiples of the patch size; cast to the model's dtype.
         bool_masked_pos: (B, h*w) bool, True where a patch is replaced by the mask token.
         return_dict: False returns a plain tuple: last_hidden_state, pooler_output and, if asked for, hidden_states.
+        keep_indices: (B, K) int64, the patches of each image to run on (counted row by row): the others are left out,
+            and those that stay keep their RoPE positions. The patch tokens are then the K kept, in this order.
 
-        Raises ValueError for any other rank, channel count, dtype, size or mask shape.
+        Raises ValueError for any other rank, channel count, dtype, size or mask shape, and for indices that the grid
+        does not have (on the CPU; a GPU reports them as a device-side assertion).
         """
-        x, grid = self.embed(pixel_values, bool_masked_pos)
+        tokens, grid = self.embed(pixel_values, bool_masked_pos, keep_indices)
         taps = range(self.depth) if output_hidden_states else (self.depth - 1,)
-        states = self.run_blocks(x, grid, taps)
+        states = self.run_blocks(tokens, taps)
         last_hidden_state = self.norm(states[-1])
-        hidden_states = tuple(map(self._as_output, (x, *states))) if output_hidden_states else None
+        hidden_states = tuple(map(self.as_output, (tokens.x, *states))) if output_hidden_states else None
         if return_dict:
-            return DINOv3Output(last_hidden_state, last_hidden_state[:, 0], hidden_states, grid)
+            return DINOv3Output(last_hidden_state, last_hidden_state[:, 0], hidden_states, grid, self.num_prefix_tokens)
         output = (last_hidden_state, last_hidden_state[:, 0])
         return output if hidden_states is None else (*output, hidden_states)  # type: ignore[return-value]
 
-    def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """The tokens before the first block, (B, 1 + R + h*w, C), and their grid (h, w)."""
+    def forward_packed(self, images: Sequence[Tensor]) -> list[DINOv3Output]:
+        """Features of images of different sizes, run as one sequence without padding: one output an image.
+
+        images: (3, H_i, W_i) each. The outputs are those of `forward(image.unsqueeze(0))`, one for one.
+
+        Raises ValueError for an empty list and for an image that `forward` would refuse, naming it.
+        """
+        if not len(images):
+            raise ValueError("images is an empty list: expected at least one image of shape (channels, height, width)")
+        members: dict[torch.Size, list[int]] = {}
+        for i, image in enumerate(images):
+            self._check_images(image, f"images[{i}]", ("channels", "height", "width"))
+            members.setdefault(image.shape, []).append(i)
+        batches = [self.embed(torch.stack([images[i] for i in same])) for same in members.values()]
+        (states,) = self._run_packed([tokens for tokens, _ in batches], (self.depth - 1,))
+        outputs: dict[int, DINOv3Output] = {}
+        for same, state, (_, grid) in zip(members.values(), states, batches, strict=True):
+            for i, tokens in zip(same, self.norm(state).split(1), strict=True):
+                outputs[i] = DINOv3Output(tokens, tokens[:, 0], None, grid, self.num_prefix_tokens)
+        return [outputs[i] for i in range(len(images))]
+
+    def embed(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, keep_indices: Tensor | None = None
+    ) -> tuple[Tokens, tuple[int, int]]:
+        """What the first block gets, and the patch grid (h, w)."""
         grid = self._check_images(pixel_values)
         weights_dtype = self.patch_embed.proj.weight.dtype
         dtype = self.residual_dtype or torch.promote_types(weights_dtype, torch.float32)
@@ -340,18 +239,27 @@ class DINOv3ViT(nn.Module):
             self._check_mask(bool_masked_pos, patches)
             patches = torch.where(bool_masked_pos.unsqueeze(-1), self.mask_token.to(dtype), patches)
         prefix = torch.cat((self.cls_token, self.register_tokens), dim=1).to(dtype)  # (1, 1 + R, C)
-        return torch.cat((prefix.expand(patches.shape[0], -1, -1), patches), dim=1), grid
-
-    def run_blocks(self, x: Tensor, grid: tuple[int, int], taps: Sequence[int]) -> list[Tensor]:
-        """Outputs of the blocks in `taps` (ascending indices), before the final norm; stops after the last of them."""
-        attention = resolve_attention(self.attention)
+        x = torch.cat((prefix.expand(patches.shape[0], -1, -1), patches), dim=1)  # (B, N, C)
         table_dtype = torch.promote_types(torch.float32, self.norm.weight.dtype)
-        cos, sin = self.rope_embed(*grid, self.num_prefix_tokens, table_dtype)
+        cos, sin = self.rope_embed(*grid, self.num_prefix_tokens, table_dtype)  # (N, D/2)
+        if keep_indices is not None:
+            self._check_keep_indices(keep_indices, patches)
+            kept = torch.cat((self._prefix_indices(keep_indices), keep_indices + self.num_prefix_tokens), dim=1)
+            x = x.take_along_dim(kept.unsqueeze(-1), dim=1)  # (B, 1 + R + K, C)
+            cos, sin = cos[kept], sin[kept]  # (B, 1 + R + K, D/2)
+        return Tokens(x, cos, sin), grid
+
+    def run_blocks(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
+        """Outputs of the blocks in `taps` (ascending indices), before the final norm; stops after the last of them."""
+        x, cos, sin, shapes = tokens
+        attention = resolve_attention(self.attention)
+        if shapes is not None:
+            attention = packed_attention(attention, shapes)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         if recompute:
             from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
         states = []
-        for i, block in enumerate(self.blocks[: taps[-1] + 1]):
+        for i, block in enumerate(self.blocks[: max(taps, default=-1) + 1]):
             if recompute:
                 x = checkpoint(block, x, cos, sin, attention, use_reentrant=False)
             else:
@@ -360,10 +268,23 @@ class DINOv3ViT(nn.Module):
                 states.append(x)
         return states
 
+    def _run_packed(self, batches: Sequence[Tokens], taps: Sequence[int]) -> list[list[Tensor]]:
+        """For each tap, what `run_blocks` gives for each of the batches."""
+        if len(batches) == 1:
+            return [[state] for state in self.run_blocks(batches[0], taps)]
+        if self.training and self.config.drop_path_rate:
+            raise ValueError(
+                f"drop_path_rate is {self.config.drop_path_rate}: stochastic depth drops whole samples, which a packed "
+                "sequence does not have; train with 0, or with batches of one size"
+            )
+        packed = pack(batches)
+        assert packed.shapes is not None
+        return [unpack(state, packed.shapes) for state in self.run_blocks(packed, taps)]
+
     def get_intermediate_layers(
         self,
         x: Tensor,
-        n: int | Sequence[int] = 1,
+        n: int | str | Sequence[int] = 1,
         reshape: bool = False,
         return_class_token: bool = False,
         return_extra_tokens: bool = False,
@@ -371,17 +292,21 @@ class DINOv3ViT(nn.Module):
     ) -> tuple[Any, ...]:
         """Outputs of the last n blocks, or of the blocks whose indices n lists, in ascending order: Meta's method.
 
+        n: a count; a list of indices, counted from the end if negative; "quarters", the blocks at 1/4, 2/4, 3/4 and 4/4
+            of the depth; or "dpt", the four that Meta's DPT heads read (its depther: 4, 11, 17, 23 of 24 blocks, else
+            the quarters).
+
         Each is the patch tokens (B, h*w, C), or (B, C, h, w) with `reshape`. With `return_class_token` and
         `return_extra_tokens` each becomes a tuple that goes on with the CLS token (B, C) and the register tokens (B,
         R, C). `norm` applies the final LayerNorm, to intermediate blocks too.
 
         Raises ValueError for a count or an index that the model does not have.
         """
-        taps = self._block_indices(n)
+        taps = self.block_indices(n)
         tokens, grid = self.embed(x)
         outputs: list[tuple[Tensor, ...]] = []
-        for state in self.run_blocks(tokens, grid, taps):
-            state = self.norm(state) if norm else self._as_output(state)
+        for state in self.run_blocks(tokens, taps):
+            state = self.norm(state) if norm else self.as_output(state)
             patch_tokens = state[:, self.num_prefix_tokens :]
             output = [_to_map(patch_tokens, grid) if reshape else patch_tokens]
             if return_class_token:
@@ -391,46 +316,119 @@ class DINOv3ViT(nn.Module):
             outputs.append(tuple(output))
         return tuple(o if return_class_token or return_extra_tokens else o[0] for o in outputs)
 
-    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
+    def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
         """Meta's dictionary: x_norm_clstoken (B, C), x_storage_tokens (B, R, C), x_norm_patchtokens (B, h*w, C),
         x_prenorm, masks.
 
         All are after the final LayerNorm but x_prenorm, all N tokens of the last block before it. masks as
-        `bool_masked_pos`.
+        `bool_masked_pos`. With a list of batches (crops of different sizes) and a list of masks or Nones, a list of
+        dictionaries, from one packed run.
+
+        Raises ValueError as `forward` does, and for lists that are empty or of different lengths.
         """
-        tokens, grid = self.embed(x, masks)
-        (prenorm,) = self.run_blocks(tokens, grid, (self.depth - 1,))
+        if isinstance(x, Tensor):
+            return self.forward_features([x], [masks])[0]
+        masks = [None] * len(x) if masks is None else masks
+        if not x or len(masks) != len(x):
+            raise ValueError(
+                f"x is a list of {len(x)} batches and masks of {len(masks)}: expected as many, at least one"
+            )
+        batches = [self.embed(*pair)[0] for pair in zip(x, masks, strict=True)]
+        (prenorms,) = self._run_packed(batches, (self.depth - 1,))
+        return [self._features(prenorm, mask) for prenorm, mask in zip(prenorms, masks, strict=True)]
+
+    def _features(self, prenorm: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
         normed = self.norm(prenorm)
         return {
             "x_norm_clstoken": normed[:, 0],
             "x_storage_tokens": normed[:, 1 : self.num_prefix_tokens],
             "x_norm_patchtokens": normed[:, self.num_prefix_tokens :],
-            "x_prenorm": self._as_output(prenorm),
+            "x_prenorm": self.as_output(prenorm),
             "masks": masks,
         }
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | str | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The last hidden state and a list of block outputs, or the list alone: timm's method.
+
+        indices: as n of `get_intermediate_layers`; None is every block. output_fmt: "NCHW" for maps (B, C, h, w), "NLC"
+        for tokens (B, h*w, C). With `return_prefix_tokens` each is a pair with the prefix tokens (B, 1 + R, C).
+        `norm` applies the final LayerNorm to them. With `intermediates_only` the blocks stop at the last one wanted,
+        which timm does on `stop_early`; without, `stop_early` makes the first result that of the last block run.
+
+        Raises ValueError for an index that the model does not have and for another output_fmt.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW' or 'NLC'")
+        taps = self.block_indices(self.depth if indices is None else indices)
+        last = taps[-1] if intermediates_only or stop_early else self.depth - 1
+        tokens, grid = self.embed(x)
+        states = self.run_blocks(tokens, sorted({*taps, last}))
+        outputs: list[Any] = []
+        for state in states[: len(taps)]:
+            state = self.norm(state) if norm else self.as_output(state)
+            patch_tokens = state[:, self.num_prefix_tokens :]
+            output = _to_map(patch_tokens, grid) if output_fmt == "NCHW" else patch_tokens
+            outputs.append((output, state[:, : self.num_prefix_tokens]) if return_prefix_tokens else output)
+        return outputs if intermediates_only else (self.norm(states[-1]), outputs)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Module, num_chs (channels) and reduction (stride) of each block's output, as timm describes them."""
+        return [
+            {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": self.patch_size}
+            for i in range(self.depth)
+        ]
+
+    def attention_maps(self, pixel_values: Tensor, block: int = -1) -> Tensor:
+        """How much the CLS token attends to each patch in one block, per head: (B, heads, h, w), float32 or wider.
+
+        The softmax runs over all tokens: a map's sum is what CLS and registers leave of 1. Only this block's weights
+        are computed, for one query, and no later block runs.
+
+        Raises ValueError for a block that the model does not have.
+        """
+        (index,) = self.block_indices([block])
+        tokens, grid = self.embed(pixel_values)
+        x = self.run_blocks(tokens, (index - 1,))[0] if index else tokens.x
+        tapped: Any = self.blocks[index]
+        weights = tapped.cls_attention(x, tokens.cos, tokens.sin)  # (B, heads, N)
+        return weights[..., self.num_prefix_tokens :].unflatten(-1, grid)
 
     def extra_repr(self) -> str:
         millions = sum(p.numel() for p in self.parameters()) / 1e6
         return f"{self.config.name}, {millions:.1f} M parameters, weights {self.weights_id}"
 
-    def _as_output(self, state: Tensor) -> Tensor:
+    def as_output(self, state: Tensor) -> Tensor:
         """A state of the residual stream as users get it: in the weights' dtype, unless that is too narrow for it."""
         dtype = self.norm.weight.dtype
         return state.to(torch.float32 if dtype == torch.float16 else dtype)
 
-    def _check_images(self, pixel_values: Tensor) -> tuple[int, int]:
-        """The patch grid (h, w) of a valid batch of images, or ValueError."""
+    def _check_images(
+        self,
+        pixel_values: Tensor,
+        name: str = "pixel_values",
+        dims: tuple[str, ...] = ("batch", "channels", "height", "width"),
+    ) -> tuple[int, int]:
+        """The patch grid (h, w) of valid images, or ValueError."""
         channels, p = self.config.num_channels, self.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch, {channels}, height, width)"
-            )
+        if pixel_values.ndim != len(dims) or pixel_values.shape[-3] != channels:
+            expected = ", ".join(dims).replace("channels", str(channels))
+            raise ValueError(f"{name} has shape {tuple(pixel_values.shape)}: expected ({expected})")
         if not pixel_values.is_floating_point():
             raise ValueError(
-                f"pixel_values is {pixel_values.dtype}: expected normalised floating-point images, "
+                f"{name} is {pixel_values.dtype}: expected normalised floating-point images, "
                 "which dinov3_lite.ImageProcessor makes of pictures"
             )
-        H, W = pixel_values.shape[2:]
+        H, W = pixel_values.shape[-2:]
         if p > H or p > W or H % p or W % p:
             raise ValueError(
                 f"image height {H} and width {W} must be multiples of the patch size {p}: "
@@ -445,8 +443,34 @@ class DINOv3ViT(nn.Module):
                 f"expected torch.bool of shape {tuple(patches.shape[:2])}, one value a patch"
             )
 
-    def _block_indices(self, n: int | Sequence[int]) -> list[int]:
-        """Ascending block indices of the last n blocks, or of a list of them, counted from the end if negative."""
+    def _check_keep_indices(self, keep_indices: Tensor, patches: Tensor) -> None:
+        B, P = patches.shape[:2]
+        if keep_indices.ndim != 2 or keep_indices.shape[0] != B or keep_indices.dtype != torch.int64:
+            raise ValueError(
+                f"keep_indices is {keep_indices.dtype} of shape {tuple(keep_indices.shape)}: "
+                f"expected torch.int64 of shape ({B}, number of patches to keep)"
+            )
+        if torch.compiler.is_compiling() or keep_indices.device.type != "cpu" or not keep_indices.numel():
+            return
+        if keep_indices.min() < 0 or keep_indices.max() >= P:
+            raise ValueError(
+                f"keep_indices goes from {keep_indices.min()} to {keep_indices.max()}: expected 0 to {P - 1}, "
+                "the patches of the image row by row"
+            )
+
+    def _prefix_indices(self, keep_indices: Tensor) -> Tensor:
+        prefix = torch.arange(self.num_prefix_tokens, device=keep_indices.device)
+        return prefix.expand(keep_indices.shape[0], -1)
+
+    def block_indices(self, n: int | str | Sequence[int]) -> list[int]:
+        """Ascending indices of blocks: see n of `get_intermediate_layers`."""
+        if isinstance(n, str):
+            if n not in ("quarters", "dpt") or self.depth < 4:
+                raise ValueError(
+                    f"n is {n!r} and the model has {self.depth} blocks: expected 'quarters' or 'dpt', and 4"
+                )
+            quarters = [self.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+            return [4, 11, 17, 23] if n == "dpt" and self.depth == 24 else quarters
         if isinstance(n, int):
             if not 1 <= n <= self.depth:
                 raise ValueError(f"n is {n}: expected a count of blocks from 1 to {self.depth}, or a list of indices")

@@ -33,12 +33,13 @@ def patch_center_coords(h: int, w: int, device: torch.device | None = None) -> T
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + D/2]) of every head by its token's i-th angle.
 
-    x: (B, N, heads, D); cos, sin: (N, D/2) float32. The rotation runs in the tables' dtype, the result has x's.
+    x: (B, N, heads, D); cos, sin: (N, D/2) or (B, N, D/2) float32. The rotation runs in the tables' dtype, the result
+    has x's.
 
         x:   [ x0 x1 .. | y0 y1 .. ]
         out: [ x0 c0 - y0 s0, x1 c1 - y1 s1 .. | y0 c0 + x0 s0, y1 c1 + x1 s1 .. ]
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (N, 1, D/2)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (.., N, 1, D/2)
     x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
