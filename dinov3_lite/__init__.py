@@ -7,9 +7,24 @@ features = model(**images).feature_map
 
 from .config import DINOv3Config
 from .encoder import build_dinov3_encoder
+from .finetune import freeze_but_last, parameter_groups, trainable_summary
 from .image import ImageProcessor
+from .interfaces import DINOv3ViTBackbone, FeaturesOnly
 from .model import DINOv3Output, DINOv3ViT
+from .window import sliding_window_features
 
 __version__ = "0.1.0"
 
-__all__ = ["DINOv3Config", "DINOv3Output", "DINOv3ViT", "ImageProcessor", "build_dinov3_encoder"]
+__all__ = [
+    "DINOv3Config",
+    "DINOv3Output",
+    "DINOv3ViT",
+    "DINOv3ViTBackbone",
+    "FeaturesOnly",
+    "ImageProcessor",
+    "build_dinov3_encoder",
+    "freeze_but_last",
+    "parameter_groups",
+    "sliding_window_features",
+    "trainable_summary",
+]

@@ -61,20 +61,21 @@ class DINOv3Output(NamedTuple):
 
         Raises ValueError if only some of the patches were kept.
         """
-        return _to_map(self.patch_tokens, self.grid)
+        return to_map(self.patch_tokens, self.grid)
 
 
 # Lets torch.export.save and AOTInductor write programs that return it.
 _pytree._register_namedtuple(DINOv3Output, serialized_type_name="dinov3_lite.DINOv3Output")
 
 
-def _to_map(patch_tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def to_map(patch_tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, h*w, C) -> (B, C, h, w), a view; ValueError if there are not h*w of them."""
     h, w = grid
     if patch_tokens.shape[1] != h * w:
         raise ValueError(
             f"a feature map needs all {h} x {w} patches, and {patch_tokens.shape[1]} were kept: use the patch tokens"
         )
-    return patch_tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, h*w, C) -> (B, C, h, w)
+    return patch_tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 class DINOv3ViT(nn.Module):
@@ -308,7 +309,7 @@ class DINOv3ViT(nn.Module):
         for state in self.run_blocks(tokens, taps):
             state = self.norm(state) if norm else self.as_output(state)
             patch_tokens = state[:, self.num_prefix_tokens :]
-            output = [_to_map(patch_tokens, grid) if reshape else patch_tokens]
+            output = [to_map(patch_tokens, grid) if reshape else patch_tokens]
             if return_class_token:
                 output.append(state[:, 0])
             if return_extra_tokens:
@@ -376,7 +377,7 @@ class DINOv3ViT(nn.Module):
         for state in states[: len(taps)]:
             state = self.norm(state) if norm else self.as_output(state)
             patch_tokens = state[:, self.num_prefix_tokens :]
-            output = _to_map(patch_tokens, grid) if output_fmt == "NCHW" else patch_tokens
+            output = to_map(patch_tokens, grid) if output_fmt == "NCHW" else patch_tokens
             outputs.append((output, state[:, : self.num_prefix_tokens]) if return_prefix_tokens else output)
         return outputs if intermediates_only else (self.norm(states[-1]), outputs)
 

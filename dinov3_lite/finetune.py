@@ -1,0 +1,80 @@
+"""Fine-tuning: what trains, at which rate, and a summary of it. Plain functions over the model's parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .model import DINOv3ViT
+
+
+def freeze_but_last(model: DINOv3ViT, n: int) -> None:
+    """Train the last n blocks and the final LayerNorm, freeze all else; n = 0 freezes the whole model.
+
+    No activations of the frozen blocks are kept: autograd starts at the first block that trains. n = depth leaves
+    embeddings and tokens frozen; `model.requires_grad_(True)` trains everything.
+
+    Raises ValueError for an n that is not 0 to depth.
+    """
+    if not 0 <= n <= model.depth:
+        raise ValueError(f"n is {n}: expected a number of blocks from 0 to {model.depth}")
+    model.requires_grad_(False)
+    if n:
+        model.blocks[model.depth - n :].requires_grad_(True)
+        model.norm.requires_grad_(True)
+
+
+def parameter_groups(
+    model: DINOv3ViT, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer, of the parameters that train.
+
+    The learning rate is lr * layer_decay ** (depth + 1 - l) with l = 0 for embeddings and tokens, l = i + 1 for block
+    i, l = depth + 1 for the final LayerNorm (arXiv 1801.06146, section 3.1; 2106.08254 for ViTs). Norms, biases,
+    tokens and LayerScale get no weight decay. Each group also has a `name`.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = _layer(name, model.depth)
+        decays = parameter.ndim > 1 and not name.endswith("token") and not name.endswith("tokens")
+        key = f"layer {layer}, {'decay' if decays else 'no decay'}"
+        group = {"name": key, "lr": lr * layer_decay ** (model.depth + 1 - layer), "params": []}
+        group["weight_decay"] = weight_decay if decays else 0.0
+        groups.setdefault(key, group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer(name: str, depth: int) -> int:
+    """How deep a parameter sits: 0 before the blocks, i + 1 in block i, depth + 1 after them."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1 if name.startswith("norm.") else 0
+
+
+def trainable_summary(module: nn.Module) -> str:
+    """A table of what trains: a line for each part with its parameters, the blocks one by one, and the total.
+
+    For any module: wrappers (peft's among them) and decoders show with their own parts.
+    """
+    rows: dict[str, list[int]] = {}
+    for name, parameter in module.named_parameters():
+        row = rows.setdefault(_part(name), [0, 0])
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() * parameter.requires_grad
+    total = [sum(row[column] for row in rows.values()) for column in (0, 1)]
+    width = max(map(len, [*rows, "total"]))
+    lines = [f"{'part':<{width}}  {'parameters':>13}  {'trainable':>13}"]
+    lines += [f"{part:<{width}}  {count:>13,}  {trains:>13,}" for part, (count, trains) in rows.items()]
+    share = 100 * total[1] / max(1, total[0])
+    return "\n".join([*lines, f"{'total':<{width}}  {total[0]:>13,}  {total[1]:>13,}  ({share:.2f} %)"])
+
+
+def _part(name: str) -> str:
+    """`blocks.3` of `blocks.3.attn.qkv.weight`, whatever stands before it; else the module that holds the parameter."""
+    words = name.split(".")
+    if "blocks" in words[:-2]:
+        return ".".join(words[: words.index("blocks") + 2])
+    return ".".join(words[:-1]) or name

@@ -1,0 +1,149 @@
+"""The backbone as transformers' and timm's users hold it: thin wrappers with their names over the one model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .model import DINOv3ViT, to_map
+
+
+class BackboneOutput(NamedTuple):
+    """What `DINOv3ViTBackbone` returns: one entry a stage asked for, in ascending order."""
+
+    feature_maps: tuple[Tensor, ...]
+    """(B, C, h, w) each, or (B, h*w, C) without `reshape_hidden_states`."""
+    cls_tokens: tuple[Tensor, ...] | None
+    """(B, C) each, or None without `return_class_token`."""
+
+
+class DINOv3ViTBackbone(nn.Module):
+    """Feature maps of chosen stages, by the names of transformers' class of this name.
+
+    Stage 0 ("stem") is the embeddings, stage i ("stage{i}") the output of block i - 1. The last stage is always normed,
+    the others where `apply_layernorm` is true. Nothing runs after the last stage asked for.
+
+    Attributes: `out_indices`, `out_features` (names), `stage_names`, `channels` of the maps, `num_features` of all
+    stages, `model`, `config`.
+    """
+
+    def __init__(
+        self,
+        model: DINOv3ViT,
+        *,
+        out_indices: Sequence[int] | None = None,
+        out_features: Sequence[str] | None = None,
+        apply_layernorm: bool = True,
+        reshape_hidden_states: bool = True,
+        return_class_token: bool = False,
+    ) -> None:
+        """Of the stages whose indices (negative: from the end) or names are given; without either, of the last.
+
+        Raises ValueError for a stage that the model does not have, or if both are given and disagree.
+        """
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, model.depth + 1))]
+        self.num_features = [model.embed_dim] * len(self.stage_names)
+        self.out_indices = self._stages(out_indices, out_features)
+        self.out_features = [self.stage_names[i] for i in self.out_indices]
+        self.channels = [self.num_features[i] for i in self.out_indices]
+        self.apply_layernorm = apply_layernorm
+        self.reshape_hidden_states = reshape_hidden_states
+        self.return_class_token = return_class_token
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        attention: str = "auto",
+        **stages: Any,
+    ) -> DINOv3ViTBackbone:
+        """Load as `DINOv3ViT.from_pretrained` does; `stages` are the constructor's options. In evaluation mode."""
+        model = DINOv3ViT.from_pretrained(source, dtype=dtype, device=device, attention=attention)
+        return cls(model, **stages).eval()
+
+    def forward(self, pixel_values: Tensor) -> BackboneOutput:
+        """pixel_values: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
+        model = self.model
+        tokens, grid = model.embed(pixel_values)
+        states = {0: tokens.x}
+        blocks = [i - 1 for i in self.out_indices if i]
+        states |= zip((b + 1 for b in blocks), model.run_blocks(tokens, blocks), strict=True)
+        maps, cls_tokens = [], []
+        for i in self.out_indices:
+            normed = self.apply_layernorm or i == model.depth
+            state = model.norm(states[i]) if normed else model.as_output(states[i])
+            patch_tokens = state[:, model.num_prefix_tokens :]
+            maps.append(to_map(patch_tokens, grid) if self.reshape_hidden_states else patch_tokens)
+            cls_tokens.append(state[:, 0])
+        return BackboneOutput(tuple(maps), tuple(cls_tokens) if self.return_class_token else None)
+
+    def _stages(self, indices: Sequence[int] | None, names: Sequence[str] | None) -> list[int]:
+        """Ascending indices of the stages asked for."""
+        count = len(self.stage_names)
+        if indices is None and names is None:
+            return [count - 1]
+        for name in names or ():
+            if name not in self.stage_names:
+                raise ValueError(f"out_features has {name!r}: expected stem or stage1 to {self.stage_names[-1]}")
+        for i in indices if indices is not None else ():
+            if not -count <= i < count:
+                raise ValueError(f"out_indices has {i}: expected stages from {-count} to {count - 1}, 0 the embeddings")
+        by_index = sorted({int(i) % count for i in indices}) if indices is not None else None
+        by_name = sorted({self.stage_names.index(name) for name in names}) if names is not None else None
+        if by_index is not None and by_name is not None and by_index != by_name:
+            raise ValueError(
+                f"out_indices are {indices} and out_features {names}: expected the same stages, or only one"
+            )
+        stages = by_index if by_index is not None else by_name
+        if not stages:
+            raise ValueError("out_indices and out_features name no stage: expected at least one")
+        return stages
+
+
+class FeatureInfo(NamedTuple):
+    """What timm's decoders ask of `feature_info`: a list over the maps that the features hold."""
+
+    entries: list[dict[str, Any]]
+
+    def channels(self) -> list[int]:
+        """Channels of each map."""
+        return [entry["num_chs"] for entry in self.entries]
+
+    def reduction(self) -> list[int]:
+        """Stride of each map: the patch size."""
+        return [entry["reduction"] for entry in self.entries]
+
+    def module_name(self) -> list[str]:
+        """The block that gives each map."""
+        return [entry["module"] for entry in self.entries]
+
+
+class FeaturesOnly(nn.Module):
+    """What timm's `create_model(..., features_only=True)` gives: (B, 3, H, W) -> a list of maps (B, C, h, w).
+
+    out_indices: blocks, as n of `DINOv3ViT.get_intermediate_layers`. `norm` applies the final LayerNorm; timm's default
+    is not to. `feature_info` has `channels()`, `reduction()` and `module_name()`.
+    """
+
+    def __init__(
+        self, model: DINOv3ViT, out_indices: int | str | Sequence[int] = "quarters", norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.out_indices = model.block_indices(out_indices)
+        self.norm = norm
+        self.feature_info = FeatureInfo([model.feature_info[i] for i in self.out_indices])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
+        return self.model.forward_intermediates(x, self.out_indices, norm=self.norm, intermediates_only=True)
