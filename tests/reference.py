@@ -33,3 +33,14 @@ def states(model, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -
     if LAST_STATE_IS_NORMED:
         hidden_states = hidden_states[:-1]  # the missing one is checked through last_hidden_state
     return [*hidden_states, out.last_hidden_state]
+
+
+def kept_patches(model, pixel_values: Tensor, keep_indices: Tensor) -> Tensor:
+    """last_hidden_state of one image from which all patches but these were removed after the embedding."""
+    prefix = 1 + model.config.num_register_tokens
+    x = model.embeddings(pixel_values)
+    x = torch.cat((x[:, :prefix], x[:, prefix:][:, keep_indices]), dim=1)
+    rotation = tuple(table[keep_indices] for table in model.rope_embeddings(pixel_values))
+    for layer in getattr(model, "model", model).layer:
+        x = layer(x, position_embeddings=rotation)
+    return model.norm(x)

@@ -45,6 +45,7 @@ def test_plain_tuple(model, images):
     assert torch.equal(last, out.last_hidden_state) and torch.equal(pooled, out.pooler_output)
     assert len(hidden_states) == 4
     assert len(model(images, return_dict=False)) == 2
+    assert out.num_prefix_tokens == 5
     assert model(images).hidden_states is None
 
 
@@ -125,6 +126,96 @@ def test_a_masked_patch_is_the_mask_token(model, images):
     assert torch.equal(state[1, 5 + 7], model.mask_token[0, 0])
     state[1, 5 + 7] = unmasked[1, 5 + 7]
     assert torch.equal(state, unmasked)
+
+
+# ---- a subset of the patches, one query's attention
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])
+@pytest.mark.parametrize("kept", [1, 6, 15])
+def test_kept_patches_are_those_of_a_model_without_the_others(config, kept, tmp_path, images):
+    pytest.importorskip("transformers")
+    import reference
+
+    folder = write_checkpoint(tmp_path, config)
+    keep_indices = torch.stack([torch.randperm(15)[:kept] for _ in images])
+    theirs = reference.truth_model(folder)
+    with torch.no_grad():
+        pairs = zip(images.double().split(1), keep_indices, strict=True)
+        truth = torch.cat([reference.kept_patches(theirs, image, indices) for image, indices in pairs])
+    for dtype, bound in ((torch.float64, 3e-7), (torch.float32, 2e-6)):
+        model = DINOv3ViT.from_pretrained(folder, dtype=dtype)
+        for attention in ("sdpa", "eager"):
+            model.attention = attention
+            out = model(images, keep_indices=keep_indices)
+            assert relative_error(out.last_hidden_state, truth) < bound
+    assert out.patch_tokens.shape == (2, kept, 32) and out.grid == (5, 3)
+
+
+def test_all_patches_kept_is_the_plain_forward(model, images):
+    everything = torch.arange(15).expand(2, -1)
+    assert torch.equal(model(images, keep_indices=everything).last_hidden_state, model(images).last_hidden_state)
+    backwards = model(images, keep_indices=everything.flip(1))
+    torch.testing.assert_close(backwards.patch_tokens.flip(1), model(images).patch_tokens)
+
+
+def test_kept_patches_train_with_masks_and_checkpointing(model, images):
+    keep_indices, mask = torch.tensor([[0, 7, 3], [14, 2, 9]]), torch.zeros(2, 15, dtype=torch.bool)
+    mask[:, 7] = True
+    model.gradient_checkpointing = True
+    out = model(images, mask, keep_indices=keep_indices, output_hidden_states=True)
+    assert torch.equal(out.hidden_states[0][0, 5 + 1], model.mask_token[0, 0])
+    out.last_hidden_state.square().sum().backward()
+    assert model.mask_token.grad.abs().sum() > 0
+
+
+def test_some_patches_make_no_map(model, images):
+    out = model(images, keep_indices=torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="a feature map needs all 5 x 3 patches, and 4 were kept"):
+        _ = out.feature_map
+
+
+@pytest.mark.parametrize(
+    ("keep_indices", "message"),
+    [
+        (torch.zeros(2, 4), r"torch.float32 of shape \(2, 4\): expected torch.int64 of shape \(2, number of patches"),
+        (torch.zeros(1, 4, dtype=torch.int64), r"of shape \(1, 4\): expected torch.int64 of shape \(2, "),
+        (torch.zeros(4, dtype=torch.int64), r"of shape \(4,\): expected torch.int64 of shape \(2, "),
+        (torch.tensor([[0], [15]]), "keep_indices goes from 0 to 15: expected 0 to 14, the patches of the image"),
+        (torch.tensor([[-1], [3]]), "keep_indices goes from -1 to 3: expected 0 to 14"),
+    ],
+)
+def test_kept_patches_that_do_not_fit(model, images, keep_indices, message):
+    with pytest.raises(ValueError, match=message):
+        model(images, keep_indices=keep_indices)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])
+def test_attention_maps_are_transformers_weights(config, tmp_path, images):
+    pytest.importorskip("transformers")
+    import reference
+
+    folder, prefix = write_checkpoint(tmp_path, config), config.num_prefix_tokens
+    theirs = reference.truth_model(folder)
+    with torch.no_grad():
+        weights = theirs(images.double(), output_attentions=True).attentions
+        for dtype, bound in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+            model = DINOv3ViT.from_pretrained(folder, dtype=dtype)
+            for block in (0, 1, 2, -1):
+                maps = model.attention_maps(images, block)
+                assert maps.shape == (2, 2, 5, 3) and maps.dtype == dtype
+                assert relative_error(maps, weights[block][:, :, 0, prefix:].unflatten(-1, (5, 3))) < bound
+
+
+def test_attention_maps_compute_one_query_of_one_block(model, images, monkeypatch):
+    ran = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    model.attention_maps(images, 1)
+    assert ran == [0]
+    assert model.half().attention_maps(images).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"n is \[3\]: expected block indices from -3 to 2"):
+        model.attention_maps(images, 3)
 
 
 # ---- bad input
