@@ -10,35 +10,84 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
+import torch
+from helpers import ROOT, run_reference
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PAGES = {page.stem: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def test_the_readme_runs(tmp_path, monkeypatch):
-    """Its two commands, then its Python, block after block in one session, on the made checkpoint."""
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def run_blocks(text: str, session: dict) -> int:
+    """Run a page's Python, block after block in one session."""
+    python = blocks("python", text)
+    for block in python:
+        exec(compile(block, "page", "exec"), session)
+    return len(python)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What the README's commands leave: a photograph and the made checkpoint in several layouts."""
     Image = pytest.importorskip("PIL.Image")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)).save(tmp_path / "photo.jpg")
+    folder = tmp_path_factory.mktemp("readme")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)).save(folder / "photo.jpg")
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python ")]
     assert len(commands) == 5
     for command in ["python -m dinov3_lite sample checkpoint", *commands]:
         words = [sys.executable, *command.split()[1:]]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "pca.png").exists()
+    assert (folder / "pca.png").exists()
+    return folder
 
-    monkeypatch.chdir(tmp_path)
+
+def test_the_readme_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
     session: dict = {}
-    python = blocks("python")
-    assert len(python) == 6
-    for block in python:
-        exec(compile(block, "README.md", "exec"), session)
+    assert run_blocks(README, session) == len(blocks("python")) >= 6
     assert session["out"].feature_map.shape == (1, 384, 24, 40)
     assert [m.shape for m in session["maps"]] == [(1, 384, 14, 14)] * 4 and len(session["raw"]) == 13
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs(page, folder, monkeypatch):
+    if page == "from-transformers" and not hasattr(pytest.importorskip("transformers"), "DINOv3ViTBackbone"):
+        pytest.skip("this transformers has no DINOv3ViTBackbone")
+    if "import peft" in PAGES[page] or "from peft" in PAGES[page]:
+        pytest.importorskip("peft")
+    monkeypatch.chdir(folder)
+    session: dict = {}
+    assert run_blocks(PAGES[page], session) > 0
+    if page == "fine-tuning":
+        keys_stay_while_queries_and_values_learn(session)
+
+
+def keys_stay_while_queries_and_values_learn(session):
+    model, C = session["adapted"], session["C"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for _ in range(2):
+        model(torch.randn(1, 3, 32, 32)).patch_tokens.square().mean().backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        if "qkv.lora_B" in name:
+            q, k, v = parameter.split(C)
+            assert (k == 0).all() and (q != 0).any() and (v != 0).any()
+
+
+def test_timms_side_of_its_page_runs(tmp_path):
+    """In a process that sees timm, and without the download."""
+    (before,) = blocks("python timm", PAGES["from-timm"])
+    (tmp_path / "before.py").write_text(before.replace("pretrained=True", "pretrained=False"))
+    done = run_reference("run_with_timm.py", tmp_path / "before.py", cwd=tmp_path)
+    if "No module named 'timm'" in done.stderr or "No module named 'torchvision'" in done.stderr:
+        pytest.skip("needs timm, as `make test` installs it")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["parity", "startup", "conversion"])
@@ -50,9 +99,10 @@ def test_tables_are_the_committed_results(name, monkeypatch):
     assert ", ".join(f"{key} {value}" for key, value in result["environment"].items()) in README
 
 
-def test_links_and_pictures_are_there():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(("folder", "text"), [(ROOT, README), *((ROOT / "docs", page) for page in PAGES.values())])
+def test_links_and_pictures_are_there(folder, text):
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.startswith("https://") or (folder / target).exists(), target
 
 
 def test_nothing_in_the_project_names_this_machine():
