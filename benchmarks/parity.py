@@ -1,8 +1,9 @@
-"""Run the parity tests and print what they measured: the worst relative error over all hidden states, both libraries.
+"""Run the parity tests and print what they measured: the worst relative errors of both libraries, against float64.
 
     python benchmarks/parity.py
 
-Truth is float64. Writes benchmarks/results/parity.json, of which the README's table is made.
+One table for the hidden states of every variant, one for the faces of transformers, Meta and timm. Writes
+benchmarks/results/parity.json, of which the README's and the pages' tables are made.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ from pathlib import Path
 
 from environment import RESULTS, environment
 
-TESTS = Path(__file__).parent.parent / "tests" / "test_parity.py"
+TESTS = Path(__file__).parent.parent / "tests"
 
 
 def main() -> int:
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
-        pytest = [str(Path(sys.executable).with_name("pytest")), "-q", str(TESTS), "-k", "hidden_state or outliers"]
+        files = [str(TESTS / name) for name in ("test_parity.py", "test_interfaces.py")]
+        chosen = "hidden_state or outliers or transformers_backbone or metas_intermediate or timms_intermediates"
+        pytest = [str(Path(sys.executable).with_name("pytest")), "-q", *files, "-k", chosen]
         status = subprocess.run(pytest, env={**os.environ, "PARITY_TABLE": file.name}).returncode
         rows = [json.loads(line) for line in Path(file.name).read_text().splitlines()]
-    result = {"environment": environment(), "rows": rows}
+    faces = [row for row in rows if "face" in row]
+    result = {"environment": environment(), "rows": [row for row in rows if row not in faces], "faces": faces}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "parity.json").write_text(json.dumps(result, indent=1) + "\n")
     print(", ".join(f"{key} {value}" for key, value in result["environment"].items()) + "\n")
-    print(table(rows))
+    print(table(result["rows"]) + "\n\n" + faces_table(faces))
     return status
 
 
@@ -44,6 +48,17 @@ def table(rows: list[dict]) -> str:
                 errors = [row[who] for row in found]
                 cells.append("overflow" if "overflow" in errors else f"{max(errors):.2e}" if errors else "")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def faces_table(rows: list[dict]) -> str:
+    """A row a face: the worst errors over all calls, outputs and models that its tests compare."""
+    lines = ["| face | float32: ours | theirs | float64: ours to theirs |", "|---" * 4 + "|"]
+    for face in dict.fromkeys(row["face"] for row in rows):
+        found = [row for row in rows if row["face"] == face]
+        errors = [max(row["float32"][who] for row in found) for who in (0, 1)]
+        errors.append(max(row["float64"] for row in found))
+        lines.append(f"| {face} | " + " | ".join(f"{error:.2e}" for error in errors) + " |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,212 @@
+"""What stopping early, packing and windows are worth, beside what transformers and timm do.
+
+    python benchmarks/features.py [--rounds 7] [--variant vitb16]
+
+Intermediate layers: ours stop after the last block asked for, transformers' backbone keeps every state, timm's
+forward_intermediates runs on unless told to stop. Packed: images of a realistic mix of sizes in one sequence, beside
+padding them all to the largest and running them one by one. Windows: peak memory of a dense map against the picture's
+size. Outputs are checked before anything is timed. Writes benchmarks/results/features.json, of which the README's
+tables are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from environment import RESULTS, environment, version
+from peers import ours, timm_model, transformers_model, write_checkpoint
+from timing import interleaved, peak_mib, spread
+
+from dinov3_lite import sliding_window_features
+
+# Sixteen pictures, long side 448: landscapes and portraits of cameras and phones, panoramas, squares.
+MIX = [(336, 448)] * 5 + [(448, 336)] * 3 + [(304, 448)] * 2 + [(256, 448)] * 2 + [(448, 256), (224, 448)]
+MIX += [(448, 448)] * 2
+SIDES = (512, 1024, 1536, 2048)
+PLAIN_SIDES = (512, 1024, 1536)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--variant", default="vitb16")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print(memory_of(*args.memory_of))
+        return
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = write_checkpoint(Path(folder) / args.variant, args.variant)
+        small = write_checkpoint(Path(folder) / "vits16", "vits16")
+        with torch.inference_mode():
+            result = {
+                "environment": {**environment(), "timm": version_of_timm()},
+                "variant": args.variant,
+                "layers": {name: layers(checkpoint, blocks, args.rounds) for name, blocks in BLOCKS.items()},
+                "packed": packed(small, args.rounds),
+                "windows": windows(small),
+            }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "features.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    for name, text in tables(result).items():
+        print(f"\n{name}\n\n{text}")
+
+
+def version_of_timm() -> str:
+    from peers import REFERENCES
+
+    found = sorted(REFERENCES.glob("timm-*.dist-info")) if version("timm") == "-" else []
+    return found[-1].name.split("-")[1].removesuffix(".dist") if found else version("timm")
+
+
+# ---- intermediate layers
+
+BLOCKS = {"quarters: blocks 2, 5, 8, 11": [2, 5, 8, 11], "first half: blocks 2, 5": [2, 5]}
+
+
+def layers(checkpoint: Path, blocks: list[int], rounds: int) -> dict:
+    """Seconds a round and peak MiB of four normed maps at 224 px, batch 4, by contender."""
+    images = torch.randn(4, 3, 224, 224)
+    model = ours(checkpoint)
+    theirs = transformers_model(checkpoint, "DINOv3ViTBackbone", out_indices=[b + 1 for b in blocks])
+    timms = timm_model(checkpoint)
+    calls = {
+        "ours": lambda: list(model.get_intermediate_layers(images, blocks, reshape=True)),
+        "transformers": lambda: list(theirs(images).feature_maps),
+    }
+    if timms is not None:
+        calls["timm"] = lambda: timms.forward_intermediates(images, blocks, norm=True, intermediates_only=True)
+    for name, call in calls.items():
+        for actual, expected in zip(call(), calls["transformers"](), strict=True):
+            error = (actual - expected).norm() / expected.norm()
+            assert error < 1e-4, f"{name} computes other features: relative difference {error:.2g}"
+    seconds = interleaved(calls, rounds)
+    peak = {
+        name: statistics.median(in_a_child(name, f"{checkpoint}:{','.join(map(str, blocks))}") for _ in range(3))
+        for name in calls
+    }
+    return {name: {"seconds": seconds[name], "peak MiB": peak[name]} for name in calls}
+
+
+# ---- packed
+
+
+def packed(checkpoint: Path, rounds: int) -> dict:
+    """Seconds a round for the sixteen pictures, by way of running them."""
+    images = [torch.randn(3, *size) for size in MIX]
+    model, theirs = ours(checkpoint), transformers_model(checkpoint)
+    height, width = (max(size[axis] for size in MIX) for axis in (0, 1))
+    padded = torch.stack([F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images])
+    calls = {
+        "packed": lambda: model.forward_packed(images),
+        "one by one": lambda: [model(image.unsqueeze(0)) for image in images],
+        "padded to the largest": lambda: model(padded),
+        "transformers, padded to the largest": lambda: theirs(padded),
+        "transformers, one by one": lambda: [theirs(image.unsqueeze(0)) for image in images],
+    }
+    for out, alone in zip(calls["packed"](), calls["transformers, one by one"](), strict=True):
+        error = (out.last_hidden_state - alone.last_hidden_state).norm() / alone.last_hidden_state.norm()
+        assert error < 1e-4, f"packed computes other features: relative difference {error:.2g}"
+    p = model.patch_size
+    tokens = {"packed": sum(h * w // p**2 for h, w in MIX), "padded": len(MIX) * height * width // p**2}
+    return {"images": len(MIX), "patches": tokens, "seconds": interleaved(calls, rounds)}
+
+
+# ---- windows
+
+
+def windows(checkpoint: Path) -> dict:
+    """Peak MiB of the dense map of a square picture, in one forward and in windows of 512 px, stride 384."""
+    sides = {"one forward": PLAIN_SIDES, "windows": SIDES}
+    return {way: {side: in_a_child(way, f"{checkpoint}:{side}") for side in sides[way]} for way in sides}
+
+
+# ---- memory, in a process of its own
+
+
+def in_a_child(what: str, argument: str) -> float:
+    command = [sys.executable, __file__, "--memory-of", what, argument]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(done.stdout.splitlines()[-1])
+
+
+@torch.inference_mode()
+def memory_of(what: str, argument: str) -> float:
+    folder, numbers = argument.rsplit(":", 1)
+    blocks = [int(n) for n in numbers.split(",")]
+    checkpoint, images = Path(folder), torch.zeros(4, 3, 224, 224)
+    if what in ("one forward", "windows"):
+        images = torch.zeros(1, 3, blocks[0], blocks[0])
+        model = ours(checkpoint)
+        calls = {
+            "one forward": lambda x: model(x).feature_map,
+            "windows": lambda x: sliding_window_features(model, x, 512, 384),
+        }
+    else:
+        if what == "transformers":
+            theirs = transformers_model(checkpoint, "DINOv3ViTBackbone", out_indices=[b + 1 for b in blocks])
+        elif what == "timm":
+            theirs = timm_model(checkpoint)
+        else:
+            theirs = ours(checkpoint)
+        calls = {
+            "ours": lambda x: theirs.get_intermediate_layers(x, blocks, reshape=True),
+            "transformers": lambda x: theirs(x).feature_maps,
+            "timm": lambda x: theirs.forward_intermediates(x, blocks, norm=True, intermediates_only=True),
+        }
+    calls[what](images[..., :64, :64])  # pages in the weights
+    return peak_mib(lambda: calls[what](images))
+
+
+# ---- tables
+
+
+def tables(result: dict) -> dict[str, str]:
+    return {
+        name: table(result[name]) for name, table in (("layers", _layers), ("packed", _packed), ("windows", _windows))
+    }
+
+
+def _layers(cases: dict) -> str:
+    lines = ["| | ms (quartiles) | time, ratio to ours | peak MiB | memory, ratio to ours |", "|---" * 5 + "|"]
+    for case, contenders in cases.items():
+        own = contenders["ours"]
+        for name, one in contenders.items():
+            ratio = statistics.median(one["seconds"]) / statistics.median(own["seconds"])
+            memory = one["peak MiB"] / own["peak MiB"]
+            cells = [spread(one["seconds"]), f"{ratio:.2f}", f"{one['peak MiB']:.0f}", f"{memory:.2f}"]
+            lines.append(f"| {case}, {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _packed(result: dict) -> str:
+    lines = ["| | images/s | throughput, ratio to padded |", "|---" * 3 + "|"]
+    medians = {name: statistics.median(seconds) for name, seconds in result["seconds"].items()}
+    for name, median in medians.items():
+        ratio = medians["padded to the largest"] / median
+        lines.append(f"| {name} | {result['images'] / median:.2f} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def _windows(result: dict) -> str:
+    lines = ["| picture | one forward, peak MiB | windows of 512, peak MiB |", "|---" * 3 + "|"]
+    for side in map(str, SIDES):
+        plain, tiled = (({str(k): v for k, v in result[way].items()}).get(side) for way in ("one forward", "windows"))
+        lines.append(f"| {side} x {side} | {'not run' if plain is None else f'{plain:.0f}'} | {tiled:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
