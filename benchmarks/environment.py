@@ -5,22 +5,24 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from datetime import date
 from pathlib import Path
 
 import torch
+from timing import once
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def environment() -> dict[str, str | int]:
-    """Machine, versions and date."""
+def environment(*packages: str) -> dict[str, str | int]:
+    """Machine, versions and date; `packages` are named beside those that all figures depend on."""
     return {
         "date": str(date.today()),
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+        **{name: version(name) for name in ("torch", "transformers", "safetensors", *packages)},
     }
 
 
@@ -36,8 +38,14 @@ def machine() -> str:
 
 
 def version(package: str) -> str:
-    """The installed version, or a dash."""
+    """The installed version, or that of the module which `make` put beside the environment, or a dash."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "-"
+        return str(getattr(sys.modules.get(package), "__version__", "-"))
+
+
+def peak_gflops(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """GFLOP/s of a large matrix product, the best of ten: what the machine gives at that moment."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / min(once(lambda: a @ b) for _ in range(10)) / 1e9

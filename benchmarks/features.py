@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from environment import RESULTS, environment, version
-from peers import ours, timm_model, transformers_model, write_checkpoint
+from environment import RESULTS, environment
+from peers import import_timm, ours, timm_model, transformers_model, write_checkpoint
 from timing import interleaved, peak_mib, spread
 
 from dinov3_lite import sliding_window_features
@@ -44,12 +44,13 @@ def main() -> None:
         print(memory_of(*args.memory_of))
         return
 
+    import_timm()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder) / args.variant, args.variant)
         small = write_checkpoint(Path(folder) / "vits16", "vits16")
         with torch.inference_mode():
             result = {
-                "environment": {**environment(), "timm": version_of_timm()},
+                "environment": environment("timm"),
                 "variant": args.variant,
                 "layers": {name: layers(checkpoint, blocks, args.rounds) for name, blocks in BLOCKS.items()},
                 "packed": packed(small, args.rounds),
@@ -62,13 +63,6 @@ def main() -> None:
         print(f"\n{name}\n\n{text}")
 
 
-def version_of_timm() -> str:
-    from peers import REFERENCES
-
-    found = sorted(REFERENCES.glob("timm-*.dist-info")) if version("timm") == "-" else []
-    return found[-1].name.split("-")[1].removesuffix(".dist") if found else version("timm")
-
-
 # ---- intermediate layers
 
 BLOCKS = {"quarters: blocks 2, 5, 8, 11": [2, 5, 8, 11], "first half: blocks 2, 5": [2, 5]}
@@ -78,14 +72,13 @@ def layers(checkpoint: Path, blocks: list[int], rounds: int) -> dict:
     """Seconds a round and peak MiB of four normed maps at 224 px, batch 4, by contender."""
     images = torch.randn(4, 3, 224, 224)
     model = ours(checkpoint)
-    theirs = transformers_model(checkpoint, "DINOv3ViTBackbone", out_indices=[b + 1 for b in blocks])
+    theirs = transformers_model(checkpoint, name="DINOv3ViTBackbone", out_indices=[b + 1 for b in blocks])
     timms = timm_model(checkpoint)
     calls = {
         "ours": lambda: list(model.get_intermediate_layers(images, blocks, reshape=True)),
         "transformers": lambda: list(theirs(images).feature_maps),
+        "timm": lambda: timms.forward_intermediates(images, blocks, norm=True, intermediates_only=True),
     }
-    if timms is not None:
-        calls["timm"] = lambda: timms.forward_intermediates(images, blocks, norm=True, intermediates_only=True)
     for name, call in calls.items():
         for actual, expected in zip(call(), calls["transformers"](), strict=True):
             error = (actual - expected).norm() / expected.norm()
@@ -156,7 +149,7 @@ def memory_of(what: str, argument: str) -> float:
         }
     else:
         if what == "transformers":
-            theirs = transformers_model(checkpoint, "DINOv3ViTBackbone", out_indices=[b + 1 for b in blocks])
+            theirs = transformers_model(checkpoint, name="DINOv3ViTBackbone", out_indices=[b + 1 for b in blocks])
         elif what == "timm":
             theirs = timm_model(checkpoint)
         else:

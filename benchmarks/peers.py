@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 from environment import version
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from convert import convert
 from dinov3_lite import DINOv3Config, DINOv3ViT
@@ -18,6 +22,9 @@ from dinov3_lite.layouts import TRANSFORMERS, rename
 from dinov3_lite.sample import made_weights
 
 REFERENCES = Path(sys.prefix) / "references" / "torchvision"
+
+Features = Callable[[Tensor], Tensor]  # (B, 3, H, W) -> last_hidden_state (B, N, C)
+Builder = Callable[[Path, torch.dtype, torch.device], Features]
 
 
 def write_checkpoint(folder: Path, variant: str) -> Path:
@@ -30,40 +37,126 @@ def write_checkpoint(folder: Path, variant: str) -> Path:
     return folder
 
 
-def ours(folder: Path, **options: Any) -> DINOv3ViT:
-    return DINOv3ViT.from_pretrained(folder, **options)
+@dataclass(frozen=True)
+class Peer:
+    """One way of computing features: its name, on which devices and dtypes it is shown, and how it is made."""
+
+    name: str
+    build: Builder
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def transformers_model(folder: Path, name: str = "DINOv3ViTModel", **options: Any) -> Any:
+def of_module(load: Callable[..., Any], features: Callable[[Any, Tensor], Tensor], compiled: bool = False) -> Builder:
+    """A torch module loaded by `load(folder, dtype)`, `features` of which are last_hidden_state."""
+
+    def build(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
+        model = load(folder, dtype).to(device).eval()
+        call = torch.compile(model, dynamic=False) if compiled else model
+        return lambda images: features(call, images)
+
+    return build
+
+
+def ours(folder: Path, dtype: torch.dtype = torch.float32) -> DINOv3ViT:
+    return DINOv3ViT.from_pretrained(folder, dtype=dtype)
+
+
+def transformers_model(
+    folder: Path, dtype: torch.dtype = torch.float32, name: str = "DINOv3ViTModel", **options: Any
+) -> Any:
     """One of transformers' classes, in evaluation mode."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    options.setdefault("dtype", torch.float32)
-    return getattr(transformers, name).from_pretrained(folder, **options).eval()
+    return getattr(transformers, name).from_pretrained(folder, dtype=dtype, **options).eval()
 
 
-def timm_model(folder: Path, **options: Any) -> Any | None:
-    """A timm model with these weights, or None where there is no timm."""
-    timm = _timm()
-    if timm is None:
-        return None
-    written = convert(folder, folder / "timm", to="timm", allow_loss=True, force=True)
+def transformers_eager(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return transformers_model(folder, dtype, attn_implementation="eager")
+
+
+def timm_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A timm model with these weights. ImportError where there is no timm."""
+    timm = import_timm()
+    written = folder / "timm"
+    if not written.exists():
+        convert(folder, written, to="timm", allow_loss=True)
     architecture = json.loads((written / "config.json").read_text())["architecture"]
-    model = timm.create_model(architecture, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
+    model = timm.create_model(architecture, pretrained=False, num_classes=0, dynamic_img_size=True)
     model.load_state_dict(load_file(written / "model.safetensors"))
-    return model.eval()
+    return model.to(dtype).eval()
 
 
-def _timm() -> ModuleType | None:
+def import_timm() -> ModuleType:
     """An installed timm, or the one that `make` puts beside the environment."""
     if version("timm") == "-" and REFERENCES.exists():
         import transformers.models.dinov3_vit.modeling_dinov3_vit  # noqa: F401  before it can see that torchvision
 
         sys.path += [str(REFERENCES), str(Path(__file__).parent.parent / "tests")]
         import torchvision_shim  # noqa: F401
-    try:
-        import timm
-    except ImportError:
-        return None
+    import timm
+
     return timm
+
+
+def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Meta's own model from the clone of its repository that DINOV3_REPO names. ImportError without."""
+    if "DINOV3_REPO" not in os.environ:
+        raise ImportError("DINOV3_REPO does not name a clone of facebookresearch/dinov3")
+    written = folder / "meta"
+    if not written.exists():
+        convert(folder, written, to="meta")
+    (file,) = written.glob("*.pth")
+    name = f"dinov3_{DINOv3Config.from_dict(json.loads((folder / 'config.json').read_text())).name}"
+    model = torch.hub.load(os.environ["DINOV3_REPO"], name, source="local", pretrained=False)
+    model.load_state_dict(torch.load(file))
+    return model.to(dtype).eval()
+
+
+def meta_features(model: Any, images: Tensor) -> Tensor:
+    out = model.forward_features(images)
+    return torch.cat((out["x_norm_clstoken"].unsqueeze(1), out["x_storage_tokens"], out["x_norm_patchtokens"]), dim=1)
+
+
+def onnx_file(folder: Path) -> Path:
+    """Our model as an ONNX file: what both runtimes get."""
+    from dinov3_lite.export import export_onnx
+
+    file = folder / "model.onnx"
+    return file if file.exists() else export_onnx(ours(folder), file)
+
+
+def onnxruntime_session(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(onnx_file(folder), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(["last_hidden_state"], {name: images.numpy()})[0])
+
+
+def openvino_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
+    import openvino
+
+    config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.compile_model(onnx_file(folder), "CPU", config)
+    return lambda images: torch.from_numpy(model(images.numpy())["last_hidden_state"])
+
+
+def last_hidden_state(model: Any, images: Tensor) -> Tensor:
+    return model(images).last_hidden_state
+
+
+PEERS = [
+    Peer("ours", of_module(ours, last_hidden_state)),
+    Peer("ours, compiled", of_module(ours, last_hidden_state, compiled=True)),
+    Peer("transformers, sdpa", of_module(transformers_model, last_hidden_state)),
+    Peer("transformers, eager attention", of_module(transformers_eager, last_hidden_state)),
+    Peer("transformers, compiled", of_module(transformers_model, last_hidden_state, compiled=True)),
+    Peer("timm", of_module(timm_model, lambda model, images: model.forward_features(images))),
+    Peer("Meta", of_module(meta_model, meta_features)),
+    Peer("onnxruntime", onnxruntime_session, devices=("cpu",), dtypes=(torch.float32,)),
+    Peer("OpenVINO", openvino_model, devices=("cpu",), dtypes=(torch.float32,)),
+]

@@ -18,12 +18,9 @@ import tempfile
 from pathlib import Path
 
 from environment import RESULTS, environment
-from safetensors.torch import save_file
+from peers import write_checkpoint
 
 from convert import convert
-from dinov3_lite import DINOv3Config
-from dinov3_lite.layouts import TRANSFORMERS, rename
-from dinov3_lite.sample import made_weights
 
 MEASURE = """
 import json, time
@@ -60,6 +57,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), args.variant)
+        convert(folder, Path(folder) / "converted.safetensors")
         megabytes = (Path(folder) / "model.safetensors").stat().st_size / 2**20
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
         names = list(CONTENDERS)
@@ -80,14 +78,6 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
     print(f"{args.variant}, {megabytes:.0f} MiB of float32 weights, 224 x 224 px, batch 1\n")
     print(table(result))
-
-
-def write_checkpoint(folder: Path, variant: str) -> None:
-    config = DINOv3Config.from_name(variant)
-    theirs = {name: t.contiguous() for name, t in rename(made_weights(config), TRANSFORMERS, config).items()}
-    save_file(theirs, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    convert(folder, folder / "converted.safetensors")
 
 
 def measure(name: str, folder: str) -> dict[str, float]:
