@@ -1,0 +1,47 @@
+"""Where the kernels can run, and what one compiled build of a kernel is. Imports neither torch nor triton by itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+
+class Build(NamedTuple):
+    """One kernel with one launch configuration, as `triton.compile` takes it: what can be compiled without a GPU."""
+
+    name: str
+    kernel: Any  # the @triton.jit function
+    signature: dict[str, str]  # of every argument: "*fp16", "i32", "fp32", .. or "constexpr"
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+
+
+def is_available() -> bool:
+    """Whether the kernels can run here; `unavailable_reason` says why not."""
+    return unavailable_reason() is None
+
+
+def unavailable_reason() -> str | None:
+    """What keeps the kernels from running, or None: they need triton and a GPU of capability 8.0, or the interpreter.
+
+    Triton's interpreter runs them on the CPU, slowly, where TRITON_INTERPRET=1 is set before triton is first imported.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted():
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"{torch.cuda.get_device_name()} has capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether triton's interpreter runs the kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
