@@ -1,0 +1,271 @@
+"""The row operations around a block's matrix products: residual + LayerScale + LayerNorm, and SwiGLU.
+
+Each is one kernel forward and one backward. Both are `torch.library` ops: autograd, torch.compile and torch.export see
+them as they see PyTorch's own. Letters: T rows, C channels, F half the width of a gated projection.
+
+Autocast changes nothing here: arithmetic is float32 in any case, and results have the dtypes that the docstrings say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import Build, interpreted, unavailable_reason
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_CHANNELS = 4096
+SWIGLU_BLOCK, SWIGLU_WARPS = 1024, 4  # 8 channels a thread
+
+
+def add_layer_norm(
+    x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x_new = x + gamma * branch and normed = LayerNorm(x_new) * weight + bias, in one pass.
+
+    x: (..., C), the residual stream. branch: the same shape, of the same or another dtype: the stream may be float32
+    under half precision. gamma (LayerScale), weight, bias: (C,). x and branch are contiguous; C is at most 4096.
+
+    Returns x_new (..., C) in x's dtype and normed (..., C) in weight's. Statistics are float32, of x_new as it is
+    returned. Differentiable in all five; gradients are deterministic.
+
+    Raises ValueError for shapes, dtypes, devices or strides that contradict this, RuntimeError where no kernel can run.
+    """
+    _check_rows("x", x)
+    _check_rows("branch", branch)
+    if branch.shape != x.shape:
+        raise ValueError(f"branch has shape {tuple(branch.shape)}: expected {tuple(x.shape)}, the shape of x")
+    if x.shape[-1] > MAX_CHANNELS:
+        raise ValueError(f"x has {x.shape[-1]} channels: expected at most {MAX_CHANNELS}")
+    for name, vector in (("gamma", gamma), ("weight", weight), ("bias", bias)):
+        _check_rows(name, vector)
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}: expected {tuple(x.shape[-1:])}, x's channels")
+    if bias.dtype != weight.dtype:
+        raise ValueError(f"bias is {bias.dtype}: expected {weight.dtype}, the dtype of weight")
+    for name, tensor in (("branch", branch), ("gamma", gamma), ("weight", weight), ("bias", bias)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}: expected {x.device}, the device of x")
+    return _add_layer_norm(x, branch, gamma, weight, bias, eps)
+
+
+def swiglu(gate_value: Tensor) -> Tensor:
+    """silu(gate) * value of a fused projection [gate | value], in one pass.
+
+    gate_value: (..., 2F), contiguous. Returns (..., F) in its dtype, rounded once. Differentiable.
+
+    Raises ValueError for an odd width, another dtype or strides, RuntimeError where no kernel can run.
+    """
+    _check_rows("gate_value", gate_value)
+    if gate_value.shape[-1] % 2:
+        raise ValueError(f"gate_value has {gate_value.shape[-1]} channels: expected an even number, gates and values")
+    return _swiglu(gate_value)
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected at least one channel")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} is {x.dtype}: expected torch.float32, float16 or bfloat16")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} has strides {x.stride()} for shape {tuple(x.shape)}: expected it contiguous")
+
+
+def _check_can_run(x: Tensor) -> None:
+    if (reason := unavailable_reason()) is not None:
+        raise RuntimeError(f"the kernels can't run here: {reason}")
+    if not (x.is_cuda or interpreted()):
+        raise RuntimeError(f"tensors are on {x.device}: the kernels run on CUDA, or with TRITON_INTERPRET=1")
+
+
+def _row_launch(C: int) -> tuple[int, int]:
+    """BLOCK_C, which holds a row, and the warps that give each thread 8 channels: 16 bytes in half precision."""
+    block = 1 << (C - 1).bit_length()
+    return block, max(1, block // 256)
+
+
+def _num_programs(T: int, num_warps: int, device: torch.device) -> int:
+    """Programs of the backward: those that are resident at a time, 16 warps of its 100 registers a thread.
+
+    It depends on shapes and device alone, so sums over rows are always taken in the same order.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return min(T, processors * 16 // num_warps)
+
+
+@torch.library.custom_op(
+    "dinov3_lite::add_layer_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor branch, Tensor gamma, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+)
+def _add_layer_norm(
+    x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    _check_can_run(x)
+    from .rows_triton import add_layer_norm_forward_kernel
+
+    C = x.shape[-1]
+    block, num_warps = _row_launch(C)
+    x_new, normed = torch.empty_like(x), torch.empty_like(x, dtype=weight.dtype)
+    with torch.cuda.device_of(x):
+        add_layer_norm_forward_kernel[(x.numel() // C,)](
+            x, branch, gamma, weight, bias, x_new, normed, eps, C=C, BLOCK_C=block, num_warps=num_warps
+        )
+    return x_new, normed
+
+
+@_add_layer_norm.register_fake
+def _(x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x, dtype=weight.dtype)
+
+
+@torch.library.custom_op(
+    "dinov3_lite::add_layer_norm_backward",
+    mutates_args=(),
+    schema="(Tensor x_new, Tensor branch, Tensor gamma, Tensor weight, Tensor grad_x_new, Tensor grad_normed, "
+    "float eps) -> (Tensor, Tensor, Tensor)",
+)
+def _add_layer_norm_backward(
+    x_new: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, grad_x_new: Tensor, grad_normed: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and branch, and those of gamma, weight and bias as one (3, C) float32 tensor."""
+    from .rows_triton import add_layer_norm_backward_kernel
+
+    C = x_new.shape[-1]
+    T = x_new.numel() // C
+    block, num_warps = _row_launch(C)
+    grad_x, grad_branch = torch.empty_like(x_new), torch.empty_like(branch)
+    partials = x_new.new_empty((_num_programs(T, num_warps, x_new.device), 3, C), dtype=torch.float32)
+    with torch.cuda.device_of(x_new):
+        add_layer_norm_backward_kernel[(partials.shape[0],)](
+            x_new,
+            branch,
+            gamma,
+            weight,
+            grad_x_new.contiguous(),
+            grad_normed.contiguous(),
+            grad_x,
+            grad_branch,
+            partials,
+            T,
+            eps,
+            C=C,
+            BLOCK_C=block,
+            num_warps=num_warps,
+        )
+    return grad_x, grad_branch, partials.sum(dim=0)
+
+
+@_add_layer_norm_backward.register_fake
+def _(
+    x_new: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, grad_x_new: Tensor, grad_normed: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    vectors = x_new.new_empty((3, x_new.shape[-1]), dtype=torch.float32)
+    return torch.empty_like(x_new), torch.empty_like(branch), vectors
+
+
+def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, branch, gamma, weight, _, ctx.eps = inputs
+    ctx.save_for_backward(output[0], branch, gamma, weight)
+
+
+def _add_layer_norm_gradients(ctx: Any, grad_x_new: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
+    x_new, branch, gamma, weight = ctx.saved_tensors
+    grad_x, grad_branch, vectors = _add_layer_norm_backward(
+        x_new, branch, gamma, weight, grad_x_new, grad_normed, ctx.eps
+    )
+    grad_gamma, grad_weight, grad_bias = vectors
+    return (
+        grad_x,
+        grad_branch,
+        grad_gamma.to(gamma.dtype),
+        grad_weight.to(weight.dtype),
+        grad_bias.to(weight.dtype),
+        None,
+    )
+
+
+_add_layer_norm.register_autograd(_add_layer_norm_gradients, setup_context=_save_add_layer_norm)
+
+
+@torch.library.custom_op("dinov3_lite::swiglu", mutates_args=(), schema="(Tensor gate_value) -> Tensor")
+def _swiglu(gate_value: Tensor) -> Tensor:
+    _check_can_run(gate_value)
+    from .rows_triton import swiglu_forward_kernel
+
+    F = gate_value.shape[-1] // 2
+    out = gate_value.new_empty((*gate_value.shape[:-1], F))
+    with torch.cuda.device_of(gate_value):
+        swiglu_forward_kernel[_swiglu_grid(gate_value)](
+            gate_value, out, F=F, BLOCK_F=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS
+        )
+    return out
+
+
+@_swiglu.register_fake
+def _(gate_value: Tensor) -> Tensor:
+    return gate_value.new_empty((*gate_value.shape[:-1], gate_value.shape[-1] // 2))
+
+
+@torch.library.custom_op(
+    "dinov3_lite::swiglu_backward", mutates_args=(), schema="(Tensor gate_value, Tensor grad_out) -> Tensor"
+)
+def _swiglu_backward(gate_value: Tensor, grad_out: Tensor) -> Tensor:
+    from .rows_triton import swiglu_backward_kernel
+
+    F = gate_value.shape[-1] // 2
+    grad_gate_value = torch.empty_like(gate_value)
+    with torch.cuda.device_of(gate_value):
+        swiglu_backward_kernel[_swiglu_grid(gate_value)](
+            gate_value, grad_out.contiguous(), grad_gate_value, F=F, BLOCK_F=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS
+        )
+    return grad_gate_value
+
+
+@_swiglu_backward.register_fake
+def _(gate_value: Tensor, grad_out: Tensor) -> Tensor:
+    return torch.empty_like(gate_value)
+
+
+def _swiglu_grid(gate_value: Tensor) -> tuple[int, int]:
+    """A row and a block of its channels each program."""
+    width = gate_value.shape[-1]
+    return gate_value.numel() // width, -(-(width // 2) // SWIGLU_BLOCK)
+
+
+def _save_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_gradient(ctx: Any, grad_out: Tensor) -> Tensor:
+    return _swiglu_backward(*ctx.saved_tensors, grad_out)
+
+
+_swiglu.register_autograd(_swiglu_gradient, setup_context=_save_swiglu)
+
+
+def builds(arch: int) -> Iterator[Build]:
+    """Every kernel at the released widths, the same on every architecture: what the offline compile gate compiles."""
+    from . import rows_triton as kernels
+
+    for stream, half in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):
+        for C in (384, 768, 1024, 1280, 4096):
+            block, num_warps = _row_launch(C)
+            for kernel in (kernels.add_layer_norm_forward_kernel, kernels.add_layer_norm_backward_kernel):
+                yield _build(kernel, stream, half, {"C": C, "BLOCK_C": block}, num_warps)
+    for kernel in (kernels.swiglu_forward_kernel, kernels.swiglu_backward_kernel):
+        for dtype in ("bf16", "fp32"):
+            for F in (1536, 8192):
+                yield _build(kernel, dtype, dtype, {"F": F, "BLOCK_F": SWIGLU_BLOCK}, SWIGLU_WARPS)
+
+
+def _build(kernel: Any, stream: str, half: str, constexprs: dict[str, object], num_warps: int) -> Build:
+    types = dict.fromkeys(("x_ptr", "x_new_ptr", "grad_x_ptr", "grad_x_new_ptr"), f"*{stream}")
+    types |= {"partials_ptr": "*fp32", "T": "i32", "eps": "fp32"} | dict.fromkeys(constexprs, "constexpr")
+    signature = {name: types.get(name, f"*{half}") for name in kernel.arg_names}
+    width = ", ".join(f"{name}={value}" for name, value in constexprs.items() if not name.startswith("BLOCK"))
+    name = f"{kernel.__name__.removesuffix('_kernel')} {stream}/{half} {width}"
+    return Build(name, kernel, signature, constexprs, num_warps, num_stages=1)
