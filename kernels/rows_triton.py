@@ -67,12 +67,13 @@ def add_layer_norm_backward_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program takes every num_programs-th row and keeps its sums over rows in registers: no atomics."""
+    """One program takes every num_programs-th row and keeps its sums over rows in registers: no atomics.
+
+    gamma and weight are read again for every row: they stay in the L1 cache, and in registers they made others spill.
+    """
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK_C)
     mask = cols < C
-    gamma = load_float32(gamma_ptr + cols, mask)
-    weight = load_float32(weight_ptr + cols, mask)
     grad_gamma = tl.zeros((BLOCK_C,), tl.float32)
     grad_weight = tl.zeros((BLOCK_C,), tl.float32)
     grad_bias = tl.zeros((BLOCK_C,), tl.float32)
@@ -81,14 +82,14 @@ def add_layer_norm_backward_kernel(
         row = tl.cast(t, tl.int64) * C + cols
         xhat, rstd = normalise(load_float32(x_new_ptr + row, mask), mask, eps, C)
         grad_normed = load_float32(grad_normed_ptr + row, mask)
-        grad_xhat = grad_normed * weight
-        grad_x = grad_xhat - tl.sum(grad_xhat) / C - xhat * (tl.sum(grad_xhat * xhat) / C)
-        grad_x = load_float32(grad_x_new_ptr + row, mask) + rstd * grad_x
-        tl.store(grad_x_ptr + row, grad_x, mask=mask)
-        tl.store(grad_branch_ptr + row, gamma * grad_x, mask=mask)
-        grad_gamma += grad_x * load_float32(branch_ptr + row, mask)
         grad_weight += grad_normed * xhat
         grad_bias += grad_normed
+        grad_xhat = grad_normed * load_float32(weight_ptr + cols, mask)
+        grad_x = rstd * (grad_xhat - tl.sum(grad_xhat) / C - xhat * (tl.sum(grad_xhat * xhat) / C))
+        grad_x += load_float32(grad_x_new_ptr + row, mask)
+        tl.store(grad_x_ptr + row, grad_x, mask=mask)
+        tl.store(grad_branch_ptr + row, grad_x * load_float32(gamma_ptr + cols, mask), mask=mask)
+        grad_gamma += grad_x * load_float32(branch_ptr + row, mask)
 
     sums_ptr = partials_ptr + program * 3 * C + cols
     tl.store(sums_ptr, grad_gamma, mask=mask)

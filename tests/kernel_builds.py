@@ -1,0 +1,179 @@
+"""Compile every kernel in every configuration for every target, without a GPU, and say what the compiler made of it.
+
+    python tests/kernel_builds.py [--json FILE]
+
+Compiles with the installed triton and with each other release that `make` keeps in references/, two processes at a
+time, and prints the table of kernels/README.md. Exit status 1 if a build is not as it must be (`problems`).
+
+Registers, stack and shared memory are those of the binary; instructions are counted in the PTX it is assembled from,
+since disassembling takes longer than compiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+MODULES = ("dinov3_lite.kernels.rows",)
+# what a program may use of a multiprocessor's shared memory, in bytes, by target
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# the kernels that move data: nothing less than 16 bytes an access; all others multiply matrices
+STREAMING = {
+    "add_layer_norm_forward_kernel",
+    "add_layer_norm_backward_kernel",
+    "swiglu_forward_kernel",
+    "swiglu_backward_kernel",
+    "rotate",
+}
+PROCESSES = 2
+
+
+def problems(build: dict[str, Any]) -> list[str]:
+    """What is wrong with one compiled build, a sentence each."""
+    name = f"{build['name']} on sm_{build['target']} by triton {build['triton']}"
+    if "error" in build:
+        return [f"{name} does not compile: {build['error']}"]
+    limit = SHARED_MEMORY[build["target"]]
+    mma = build["target"] == 90 and build["half"] and build["kernel"] not in STREAMING
+    checks = {
+        f"has a stack frame of {build['stack']} bytes: registers spill": build["stack"] == 0,
+        f"needs {build['shared']} bytes of shared memory, of {limit}": build["shared"] <= limit,
+        f"has {build['atomics']} atomics: its sums have no fixed order": build["atomics"] == 0,
+        f"has {build['narrow']} accesses of less than 16 bytes": build["narrow"] == 0 or build["kernel"] not in STREAMING,
+        "does not use wgmma": build["wgmma"] > 0 or not mma,
+        f"has {build['mma']} products by the older mma": build["mma"] == 0 or not mma,
+    }
+    return [f"{name} {problem}" for problem, holds in checks.items() if not holds]
+
+
+def compile_build(build: Any, target: int) -> dict[str, Any]:
+    """One row of the result: a build compiled for a target, as the launcher would specialise it.
+
+    Pointers are aligned to 16 bytes, as torch allocates, and strides are multiples of 16, as the model's are.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    row = {"name": build.name, "kernel": build.kernel.__name__, "target": target, "triton": triton.__version__}
+    signature = {name: build.signature[name] for name in build.kernel.arg_names}
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name.startswith("stride")]
+    source = ASTSource(
+        build.kernel, signature, build.constexprs, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {str(error).strip()}"}
+    registers, stack = resources(compiled.asm["cubin"])
+    return row | {
+        "half": any(kind in ("*fp16", "*bf16") for kind in signature.values()),
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
+        **instructions(compiled.asm["ptx"]),
+    }
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack frame, spilled registers among them."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def instructions(ptx: str) -> dict[str, int]:
+    """How often the PTX has what a kernel must have or must not have."""
+    accesses = re.findall(r"\b(?:ld|st)\.global(?:\.[a-zA-Z_:]\w*)*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
+    return {
+        "narrow": sum(int(vector or 1) * int(bits) < 128 for vector, bits in accesses),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        "mma": len(re.findall(r"\bmma\.sync\.", ptx)),
+        "wgmma": len(re.findall(r"\bwgmma\.mma_async\.", ptx)),
+        "tcgen05": len(re.findall(r"\btcgen05\.mma\.", ptx)),
+    }
+
+
+def compile_all(modules: tuple[str, ...] = MODULES, triton: Path | None = None) -> list[dict[str, Any]]:
+    """Compile what the modules' `builds(target)` list, in fresh processes and an empty cache; triton from that folder."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    if triton is not None:
+        environment["PYTHONPATH"] = str(triton)
+    with tempfile.TemporaryDirectory() as cache:
+        environment["TRITON_CACHE_DIR"] = cache
+        command = [sys.executable, __file__, "--modules", *modules, "--share"]
+        shares = [
+            subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, text=True)
+            for i in range(PROCESSES)
+        ]
+        printed = [share.communicate()[0] for share in shares]
+    if any(share.returncode for share in shares):
+        raise RuntimeError("a compiling process failed: see its error above")
+    return [json.loads(line) for text in printed for line in text.splitlines()]
+
+
+def compile_share(modules: list[str], share: int) -> None:
+    """In a process of its own: compile every PROCESSES-th build and print a line of JSON for each."""
+    builds = [(b, target) for m in modules for target in SHARED_MEMORY for b in importlib.import_module(m).builds(target)]
+    for build, target in builds[share::PROCESSES]:
+        print(json.dumps(compile_build(build, target)), flush=True)
+
+
+def other_tritons() -> list[Path]:
+    """The folders of the releases beside the installed one."""
+    return sorted((Path(sys.prefix) / "references").glob("triton-*"))
+
+
+def table(result: dict[str, Any]) -> str:
+    """A line a build, a column a target: registers a thread by each release, and KB of shared memory, the larger."""
+    rows = result["rows"]
+    targets = sorted({row["target"] for row in rows})
+    lines = ["| build | " + " | ".join(f"sm_{target}" for target in targets) + " |", "|---" * (len(targets) + 1) + "|"]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        cells = []
+        for target in targets:
+            found = [row for row in rows if (row["name"], row["target"]) == (name, target)]
+            registers = " / ".join(str(row["registers"]) for row in found)
+            cells.append(f"{registers}, {max(row['shared'] for row in found) / 1024:.0f}" if found else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--modules", nargs="+", default=list(MODULES), help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.share is not None:
+        compile_share(arguments.modules, arguments.share)
+        return 0
+    rows = [row for triton in (*other_tritons(), None) for row in compile_all(arguments.modules, triton)]
+    found = [problem for row in rows for problem in problems(row)]
+    releases = sorted({row["triton"] for row in rows})
+    result = {"environment": {"date": str(date.today()), "triton": " and ".join(releases)}, "rows": rows}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result) if not found else "\n".join(found))
+    print(f"{len(rows)} builds by triton {' and '.join(releases)}, {len(found)} problems")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
