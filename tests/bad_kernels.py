@@ -34,7 +34,7 @@ def copies_from_the_second_element(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def multiplies(x_ptr, out_ptr, M: tl.constexpr, K: tl.constexpr):
-    """x x^T over tiles of K columns; fewer rows than the 64 of wgmma fall back to the older instruction."""
+    """The product x x^T over tiles of K columns; rows fewer than the 64 of wgmma fall back to the older instruction."""
     rows, columns = tl.arange(0, M), tl.arange(0, K)
     acc = tl.zeros((M, M), tl.float32)
     for k in range(0, 8 * K, K):
