@@ -97,7 +97,7 @@ def _attend(
     return m_new, l * decay + tl.sum(P, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "prefix", "heads", "tiles"])
 def attention_forward(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -119,7 +119,6 @@ def attention_forward(
     cos_ptr += (start - prefix) * (D // 2)
     sin_ptr += (start - prefix) * (D // 2)
     out_ptr += ((batch * N + start) * heads + head) * D
-    lse_ptr += (batch * heads + head) * N + start
 
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q1 = _load(q_ptr, rows, stride_qn, n, D // 2, HALF, True)
@@ -143,7 +142,9 @@ def attention_forward(
             D, HALF, WIDTH, TAIL, ROTATE, True, PRECISION,
         )  # fmt: skip
     _store(out_ptr, acc / l[:, None], rows, heads * D, n, D, WIDTH)
-    tl.store(lse_ptr + rows, m * scale_log2 + tl.log2(l), mask=rows < n)
+    if lse_ptr is not None:
+        lse_ptr += (batch * heads + head) * N + start
+        tl.store(lse_ptr + rows, m * scale_log2 + tl.log2(l), mask=rows < n)
 
 
 @triton.jit
@@ -166,7 +167,7 @@ def _grad_of_queries(
     return tl.dot(dS, k1, dq1, input_precision=PRECISION), tl.dot(dS, k2, dq2, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "prefix", "heads", "tiles"])
 def attention_backward_q(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr,
     stride_vb, stride_vn, stride_vh, N, prefix, heads, tiles, scale, scale_log2,
@@ -217,13 +218,13 @@ def attention_backward_q(
 def _grad_of_keys(
     k1, k2, v, dk1, dk2, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride, j, n, scale_log2,
     D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv what comes from queries j .. j + BLOCK: dS^T q and P^T dout, all products transposed."""
     columns = j + tl.arange(0, BLOCK)
-    q1 = _load(q_ptr, columns, stride, n, D // 2, HALF, MASKED)
-    q2 = _load(q_ptr + D // 2, columns, stride, n, D // 2, HALF, MASKED)
-    dout = _load(dout_ptr, columns, stride, n, D, WIDTH, MASKED)
+    q1 = _load(q_ptr, columns, stride, n, D // 2, HALF, True)
+    q2 = _load(q_ptr + D // 2, columns, stride, n, D // 2, HALF, True)
+    dout = _load(dout_ptr, columns, stride, n, D, WIDTH, True)
     # an infinite lse makes the queries beyond the edge vanish
     lse = tl.load(lse_ptr + columns, mask=columns < n, other=float("inf"))
     delta = tl.load(delta_ptr + columns, mask=columns < n, other=0.0)
@@ -237,7 +238,7 @@ def _grad_of_keys(
     return dk1, dk2, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "prefix", "heads", "tiles"])
 def attention_backward_kv(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr,
     stride_vb, stride_vn, stride_vh, N, prefix, heads, tiles, scale, scale_log2,
@@ -259,16 +260,10 @@ def attention_backward_kv(
     dk1 = tl.zeros([BLOCK_N, HALF], tl.float32)
     dk2 = tl.zeros([BLOCK_N, HALF], tl.float32)
     dv = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    whole = n // BLOCK_M * BLOCK_M
-    for j in range(0, whole, BLOCK_M):
+    for j in range(0, n, BLOCK_M):
         dk1, dk2, dv = _grad_of_keys(
             k1, k2, v, dk1, dk2, dv, q_ptr + first, dout_ptr + first, lse_ptr + statistics, delta_ptr + statistics,
-            stride, j, n, scale_log2, D, HALF, WIDTH, BLOCK_M, False, PRECISION,
-        )  # fmt: skip
-    for j in tl.range(whole, n, TAIL, num_stages=1):
-        dk1, dk2, dv = _grad_of_keys(
-            k1, k2, v, dk1, dk2, dv, q_ptr + first, dout_ptr + first, lse_ptr + statistics, delta_ptr + statistics,
-            stride, j, n, scale_log2, D, HALF, WIDTH, TAIL, True, PRECISION,
+            stride, j, n, scale_log2, D, HALF, WIDTH, BLOCK_M, PRECISION,
         )  # fmt: skip
     angles = (start - prefix) * (D // 2)
     cos, sin = _load_angles(cos_ptr + angles, sin_ptr + angles, rows, prefix, n, D, HALF)
@@ -287,10 +282,10 @@ def _rotate_heads(x_ptr, out_ptr, cos, sin, rows, stride, heads, D: tl.constexpr
     _store(out_ptr + D // 2, x2, rows, D, heads, D // 2, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "prefix", "heads"])
 def rotate(
     q_ptr, k_ptr, cos_ptr, sin_ptr, out_ptr,
-    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, B, N, prefix, heads,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, N, prefix, heads,
     D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """out = (R(q), R(k)), or with R^-1, for BLOCK_H heads of one token.
@@ -299,14 +294,14 @@ def rotate(
     contiguous.
     """
     token = tl.program_id(0).to(tl.int64)
-    batch, row = token // N, token % N
-    columns = tl.arange(0, HALF)
-    mask = (row >= prefix) & (columns < D // 2)
-    cos = tl.load(cos_ptr + (row - prefix) * (D // 2) + columns, mask=mask, other=1.0)[None, :]
-    sin = tl.load(sin_ptr + (row - prefix) * (D // 2) + columns, mask=mask, other=0.0)[None, :]
+    batch, n = token // N, token % N
+    angles = -prefix * (D // 2)
+    cos, sin = _load_angles(cos_ptr + angles, sin_ptr + angles, n + tl.arange(0, 1), prefix, N, D, HALF)  # (1, HALF)
     sin = -sin if INVERSE else sin
     rows = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    q_ptr += batch * stride_qb + row * stride_qn
-    k_ptr += batch * stride_kb + row * stride_kn
-    _rotate_heads(q_ptr, out_ptr + token * heads * D, cos, sin, rows, stride_qh, heads, D, HALF)
-    _rotate_heads(k_ptr, out_ptr + (B * N.to(tl.int64) + token) * heads * D, cos, sin, rows, stride_kh, heads, D, HALF)
+    q_ptr += batch * stride_qb + n * stride_qn
+    k_ptr += batch * stride_kb + n * stride_kn
+    out_ptr += token * heads * D
+    _rotate_heads(q_ptr, out_ptr, cos, sin, rows, stride_qh, heads, D, HALF)
+    tokens = tl.num_programs(0).to(tl.int64)
+    _rotate_heads(k_ptr, out_ptr + tokens * heads * D, cos, sin, rows, stride_kh, heads, D, HALF)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Build(NamedTuple):
@@ -23,6 +27,7 @@ def is_available() -> bool:
     return unavailable_reason() is None
 
 
+@cache
 def unavailable_reason() -> str | None:
     """What keeps the kernels from running, or None: they need triton and a GPU of capability 8.0, or the interpreter.
 
@@ -45,3 +50,16 @@ def unavailable_reason() -> str | None:
 def interpreted() -> bool:
     """Whether triton's interpreter runs the kernels, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """The newest architecture of the tables that this device can run; the interpreter takes the tiles of sm_90."""
+    import torch
+
+    from .tuning import ARCHITECTURES
+
+    if device.type == "cpu":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max(arch for arch in ARCHITECTURES if arch <= 10 * major + minor)

@@ -25,3 +25,27 @@ def rope_attention_reference(
     scores = torch.einsum("bqhd,bkhd->bhqk", rotate(q.to(dtype)), rotate(k.to(dtype)))
     weights = (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(dtype)).to(q.dtype)
+
+
+def rope_attention_packed_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`rope_attention_reference` of each sequence by itself.
+
+    q, k, v: (T, heads, D); cos, sin: (T, D/2); cu_seqlens: (S + 1,) integers from 0 to T. max_seqlen is not needed here.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    sequences = zip(*(x.split(lengths) for x in (q, k, v, cos, sin)), strict=True)
+    return torch.cat(
+        [
+            rope_attention_reference(q[None], k[None], v[None], cos, sin, scale).squeeze(0)
+            for q, k, v, cos, sin in sequences
+        ]
+    )
