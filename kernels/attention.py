@@ -239,16 +239,15 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = Fal
 
     B, N, heads, D = q.shape
     out = q.new_empty((2, *q.shape))
-    block, num_warps = tuning.rotation_block(heads, D, q.itemsize)
-    widths = tuning.widths(D)
+    widths, rows = tuning.widths(D), B * N * heads
+    block = tuning.ROTATION_BLOCK // widths["HALF"]
     with torch.cuda.device_of(q):
-        rotate[(B * N, -(-heads // block))](
-            *(q, k, cos, sin, out, *q.stride()[:3], *k.stride()[:3], N, N - cos.shape[0], heads),
+        rotate[(-(-rows // block),)](
+            *(q, k, cos, sin, out, *q.stride()[:3], *k.stride()[:3], N, N - cos.shape[0], heads, rows),
             D=D,
             HALF=widths["HALF"],
-            BLOCK_H=block,
+            BLOCK=block,
             INVERSE=inverse,
-            num_warps=num_warps,
         )
     return out
 

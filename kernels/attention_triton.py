@@ -48,7 +48,7 @@ def _store(ptr, tile, rows, stride, n, D: tl.constexpr, WIDTH: tl.constexpr):
     """Store what of a (rows, WIDTH) tile lies within an (n, D) matrix."""
     columns = tl.arange(0, WIDTH)
     pointers = ptr + rows[:, None] * stride + columns[None, :]
-    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=(rows[:, None] < n) & (columns[None, :] < D))
+    tl.store(pointers, tile, mask=(rows[:, None] < n) & (columns[None, :] < D))
 
 
 @triton.jit
@@ -273,35 +273,36 @@ def attention_backward_kv(
     _store(dv_ptr + first, dv, rows, stride, n, D, WIDTH)
 
 
-@triton.jit
-def _rotate_heads(x_ptr, out_ptr, cos, sin, rows, stride, heads, D: tl.constexpr, HALF: tl.constexpr):
-    x1 = _load(x_ptr, rows, stride, heads, D // 2, HALF, True)
-    x2 = _load(x_ptr + D // 2, rows, stride, heads, D // 2, HALF, True)
-    x1, x2 = _rotate(x1, x2, cos, sin)
-    _store(out_ptr, x1, rows, D, heads, D // 2, HALF)
-    _store(out_ptr + D // 2, x2, rows, D, heads, D // 2, HALF)
-
-
-@triton.jit(do_not_specialize=["N", "prefix", "heads"])
+@triton.jit(do_not_specialize=["N", "prefix", "heads", "n"])
 def rotate(
     q_ptr, k_ptr, cos_ptr, sin_ptr, out_ptr,
-    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, N, prefix, heads,
-    D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, INVERSE: tl.constexpr,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, N, prefix, heads, n,
+    D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """out = (R(q), R(k)), or with R^-1, for BLOCK_H heads of one token.
+    """out = (R(q), R(k)), or with R^-1, for BLOCK of the n = B N heads rows of D elements.
 
     q, k: (B, N, heads, D), any strides but the last. cos, sin: (N - prefix, D/2) float32. out: (2, B, N, heads, D)
     contiguous.
     """
-    token = tl.program_id(0).to(tl.int64)
-    batch, n = token // N, token % N
-    angles = -prefix * (D // 2)
-    cos, sin = _load_angles(cos_ptr + angles, sin_ptr + angles, n + tl.arange(0, 1), prefix, N, D, HALF)  # (1, HALF)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, HALF)[None, :]
+    inside = (rows < n)[:, None] & (columns < D // 2)
+    head, token, batch = rows % heads, rows // heads % N, (rows // heads // N).to(tl.int64)
+    turned = inside & (token >= prefix)[:, None]
+    angles = (token - prefix)[:, None] * (D // 2) + columns
+    cos = tl.load(cos_ptr + angles, mask=turned, other=1.0)
+    sin = tl.load(sin_ptr + angles, mask=turned, other=0.0)
     sin = -sin if INVERSE else sin
-    rows = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    q_ptr += batch * stride_qb + n * stride_qn
-    k_ptr += batch * stride_kb + n * stride_kn
-    out_ptr += token * heads * D
-    _rotate_heads(q_ptr, out_ptr, cos, sin, rows, stride_qh, heads, D, HALF)
-    tokens = tl.num_programs(0).to(tl.int64)
-    _rotate_heads(k_ptr, out_ptr + tokens * heads * D, cos, sin, rows, stride_kh, heads, D, HALF)
+
+    q_ptr += (batch * stride_qb + token * stride_qn + head * stride_qh)[:, None] + columns
+    k_ptr += (batch * stride_kb + token * stride_kn + head * stride_kh)[:, None] + columns
+    out_ptr += rows.to(tl.int64)[:, None] * D + columns
+    q1, q2 = tl.load(q_ptr, mask=inside, other=0.0), tl.load(q_ptr + D // 2, mask=inside, other=0.0)
+    k1, k2 = tl.load(k_ptr, mask=inside, other=0.0), tl.load(k_ptr + D // 2, mask=inside, other=0.0)
+    q1, q2 = _rotate(q1, q2, cos, sin)
+    k1, k2 = _rotate(k1, k2, cos, sin)
+    tl.store(out_ptr, q1, mask=inside)
+    tl.store(out_ptr + D // 2, q2, mask=inside)
+    out_ptr += n.to(tl.int64) * D
+    tl.store(out_ptr, k1, mask=inside)
+    tl.store(out_ptr + D // 2, k2, mask=inside)

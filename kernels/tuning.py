@@ -16,6 +16,10 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 FUSED_UP_TO = {80: 64, 86: 64, 90: 450, 100: 450, 120: 64}
 
 
+# Pairs that a program of the rotation pass turns, in q and in k: 16 a thread of 4 warps, two 16-byte accesses a half.
+ROTATION_BLOCK = 2048
+
+
 class Tiles(NamedTuple):
     """Queries and keys of a step, warps of a program, stages of the loop's software pipeline."""
 
@@ -46,10 +50,3 @@ def backward_q_tiles(arch: int, D: int, itemsize: int) -> Tiles:
     return Tiles(64,64,4,2)
 def backward_kv_tiles(arch: int, D: int, itemsize: int) -> Tiles:
     return Tiles(32,64,4,2)
-
-
-def rotation_block(heads: int, D: int, itemsize: int) -> tuple[int, int]:
-    """Heads of a program of the rotation pass and its warps: as many as give each thread 16 bytes of both halves."""
-    half = widths(D)["HALF"]
-    block = min(1 << (heads - 1).bit_length(), 4096 // half)
-    return block, max(1, min(8, block * half * itemsize // (16 * 32)))
