@@ -5,19 +5,36 @@ and transformers takes it for the PyPI package of that name: it must import, hav
 doesn't hold.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .reference import rope_attention_reference
+    from .attention import rope_attention, rope_attention_packed
+    from .launch import is_available, unavailable_reason
+    from .reference import rope_attention_packed_reference, rope_attention_reference
 
-__all__ = ["rope_attention_reference"]
+__all__ = [
+    "is_available",
+    "rope_attention",
+    "rope_attention_packed",
+    "rope_attention_packed_reference",
+    "rope_attention_reference",
+    "unavailable_reason",
+]
+
+_MODULES = {
+    "is_available": "launch",
+    "rope_attention": "attention",
+    "rope_attention_packed": "attention",
+    "rope_attention_packed_reference": "reference",
+    "rope_attention_reference": "reference",
+    "unavailable_reason": "launch",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "rope_attention_reference":
-        from .reference import rope_attention_reference
-
-        return rope_attention_reference
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -98,20 +98,20 @@ def attention(
     fused = longest <= tuning.FUSED_UP_TO[arch]
     if not fused:
         q, k = _rotated(q, k, cos, sin).unbind()
-    tiles = tuning.forward_tiles(arch, D, q.itemsize)
-    blocks = -(-longest // tiles.block_m)
+    block_m, block_n, num_warps, num_stages = tuning.tiles(tuning.FORWARD, arch, D, q.itemsize)
+    blocks = -(-longest // block_m)
     with torch.cuda.device_of(q):
         attention_forward[_programs(blocks, q, cu_seqlens)](
             *(q, k, v, cos, sin, out, lse if training else None, cu_seqlens),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             *(N, N - cos.shape[0], heads, blocks, _scale(scale, D) * LOG2_E),
             **tuning.widths(D),
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
             ROTATE=fused,
             PRECISION=_precision(q.dtype),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            num_warps=num_warps,
+            num_stages=num_stages,
         )
     return out, lse
 
@@ -157,29 +157,29 @@ def attention_backward(
     scale = _scale(scale, D)
     sizes = (*v.stride()[:3], N, N - cos.shape[0], heads)
     with torch.cuda.device_of(q):
-        tiles = tuning.backward_q_tiles(arch, D, q.itemsize)
-        blocks = -(-longest // tiles.block_m)
+        block_m, block_n, num_warps, num_stages = tuning.tiles(tuning.BACKWARD_Q, arch, D, q.itemsize)
+        blocks = -(-longest // block_m)
         attention_backward_q[_programs(blocks, q, cu_seqlens)](
             *(rotated_q, rotated_k, v, cos, sin, out, dout, lse, delta, dq, cu_seqlens),
             *(*sizes, blocks, scale, scale * LOG2_E),
             **tuning.widths(D),
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
             PRECISION=_precision(q.dtype),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            num_warps=num_warps,
+            num_stages=num_stages,
         )
-        tiles = tuning.backward_kv_tiles(arch, D, q.itemsize)
-        blocks = -(-longest // tiles.block_n)
+        block_m, block_n, num_warps, num_stages = tuning.tiles(tuning.BACKWARD_KV, arch, D, q.itemsize)
+        blocks = -(-longest // block_n)
         attention_backward_kv[_programs(blocks, q, cu_seqlens)](
             *(rotated_q, rotated_k, v, cos, sin, dout, lse, delta, dk, dv, cu_seqlens),
             *(*sizes, blocks, scale, scale * LOG2_E),
             **tuning.widths(D),
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
             PRECISION=_precision(q.dtype),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            num_warps=num_warps,
+            num_stages=num_stages,
         )
     return dq, dk, dv
 

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 class Build(NamedTuple):
-    """One kernel with one launch configuration, as `triton.compile` takes it: what can be compiled without a GPU."""
+    """One kernel with one launch configuration, as `triton.compile` takes it: what can be compiled without a GPU.
+
+    At run time every pointer, and every argument called stride_.., is a multiple of 16: `attrs` are to say so.
+    """
 
     name: str
     kernel: Any  # the @triton.jit function

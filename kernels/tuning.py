@@ -1,12 +1,16 @@
 """How each kernel is launched, per architecture and head dim, and which strategy attention takes.
 
-Every tile below compiles for its architecture without spills and within its shared memory, under triton 3.6 and 3.9. None
-of them has been timed yet: no number in this file is measured.
+The tiles compile for their architectures without spills and within shared memory, under triton 3.6 and 3.9; the one
+exception says so. None of them has been timed: no number in this file is measured.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from .launch import Build
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 
@@ -15,9 +19,17 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 # against the bytes of the pass.
 FUSED_UP_TO = {80: 64, 86: 64, 90: 450, 100: 450, 120: 64}
 
-
 # Pairs that a program of the rotation pass turns, in q and in k: 16 a thread of 4 warps, two 16-byte accesses a half.
 ROTATION_BLOCK = 2048
+
+
+def prefers_sdpa(N: int, D: int) -> bool:
+    """Whether PyTorch's attention takes over after the rotation pass.
+
+    The 16-wide tail saves 19 % of the work at 201 tokens, 7.5 % at 581 and 4.4 % at 1029; beyond head dim 64, published
+    kernels are a third faster than Triton's.
+    """
+    return N > (600 if D <= 64 else 450)
 
 
 class Tiles(NamedTuple):
@@ -29,24 +41,69 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
+# By the tensor cores: "wgmma" read their operands from shared memory (sm_90, and tcgen05 on sm_100), "mma" from registers
+# (sm_80, sm_86, sm_120); exact float32 has none. Then by padded head dim.
+FORWARD = {
+    "wgmma": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
+    "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
+    "float32": {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
+}
+BACKWARD_Q = {
+    "wgmma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)},
+    "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
+    "float32": {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},  # 256 spills some 200 bytes
+}
+BACKWARD_KV = {
+    "wgmma": {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 8, 1)},
+    "mma": {64: Tiles(32, 64, 8, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 32, 8, 1)},
+    "float32": {64: Tiles(16, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+}
+
+
+def tiles(table: dict[str, dict[int, Tiles]], arch: int, D: int, itemsize: int) -> Tiles:
+    """The entry of a table for an architecture, a head dim and the bytes of an element."""
+    cores = "float32" if itemsize == 4 else "wgmma" if arch in (90, 100) else "mma"
+    return next(entry for width, entry in table[cores].items() if D <= width)
+
+
 def widths(D: int) -> dict[str, int]:
-    """The head dim and, padded to the powers of two that tiles are made of, its half and itself."""
+    """The head dim, and its half and itself padded to the powers of two that tiles are made of."""
     width = max(16, 1 << (D - 1).bit_length())
     return {"D": D, "HALF": max(16, width // 2), "WIDTH": width}
 
 
-def prefers_sdpa(N: int, D: int) -> bool:
-    """Whether PyTorch's attention takes over after the rotation pass.
+def builds(arch: int, head_dims: Sequence[int] = (64, 128), dtypes: Sequence[str] = ("bf16", "fp32")) -> Iterator[Build]:
+    """Every kernel of attention and rotation, as an architecture launches it."""
+    from . import attention_triton as kernels
 
-    The 16-wide tail saves 19 % of the work at 201 tokens, 7.5 % at 581, 4.4 % at 1029; beyond head dim 64, published
-    kernels are a third faster than Triton's.
-    """
-    return N > (600 if D <= 64 else 450)
+    attention: list[tuple[str, Any, dict[str, dict[int, Tiles]], dict[str, object]]] = [
+        ("forward, fused", kernels.attention_forward, FORWARD, {"ROTATE": True, "cu_seqlens_ptr": None}),
+        ("forward", kernels.attention_forward, FORWARD, {"ROTATE": False, "cu_seqlens_ptr": None}),
+        ("forward, packed", kernels.attention_forward, FORWARD, {"ROTATE": False}),
+        ("backward q", kernels.attention_backward_q, BACKWARD_Q, {"cu_seqlens_ptr": None}),
+        ("backward kv", kernels.attention_backward_kv, BACKWARD_KV, {"cu_seqlens_ptr": None}),
+    ]
+    for D, dtype in product(head_dims, dtypes):
+        shape = widths(D)
+        for name, kernel, table, flags in attention:
+            block_m, block_n, num_warps, num_stages = tiles(table, arch, D, 4 if dtype == "fp32" else 2)
+            constexprs = {**shape, **flags, "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": "ieee"}
+            signature = _signature(kernel.arg_names, constexprs, dtype)
+            yield Build(f"{name}, D {D}, {dtype}", kernel, signature, constexprs, num_warps, num_stages)
+        constexprs = {"D": D, "HALF": shape["HALF"], "BLOCK": ROTATION_BLOCK // shape["HALF"], "INVERSE": False}
+        signature = _signature(kernels.rotate.arg_names, constexprs, dtype)
+        yield Build(f"rotate, D {D}, {dtype}", kernels.rotate, signature, constexprs, 4, 3)
 
 
-def forward_tiles(arch: int, D: int, itemsize: int) -> Tiles:
-    return Tiles(64,64,4,2)
-def backward_q_tiles(arch: int, D: int, itemsize: int) -> Tiles:
-    return Tiles(64,64,4,2)
-def backward_kv_tiles(arch: int, D: int, itemsize: int) -> Tiles:
-    return Tiles(32,64,4,2)
+def _signature(arguments: Sequence[str], constexprs: dict[str, object], dtype: str) -> dict[str, str]:
+    """The types of a kernel's arguments, by their names."""
+    pointers = {"cos": "*fp32", "sin": "*fp32", "lse": "*fp32", "delta": "*fp32", "cu_seqlens": "*i32"}
+
+    def type_of(name: str) -> str:
+        if name in constexprs:
+            return "constexpr"
+        if name.endswith("_ptr"):
+            return pointers.get(name.removesuffix("_ptr"), f"*{dtype}")
+        return "fp32" if name.startswith("scale") else "i32"
+
+    return {name: type_of(name) for name in arguments}
