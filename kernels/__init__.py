@@ -28,13 +28,11 @@ _MODULES = {
     "is_available": "launch",
     "rope_attention": "attention",
     "rope_attention_packed": "attention",
-    "rope_attention_packed_reference": "reference",
-    "rope_attention_reference": "reference",
     "unavailable_reason": "launch",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES.get(name, 'reference')}", __name__), name)

@@ -21,22 +21,22 @@ LOG2_E = math.log2(math.e)
 def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale R(q) R(k)^T) v, where R rotates the last P of the N tokens and leaves the others.
 
-    q, k, v: (B, N, heads, D) float16, bfloat16 or float32, D a multiple of 16 up to 256; any strides but the last, which
-        is 1: views of one fused projection are taken as they are.
+    q, k, v: (B, N, heads, D) float16, bfloat16 or float32, D a multiple of 16 up to 256. The last dimension is
+        contiguous; the others have any strides, so views of one fused projection are taken as they are.
     cos, sin: (P, D/2) float32, contiguous, P <= N: the pair (i, i + D/2) of every head turns by its token's i-th angle.
     scale: of the scores, positive; D ** -0.5 unless given.
 
     Returns (B, N, heads, D) in q's dtype. Rotation and softmax run in float32; products of float32 inputs are exact
-    unless `torch.backends.cuda.matmul` allows tf32. Differentiable in q, k and v, once. The gradients of our own kernels
-    are the same bit for bit every time; those of PyTorch's attention, which takes over at many tokens
-    (`tuning.prefers_sdpa`), are not, unless `torch.use_deterministic_algorithms` is on, which keeps it out of training.
+    unless `torch.backends.cuda.matmul` allows tf32. Differentiable in q, k and v, once. The gradients of these kernels
+    are the same bit for bit every time. Those of PyTorch's attention, which takes over at many tokens
+    (`tuning.prefers_sdpa`), need not be: under `torch.use_deterministic_algorithms` it is kept out of training.
 
     Raises ValueError for any other input, RuntimeError where the kernels can't run (see `unavailable_reason`).
     """
     training = _needs_gradients(q, k, v)
     if training and tuning.prefers_sdpa(*q.shape[-3::2]) and not torch.are_deterministic_algorithms_enabled():
         _check(q, k, v, cos, sin, scale)
-        return _sdpa(*rotate(q, k, cos, sin, False).unbind(), v, scale)
+        return _sdpa(rotate(q, k, cos, sin, False), v, scale)
     return attention(q, k, v, cos, sin, None, None, scale, training)[0]
 
 
@@ -56,7 +56,7 @@ def rope_attention_packed(
     cos, sin: (T, D/2) float32, contiguous, a row a token; prefix tokens have the identity, cos 1 and sin 0.
     cu_seqlens: (S + 1,) int32 on q's device, ascending from 0 to T: sequence s is the tokens cu_seqlens[s] up to
         cu_seqlens[s + 1]. The values stay on the device and are not checked.
-    max_seqlen: the length of the longest sequence, or more. Tokens beyond it, or in no sequence, have undefined results.
+    max_seqlen: the length of the longest sequence, or more. Tokens beyond it, or in no sequence, get anything.
 
     Returns (T, heads, D). Gradients are the same bit for bit every time. Raises as `rope_attention` does.
     """
@@ -89,29 +89,25 @@ def attention(
     _check(q, k, v, cos, sin, scale, cu_seqlens, max_seqlen)
     from .attention_triton import attention_forward
 
-    B, N, heads, D = q.shape
+    _, N, heads, D = q.shape
     longest = N if max_seqlen is None else max_seqlen
     out, lse = _outputs(q, training)
     if cu_seqlens is None and not training and tuning.prefers_sdpa(N, D):
-        return _sdpa(*_rotated(q, k, cos, sin).unbind(), v, scale).contiguous(), lse
+        return _sdpa(_rotated(q, k, cos, sin), v, scale).contiguous(), lse
     arch = architecture(q.device)
     fused = longest <= tuning.FUSED_UP_TO[arch]
     if not fused:
         q, k = _rotated(q, k, cos, sin).unbind()
-    block_m, block_n, num_warps, num_stages = tuning.tiles(tuning.FORWARD, arch, D, q.itemsize)
-    blocks = -(-longest // block_m)
+    launch = tuning.launch(tuning.FORWARD, arch, D, q.itemsize)
+    blocks = -(-longest // launch["BLOCK_M"])
     with torch.cuda.device_of(q):
         attention_forward[_programs(blocks, q, cu_seqlens)](
             *(q, k, v, cos, sin, out, lse if training else None, cu_seqlens),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             *(N, N - cos.shape[0], heads, blocks, _scale(scale, D) * LOG2_E),
-            **tuning.widths(D),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
             ROTATE=fused,
             PRECISION=_precision(q.dtype),
-            num_warps=num_warps,
-            num_stages=num_stages,
+            **launch,
         )
     return out, lse
 
@@ -153,33 +149,26 @@ def attention_backward(
     arch = architecture(q.device)
     rotated_q, rotated_k = _rotated(q, k, cos, sin).unbind()
     dout = dout.contiguous()
-    dq, dk, dv, delta = (*(torch.empty_like(dout) for _ in range(3)), torch.empty_like(lse))
-    scale = _scale(scale, D)
+    dq, dk, dv = (torch.empty_like(dout) for _ in range(3))
+    delta = torch.empty_like(lse)
+    scale, precision = _scale(scale, D), _precision(q.dtype)
     sizes = (*v.stride()[:3], N, N - cos.shape[0], heads)
     with torch.cuda.device_of(q):
-        block_m, block_n, num_warps, num_stages = tuning.tiles(tuning.BACKWARD_Q, arch, D, q.itemsize)
-        blocks = -(-longest // block_m)
+        launch = tuning.launch(tuning.BACKWARD_Q, arch, D, q.itemsize)
+        blocks = -(-longest // launch["BLOCK_M"])
         attention_backward_q[_programs(blocks, q, cu_seqlens)](
             *(rotated_q, rotated_k, v, cos, sin, out, dout, lse, delta, dq, cu_seqlens),
             *(*sizes, blocks, scale, scale * LOG2_E),
-            **tuning.widths(D),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            PRECISION=_precision(q.dtype),
-            num_warps=num_warps,
-            num_stages=num_stages,
+            PRECISION=precision,
+            **launch,
         )
-        block_m, block_n, num_warps, num_stages = tuning.tiles(tuning.BACKWARD_KV, arch, D, q.itemsize)
-        blocks = -(-longest // block_n)
+        launch = tuning.launch(tuning.BACKWARD_KV, arch, D, q.itemsize)
+        blocks = -(-longest // launch["BLOCK_N"])
         attention_backward_kv[_programs(blocks, q, cu_seqlens)](
             *(rotated_q, rotated_k, v, cos, sin, dout, lse, delta, dk, dv, cu_seqlens),
             *(*sizes, blocks, scale, scale * LOG2_E),
-            **tuning.widths(D),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            PRECISION=_precision(q.dtype),
-            num_warps=num_warps,
-            num_stages=num_stages,
+            PRECISION=precision,
+            **launch,
         )
     return dq, dk, dv
 
@@ -248,13 +237,14 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = Fal
             HALF=widths["HALF"],
             BLOCK=block,
             INVERSE=inverse,
+            enable_fp_fusion=True,
         )
     return out
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-    return out.transpose(1, 2)
+def _sdpa(rotated: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    q, k = rotated.transpose(2, 3).unbind()
+    return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), scale=scale).transpose(1, 2)
 
 
 def _programs(blocks: int, q: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
@@ -302,6 +292,8 @@ def _check(
         expected = "(B, N, heads, D)" if cu_seqlens is None else "(T, heads, D)"
         raise ValueError(f"q has {q.ndim - (cu_seqlens is not None)} dimensions: expected {expected}")
     B, N, heads, D = q.shape
+    if B * N * heads >= 2**31:
+        raise ValueError(f"q has {B} x {N} x {heads} heads of tokens: expected fewer than 2^31")
     if D % 16 or not 16 <= D <= 256:
         raise ValueError(f"q has head dim {D}: expected a multiple of 16 from 16 to 256")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -317,7 +309,7 @@ def _check(
         if x.stride(3) != 1:
             raise ValueError(f"{name} has stride {x.stride(3)} in its last dimension: expected 1")
         if (longest - 1) * max(x.stride(1), heads * D) + heads * max(x.stride(2), D) >= 2**31:
-            raise ValueError(f"{name} spans more than 2^31 elements in one sequence of {longest} tokens: expected fewer")
+            raise ValueError(f"{name} spans 2^31 elements or more in a sequence of {longest} tokens: expected fewer")
     if cos.ndim != 2 or cos.shape[1] != D // 2 or cos.shape[0] > N:
         raise ValueError(f"cos has shape {tuple(cos.shape)}: expected (P, {D // 2}) with P at most {N} tokens")
     if sin.shape != cos.shape:
@@ -331,14 +323,13 @@ def _check(
         raise ValueError(f"scale is {scale}: expected a positive number")
     if cu_seqlens is not None:
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
-            raise ValueError(
-                f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: expected torch.int32 of shape (S + 1,)"
-            )
+            found = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            raise ValueError(f"cu_seqlens is {found}: expected torch.int32 of shape (S + 1,)")
         if not cu_seqlens.is_contiguous():
             raise ValueError(f"cu_seqlens has stride {cu_seqlens.stride(0)}: expected 1")
         if cos.shape[0] != N:
             raise ValueError(f"cos has {cos.shape[0]} rows: expected one for each of the {N} tokens")
-        if longest < 0: 
+        if longest < 0:
             raise ValueError(f"max_seqlen is {longest}: expected the length of the longest sequence")
     for name, other in {"k": k, "v": v, "cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}.items():
         if other is not None and other.device != q.device:

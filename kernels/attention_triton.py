@@ -1,11 +1,11 @@
 """The Triton kernels of attention and rotation: the only file that needs triton to be read at all.
 
-Letters, as in the formulas: B images or sequences, N tokens of an image (or of the whole pack), n tokens of one sequence,
-D head dim, S = q k^T scores, P = softmax(S), m and l the running maximum and sum of a row, lse = log2 sum 2^S.
+Letters, as in the formulas: B images, N tokens of an image or of a whole pack, n tokens of one sequence, D head dim,
+S = q k^T, P = softmax(scale S), lse = log2 of the sum of 2^S over a row, S in units of log2.
 
-Rotation pairs element i of a head with element i + D/2, so queries and keys are held as two halves (tokens, D/2): turning
-them is elementwise, and their product is the sum of two. WIDTH and HALF are D and D/2 padded to what `tl.arange` takes.
-A pack of sequences is one long image (B = 1) whose attention stops at the borders in cu_seqlens.
+Rotation pairs element i of a head with element i + D/2, so queries and keys are held as two halves (tokens, D/2): to
+turn them is elementwise, their product the sum of two. WIDTH and HALF are D and D/2 padded to the powers of two that
+`tl.arange` takes. A pack of sequences is one long image (B = 1) whose attention stops at the borders in cu_seqlens.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TAIL = tl.constexpr(16)  # the narrowest tile of the tensor cores: 5 prefix tokens leave N = 5 or 9 (mod 64) at usual sizes
+# The narrowest tile of the tensor cores. With 5 prefix tokens, N is 5 or 9 (mod 64) at 224, 384, 512 and 1024 pixels.
+TAIL = tl.constexpr(16)
 
 
 @triton.jit
 def _locate(cu_seqlens_ptr, N, heads, tiles):
-    """This program's tile, head and batch row, and its sequence's first token and length."""
+    """Tile, head and batch row of this program, and its sequence's first token and length."""
     program = tl.program_id(0)
     tile = program % tiles
     head = program // tiles % heads
@@ -53,7 +54,7 @@ def _store(ptr, tile, rows, stride, n, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _load_angles(cos_ptr, sin_ptr, rows, prefix, n, D: tl.constexpr, HALF: tl.constexpr):
-    """cos and sin of the tokens `rows`, (rows, HALF) each; the identity for prefix tokens and beyond the edges."""
+    """Load cos and sin of the tokens `rows`, (rows, HALF) each: the identity for prefix tokens and beyond the edges."""
     columns = tl.arange(0, HALF)
     offsets = rows[:, None] * (D // 2) + columns[None, :]
     mask = (rows[:, None] >= prefix) & (rows[:, None] < n) & (columns[None, :] < D // 2)
@@ -68,13 +69,13 @@ def _rotate(x1, x2, cos, sin):
 
 @triton.jit
 def _dot_halves(x1, x2, y1, y2, PRECISION: tl.constexpr):
-    """x y^T of two matrices held as halves: (rows of x, rows of y) float32."""
+    """The product x y^T of two matrices held as halves: (rows of x, rows of y) float32."""
     return tl.dot(x2, y2.T, tl.dot(x1, y1.T, input_precision=PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
 def _attend(
-    q1, q2, m, l, acc, k_ptr, v_ptr, cos_ptr, sin_ptr, stride_k, stride_v, prefix, j, n, scale_log2,
+    q1, q2, m, total, acc, k_ptr, v_ptr, cos_ptr, sin_ptr, stride_k, stride_v, prefix, j, n, scale_log2,
     D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     ROTATE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +95,7 @@ def _attend(
     decay = tl.exp2((m - m_new) * scale_log2)
     v = _load(v_ptr, columns, stride_v, n, D, WIDTH, MASKED)
     acc = tl.dot(P.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return m_new, l * decay + tl.sum(P, 1), acc
+    return m_new, total * decay + tl.sum(P, 1), acc
 
 
 @triton.jit(do_not_specialize=["N", "prefix", "heads", "tiles"])
@@ -105,7 +106,7 @@ def attention_forward(
     D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(scale R(q) R(k)^T) v for BLOCK_M queries of one head, R the identity unless ROTATE.
+    """Store out = softmax(scale R(q) R(k)^T) v of BLOCK_M queries of one head, R the identity unless ROTATE.
 
     q, k, v: (B, N, heads, D), any strides but the last. cos, sin: (N - prefix, D/2) float32. out: (B, N, heads, D) and
     lse: (B, heads, N) float32, contiguous. scale_log2 is scale * log2(e): exponentials are powers of two.
@@ -128,23 +129,23 @@ def attention_forward(
         turned1, turned2 = _rotate(q1, q2, cos, sin)
         q1, q2 = turned1.to(q1.dtype), turned2.to(q2.dtype)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     whole = n // BLOCK_N * BLOCK_N
     for j in range(0, whole, BLOCK_N):
-        m, l, acc = _attend(
-            q1, q2, m, l, acc, k_ptr, v_ptr, cos_ptr, sin_ptr, stride_kn, stride_vn, prefix, j, n, scale_log2,
+        m, total, acc = _attend(
+            q1, q2, m, total, acc, k_ptr, v_ptr, cos_ptr, sin_ptr, stride_kn, stride_vn, prefix, j, n, scale_log2,
             D, HALF, WIDTH, BLOCK_N, ROTATE, False, PRECISION,
         )  # fmt: skip
     for j in tl.range(whole, n, TAIL, num_stages=1):
-        m, l, acc = _attend(
-            q1, q2, m, l, acc, k_ptr, v_ptr, cos_ptr, sin_ptr, stride_kn, stride_vn, prefix, j, n, scale_log2,
+        m, total, acc = _attend(
+            q1, q2, m, total, acc, k_ptr, v_ptr, cos_ptr, sin_ptr, stride_kn, stride_vn, prefix, j, n, scale_log2,
             D, HALF, WIDTH, TAIL, ROTATE, True, PRECISION,
         )  # fmt: skip
-    _store(out_ptr, acc / l[:, None], rows, heads * D, n, D, WIDTH)
+    _store(out_ptr, acc / total[:, None], rows, heads * D, n, D, WIDTH)
     if lse_ptr is not None:
         lse_ptr += (batch * heads + head) * N + start
-        tl.store(lse_ptr + rows, m * scale_log2 + tl.log2(l), mask=rows < n)
+        tl.store(lse_ptr + rows, m * scale_log2 + tl.log2(total), mask=rows < n)
 
 
 @triton.jit
@@ -174,7 +175,7 @@ def attention_backward_q(
     D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq = R^-1(scale dS k) for BLOCK_M queries of one head, and delta = rowsum(dout * out), which dk and dv need too.
+    """Store dq = R^-1(scale dS k) of BLOCK_M queries of one head, and delta = rowsum(dout * out), for dk to come.
 
     q, k, out, dout, dq: (B, N, heads, D) contiguous, q and k rotated already; v: any strides but the last.
     lse, delta: (B, heads, N) float32.
@@ -245,7 +246,10 @@ def attention_backward_kv(
     D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk = R^-1(scale dS^T q) and dv = P^T dout for BLOCK_N keys of one head; tensors as in `attention_backward_q`."""
+    """Store dk = R^-1(scale dS^T q) and dv = P^T dout of BLOCK_N keys of one head.
+
+    Tensors as in `attention_backward_q`.
+    """
     tile, head, batch, start, n = _locate(cu_seqlens_ptr, N, heads, tiles)
     if tile * BLOCK_N >= n:
         return
@@ -279,7 +283,7 @@ def rotate(
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, N, prefix, heads, n,
     D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """out = (R(q), R(k)), or with R^-1, for BLOCK of the n = B N heads rows of D elements.
+    """Store out = (R(q), R(k)), or with R^-1, of BLOCK of the n = B N heads rows of D elements.
 
     q, k: (B, N, heads, D), any strides but the last. cos, sin: (N - prefix, D/2) float32. out: (2, B, N, heads, D)
     contiguous.

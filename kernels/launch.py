@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 class Build(NamedTuple):
     """One kernel with one launch configuration, as `triton.compile` takes it: what can be compiled without a GPU.
@@ -36,7 +38,7 @@ def unavailable_reason() -> str | None:
 
     Triton's interpreter runs them on the CPU, slowly, where TRITON_INTERPRET=1 is set before triton is first imported.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "triton is not installed"
     if interpreted():
         return None
@@ -46,7 +48,9 @@ def unavailable_reason() -> str | None:
         return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
-        return f"{torch.cuda.get_device_name()} has capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+        return (
+            f"{torch.cuda.get_device_name()} has capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+        )
     return None
 
 

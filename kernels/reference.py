@@ -39,7 +39,7 @@ def rope_attention_packed_reference(
 ) -> Tensor:
     """`rope_attention_reference` of each sequence by itself.
 
-    q, k, v: (T, heads, D); cos, sin: (T, D/2); cu_seqlens: (S + 1,) integers from 0 to T. max_seqlen is not needed here.
+    q, k, v: (T, heads, D); cos, sin: (T, D/2); cu_seqlens: (S + 1,) integers from 0 to T; max_seqlen is not needed.
     """
     lengths = cu_seqlens.diff().tolist()
     sequences = zip(*(x.split(lengths) for x in (q, k, v, cos, sin)), strict=True)

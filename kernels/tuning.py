@@ -29,7 +29,8 @@ def prefers_sdpa(N: int, D: int) -> bool:
     The 16-wide tail saves 19 % of the work at 201 tokens, 7.5 % at 581 and 4.4 % at 1029; beyond head dim 64, published
     kernels are a third faster than Triton's.
     """
-    return N > (600 if D <= 64 else 450)
+    limit = 600 if D <= 64 else 450
+    return N > limit
 
 
 class Tiles(NamedTuple):
@@ -41,8 +42,8 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# By the tensor cores: "wgmma" read their operands from shared memory (sm_90, and tcgen05 on sm_100), "mma" from registers
-# (sm_80, sm_86, sm_120); exact float32 has none. Then by padded head dim.
+# By tensor core: "wgmma" takes operands from shared memory (sm_90, and so does sm_100's tcgen05), "mma" from registers
+# (sm_80, sm_86, sm_120), exact float32 has none. Then by head dim, up to which an entry goes.
 FORWARD = {
     "wgmma": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
     "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
@@ -51,7 +52,11 @@ FORWARD = {
 BACKWARD_Q = {
     "wgmma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)},
     "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
-    "float32": {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},  # 256 spills some 200 bytes
+    "float32": {
+        64: Tiles(32, 32, 4, 2),
+        128: Tiles(16, 16, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+    },  # 256 spills some 200 bytes
 }
 BACKWARD_KV = {
     "wgmma": {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 8, 1)},
@@ -60,10 +65,23 @@ BACKWARD_KV = {
 }
 
 
+def launch(table: dict[str, dict[int, Tiles]], arch: int, D: int, itemsize: int) -> dict[str, int]:
+    """What a launch takes by keyword: the table's entry for an architecture, a head dim and the bytes of an element."""
+    block_m, block_n, num_warps, num_stages = tiles(table, arch, D, itemsize)
+    return {
+        **widths(D),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
 def tiles(table: dict[str, dict[int, Tiles]], arch: int, D: int, itemsize: int) -> Tiles:
     """The entry of a table for an architecture, a head dim and the bytes of an element."""
     cores = "float32" if itemsize == 4 else "wgmma" if arch in (90, 100) else "mma"
-    return next(entry for width, entry in table[cores].items() if D <= width)
+    return next(entry for width, entry in table[cores].items() if width >= D)
 
 
 def widths(D: int) -> dict[str, int]:
@@ -72,7 +90,9 @@ def widths(D: int) -> dict[str, int]:
     return {"D": D, "HALF": max(16, width // 2), "WIDTH": width}
 
 
-def builds(arch: int, head_dims: Sequence[int] = (64, 128), dtypes: Sequence[str] = ("bf16", "fp32")) -> Iterator[Build]:
+def builds(
+    arch: int, head_dims: Sequence[int] = (64, 128), dtypes: Sequence[str] = ("bf16", "fp32")
+) -> Iterator[Build]:
     """Every kernel of attention and rotation, as an architecture launches it."""
     from . import attention_triton as kernels
 
