@@ -46,11 +46,9 @@ def unavailable_reason() -> str | None:
 
     if not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return (
-            f"{torch.cuda.get_device_name()} has capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
-        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"{torch.cuda.get_device_name()} has capability {major}.{minor}: the kernels need 8.0 or more"
     return None
 
 
