@@ -11,21 +11,37 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .attention import rope_attention, rope_attention_packed
     from .launch import is_available, unavailable_reason
-    from .reference import add_layer_norm_reference, rope_attention_reference, swiglu_reference
+    from .reference import (
+        add_layer_norm_reference,
+        rope_attention_packed_reference,
+        rope_attention_reference,
+        swiglu_reference,
+    )
     from .rows import add_layer_norm, swiglu
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_reference",
     "is_available",
+    "rope_attention",
+    "rope_attention_packed",
+    "rope_attention_packed_reference",
     "rope_attention_reference",
     "swiglu",
     "swiglu_reference",
     "unavailable_reason",
 ]
 
-_MODULES = {"add_layer_norm": "rows", "swiglu": "rows", "is_available": "launch", "unavailable_reason": "launch"}
+_MODULES = {
+    "add_layer_norm": "rows",
+    "is_available": "launch",
+    "rope_attention": "attention",
+    "rope_attention_packed": "attention",
+    "swiglu": "rows",
+    "unavailable_reason": "launch",
+}
 
 
 def __getattr__(name: str) -> Any:

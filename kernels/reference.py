@@ -28,6 +28,30 @@ def rope_attention_reference(
     return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(dtype)).to(q.dtype)
 
 
+def rope_attention_packed_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`rope_attention_reference` of each sequence by itself.
+
+    q, k, v: (T, heads, D); cos, sin: (T, D/2); cu_seqlens: (S + 1,) integers from 0 to T; max_seqlen is not needed.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    sequences = zip(*(x.split(lengths) for x in (q, k, v, cos, sin)), strict=True)
+    return torch.cat(
+        [
+            rope_attention_reference(q[None], k[None], v[None], cos, sin, scale).squeeze(0)
+            for q, k, v, cos, sin in sequences
+        ]
+    )
+
+
 def add_layer_norm_reference(
     x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
