@@ -18,7 +18,8 @@ from .launch import Build, interpreted, unavailable_reason
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_CHANNELS = 4096
-SWIGLU_BLOCK, SWIGLU_WARPS = 1024, 4  # 8 channels a thread
+# 8 channels a thread, 16 bytes in half precision, here and in `_row_launch`
+SWIGLU_LAUNCH = {"BLOCK_F": 1024, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def add_layer_norm(
@@ -74,17 +75,17 @@ def _check_rows(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has strides {x.stride()} for shape {tuple(x.shape)}: expected it contiguous")
 
 
-def _check_can_run(x: Tensor) -> None:
+def _check_can_run(operation: str, name: str, x: Tensor) -> None:
     if (reason := unavailable_reason()) is not None:
-        raise RuntimeError(f"the kernels can't run here: {reason}")
-    if not (x.is_cuda or interpreted()):
-        raise RuntimeError(f"tensors are on {x.device}: the kernels run on CUDA, or with TRITON_INTERPRET=1")
+        raise RuntimeError(f"{operation} can't run: {reason}")
+    if not x.is_cuda and not interpreted():
+        raise RuntimeError(f"{name} is on {x.device}: expected a CUDA device, or the CPU under TRITON_INTERPRET=1")
 
 
-def _row_launch(C: int) -> tuple[int, int]:
-    """BLOCK_C, which holds a row, and the warps that give each thread 8 channels: 16 bytes in half precision."""
+def _row_launch(C: int) -> dict[str, int]:
+    """A whole row a program."""
     block = 1 << (C - 1).bit_length()
-    return block, max(1, block // 256)
+    return {"BLOCK_C": block, "num_warps": max(1, block // 256), "enable_fp_fusion": True}
 
 
 def _num_programs(T: int, num_warps: int, device: torch.device) -> int:
@@ -104,15 +105,14 @@ def _num_programs(T: int, num_warps: int, device: torch.device) -> int:
 def _add_layer_norm(
     x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    _check_can_run(x)
+    _check_can_run("add_layer_norm", "x", x)
     from .rows_triton import add_layer_norm_forward_kernel
 
     C = x.shape[-1]
-    block, num_warps = _row_launch(C)
     x_new, normed = torch.empty_like(x), torch.empty_like(x, dtype=weight.dtype)
     with torch.cuda.device_of(x):
         add_layer_norm_forward_kernel[(x.numel() // C,)](
-            x, branch, gamma, weight, bias, x_new, normed, eps, C=C, BLOCK_C=block, num_warps=num_warps
+            x, branch, gamma, weight, bias, x_new, normed, eps, C=C, **_row_launch(C)
         )
     return x_new, normed
 
@@ -136,25 +136,15 @@ def _add_layer_norm_backward(
 
     C = x_new.shape[-1]
     T = x_new.numel() // C
-    block, num_warps = _row_launch(C)
+    launch = _row_launch(C)
     grad_x, grad_branch = torch.empty_like(x_new), torch.empty_like(branch)
-    partials = x_new.new_empty((_num_programs(T, num_warps, x_new.device), 3, C), dtype=torch.float32)
+    partials = x_new.new_empty((_num_programs(T, launch["num_warps"], x_new.device), 3, C), dtype=torch.float32)
     with torch.cuda.device_of(x_new):
         add_layer_norm_backward_kernel[(partials.shape[0],)](
-            x_new,
-            branch,
-            gamma,
-            weight,
-            grad_x_new.contiguous(),
-            grad_normed.contiguous(),
-            grad_x,
-            grad_branch,
-            partials,
-            T,
-            eps,
+            *(x_new, branch, gamma, weight, grad_x_new.contiguous(), grad_normed.contiguous()),
+            *(grad_x, grad_branch, partials, T, eps),
             C=C,
-            BLOCK_C=block,
-            num_warps=num_warps,
+            **launch,
         )
     return grad_x, grad_branch, partials.sum(dim=0)
 
@@ -193,15 +183,13 @@ _add_layer_norm.register_autograd(_add_layer_norm_gradients, setup_context=_save
 
 @torch.library.custom_op("dinov3_lite::swiglu", mutates_args=(), schema="(Tensor gate_value) -> Tensor")
 def _swiglu(gate_value: Tensor) -> Tensor:
-    _check_can_run(gate_value)
+    _check_can_run("swiglu", "gate_value", gate_value)
     from .rows_triton import swiglu_forward_kernel
 
     F = gate_value.shape[-1] // 2
     out = gate_value.new_empty((*gate_value.shape[:-1], F))
     with torch.cuda.device_of(gate_value):
-        swiglu_forward_kernel[_swiglu_grid(gate_value)](
-            gate_value, out, F=F, BLOCK_F=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS
-        )
+        swiglu_forward_kernel[_swiglu_grid(gate_value)](gate_value, out, F=F, **SWIGLU_LAUNCH)
     return out
 
 
@@ -220,7 +208,7 @@ def _swiglu_backward(gate_value: Tensor, grad_out: Tensor) -> Tensor:
     grad_gate_value = torch.empty_like(gate_value)
     with torch.cuda.device_of(gate_value):
         swiglu_backward_kernel[_swiglu_grid(gate_value)](
-            gate_value, grad_out.contiguous(), grad_gate_value, F=F, BLOCK_F=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS
+            gate_value, grad_out.contiguous(), grad_gate_value, F=F, **SWIGLU_LAUNCH
         )
     return grad_gate_value
 
@@ -233,7 +221,7 @@ def _(gate_value: Tensor, grad_out: Tensor) -> Tensor:
 def _swiglu_grid(gate_value: Tensor) -> tuple[int, int]:
     """A row and a block of its channels each program."""
     width = gate_value.shape[-1]
-    return gate_value.numel() // width, -(-(width // 2) // SWIGLU_BLOCK)
+    return gate_value.numel() // width, -(-(width // 2) // SWIGLU_LAUNCH["BLOCK_F"])
 
 
 def _save_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -248,24 +236,24 @@ _swiglu.register_autograd(_swiglu_gradient, setup_context=_save_swiglu)
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every kernel at the released widths, the same on every architecture: what the offline compile gate compiles."""
+    """Every kernel of the rows at the released widths, launched alike on every architecture."""
     from . import rows_triton as kernels
 
     for stream, half in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):
         for C in (384, 768, 1024, 1280, 4096):
-            block, num_warps = _row_launch(C)
             for kernel in (kernels.add_layer_norm_forward_kernel, kernels.add_layer_norm_backward_kernel):
-                yield _build(kernel, stream, half, {"C": C, "BLOCK_C": block}, num_warps)
-    for kernel in (kernels.swiglu_forward_kernel, kernels.swiglu_backward_kernel):
-        for dtype in ("bf16", "fp32"):
-            for F in (1536, 8192):
-                yield _build(kernel, dtype, dtype, {"F": F, "BLOCK_F": SWIGLU_BLOCK}, SWIGLU_WARPS)
+                yield _build(kernel, stream, half, {"C": C, **_row_launch(C)})
+    for dtype in ("bf16", "fp32"):
+        for kernel in (kernels.swiglu_forward_kernel, kernels.swiglu_backward_kernel):
+            yield _build(kernel, dtype, dtype, {"F": 5120, **SWIGLU_LAUNCH})
 
 
-def _build(kernel: Any, stream: str, half: str, constexprs: dict[str, object], num_warps: int) -> Build:
+def _build(kernel: Any, stream: str, half: str, launch: dict[str, int]) -> Build:
+    constexprs: dict[str, object] = {name: value for name, value in launch.items() if name in kernel.arg_names}
     types = dict.fromkeys(("x_ptr", "x_new_ptr", "grad_x_ptr", "grad_x_new_ptr"), f"*{stream}")
     types |= {"partials_ptr": "*fp32", "T": "i32", "eps": "fp32"} | dict.fromkeys(constexprs, "constexpr")
     signature = {name: types.get(name, f"*{half}") for name in kernel.arg_names}
-    width = ", ".join(f"{name}={value}" for name, value in constexprs.items() if not name.startswith("BLOCK"))
-    name = f"{kernel.__name__.removesuffix('_kernel')} {stream}/{half} {width}"
-    return Build(name, kernel, signature, constexprs, num_warps, num_stages=1)
+    width = next(f"{letter} {launch[letter]}" for letter in "CF" if letter in launch)
+    dtypes = half if half == stream else f"{half} on {stream}"
+    name = f"{kernel.__name__.removesuffix('_kernel')}, {width}, {dtypes}"
+    return Build(name, kernel, signature, constexprs, launch["num_warps"], num_stages=1)

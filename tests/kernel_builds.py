@@ -1,6 +1,6 @@
 """Compile every kernel in every configuration for every target, without a GPU, and say what the compiler made of it.
 
-    python tests/kernel_builds.py [--json FILE]
+    python tests/kernel_builds.py [--quick] [--json FILE]
 
 Compiles with the installed triton and with each other release that `make` keeps in references/, two processes at a
 time, and prints the table of kernels/README.md. Exit status 1 if a build is not as it must be (`problems`).
@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-MODULES = ("dinov3_lite.kernels.rows",)
+MODULES = ("dinov3_lite.kernels.tuning", "dinov3_lite.kernels.rows")
 # what a program may use of a multiprocessor's shared memory, in bytes, by target
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 PROCESSES = 2
@@ -56,6 +56,10 @@ def problems(build: dict[str, Any]) -> list[str]:
     return [f"{name} {problem}" for problem, holds in checks.items() if not holds]
 
 
+def takes_half(build: Any) -> bool:
+    return not {"*fp16", "*bf16"}.isdisjoint(build.signature.values())
+
+
 def compile_build(build: Any, target: int) -> dict[str, Any]:
     """One row of the result: a build compiled for a target, as the launcher would specialise it.
 
@@ -71,7 +75,7 @@ def compile_build(build: Any, target: int) -> dict[str, Any]:
     source = ASTSource(
         build.kernel, signature, build.constexprs, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:
@@ -79,7 +83,7 @@ def compile_build(build: Any, target: int) -> dict[str, Any]:
     registers, stack = resources(compiled.asm["cubin"])
     return row | {
         "multiplies": "tt.dot" in compiled.asm["ttir"],
-        "half": any(kind in ("*fp16", "*bf16") for kind in signature.values()),
+        "half": takes_half(build),
         "registers": registers,
         "stack": stack,
         "shared": compiled.metadata.shared,
@@ -113,14 +117,19 @@ def instructions(ptx: str) -> dict[str, int]:
     }
 
 
-def compile_all(modules: tuple[str, ...] = MODULES, triton: Path | None = None) -> list[dict[str, Any]]:
-    """Compile what the modules' `builds(target)` list, in fresh processes and an empty cache; triton from that folder."""
+def compile_all(
+    modules: tuple[str, ...] = MODULES, triton: Path | None = None, quick: bool = False
+) -> list[dict[str, Any]]:
+    """Compile what the modules' `builds(target)` list, in fresh processes and an empty cache; triton from that folder.
+
+    `quick` leaves out what is float32 alone: exact products without tensor cores take more than half of the time.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     if triton is not None:
         environment["PYTHONPATH"] = str(triton)
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
-        command = [sys.executable, __file__, "--modules", *modules, "--share"]
+        command = [sys.executable, __file__, *["--quick"] * quick, "--modules", *modules, "--share"]
         shares = [
             subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, text=True)
             for i in range(PROCESSES)
@@ -165,14 +174,17 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="leave out what is float32 alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--modules", nargs="+", default=list(MODULES), help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.share is not None:
-        compile_share(arguments.modules, arguments.share)
+        compile_share(arguments.modules, arguments.quick, arguments.share)
         return 0
-    rows = [row for triton in (*other_tritons(), None) for row in compile_all(arguments.modules, triton)]
+    rows = [
+        row for triton in (*other_tritons(), None) for row in compile_all(arguments.modules, triton, arguments.quick)
+    ]
     found = [problem for row in rows for problem in problems(row)]
     releases = sorted({row["triton"] for row in rows})
     result = {"environment": {"date": str(date.today()), "triton": " and ".join(releases)}, "rows": rows}
