@@ -127,26 +127,31 @@ def compile_all(
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     if triton is not None:
         environment["PYTHONPATH"] = str(triton)
-    with tempfile.TemporaryDirectory() as cache:
-        environment["TRITON_CACHE_DIR"] = cache
+    with tempfile.TemporaryDirectory() as folder:
+        environment["TRITON_CACHE_DIR"] = folder
         command = [sys.executable, __file__, *["--quick"] * quick, "--modules", *modules, "--share"]
-        shares = [
-            subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, text=True)
-            for i in range(PROCESSES)
+        files = [Path(folder) / f"{share}.jsonl" for share in range(PROCESSES)]
+        processes = [
+            subprocess.Popen([*command, str(share)], env=environment, stdout=file.open("w"))
+            for share, file in enumerate(files)
         ]
-        printed = [share.communicate()[0] for share in shares]
-    if any(share.returncode for share in shares):
-        raise RuntimeError("a compiling process failed: see its error above")
-    rows: list[dict[str, Any]] = [{}] * sum(text.count("\n") for text in printed)
-    for i, text in enumerate(printed):
-        rows[i::PROCESSES] = map(json.loads, text.splitlines())
+        if any([process.wait() for process in processes]):
+            raise RuntimeError("a compiling process failed: its error is above")
+        shares = [[json.loads(line) for line in file.open()] for file in files]
+    rows: list[dict[str, Any]] = [{}] * sum(map(len, shares))
+    for i, share in enumerate(shares):
+        rows[i::PROCESSES] = share
     return rows
 
 
-def compile_share(modules: list[str], share: int) -> None:
+def compile_share(modules: list[str], quick: bool, share: int) -> None:
     """In a process of its own: compile every PROCESSES-th build and print a line of JSON for each."""
     builds = [
-        (b, target) for m in modules for target in SHARED_MEMORY for b in importlib.import_module(m).builds(target)
+        (build, target)
+        for module in map(importlib.import_module, modules)
+        for target in SHARED_MEMORY
+        for build in module.builds(target)
+        if takes_half(build) or not quick
     ]
     for build, target in builds[share::PROCESSES]:
         print(json.dumps(compile_build(build, target)), flush=True)
