@@ -6,6 +6,7 @@ A pack of sequences is held as one long image, (1, T, heads, D), whose attention
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sc
     training = _needs_gradients(q, k, v)
     if training and tuning.prefers_sdpa(*q.shape[-3::2]) and not torch.are_deterministic_algorithms_enabled():
         _check(q, k, v, cos, sin, scale)
-        return _sdpa(rotate(q, k, cos, sin, False), v, scale)
-    return attention(q, k, v, cos, sin, None, None, scale, training)[0]
+        return _sdpa(torch.ops.dinov3_lite.rotate(q, k, cos, sin), v, scale)
+    out, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, None, None, scale, training)
+    return out
 
 
 def rope_attention_packed(
@@ -62,16 +64,11 @@ def rope_attention_packed(
     """
     training = _needs_gradients(q, k, v)
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    return attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, training)[0].squeeze(0)
+    out, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, training)
+    return out.squeeze(0)
 
 
-@torch.library.custom_op(
-    "dinov3_lite::rope_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, "
-    "float? scale, bool training) -> (Tensor, Tensor)",
-)
-def attention(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -112,23 +109,12 @@ def attention(
     return out, lse
 
 
-@attention.register_fake
-def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _outputs(q, training=args[-1])
-
-
 def _outputs(q: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     B, N, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, heads, N) if training else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "dinov3_lite::rope_attention_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, "
-    "SymInt? max_seqlen, float? scale, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
-)
-def attention_backward(
+def _attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -173,11 +159,6 @@ def attention_backward(
     return dq, dk, dv
 
 
-@attention_backward.register_fake
-def _(dout: Tensor, q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-
-
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale, _ = inputs
     _check_tables_need_no_gradients(ctx.needs_input_grad[3:5])
@@ -187,26 +168,12 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 def _attention_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
-    gradients = attention_backward(dout, *tensors, ctx.max_seqlen, ctx.scale, out, lse)
+    gradients = torch.ops.dinov3_lite.rope_attention_backward(dout, *tensors, ctx.max_seqlen, ctx.scale, out, lse)
     return (*gradients, None, None, None, None, None, None)
 
 
-attention.register_autograd(_attention_gradients, setup_context=_save_attention)
-
-
-@torch.library.custom_op(
-    "dinov3_lite::rotate",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> Tensor",
-)
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """R(q) and R(k), or R^-1 of both, as one (2, B, N, heads, D): q and k themselves belong to the caller."""
-    return _rotated(q, k, cos, sin, inverse)
-
-
-@rotate.register_fake
-def _(q: Tensor, *args: Any) -> Tensor:
-    return q.new_empty((2, *q.shape))
+def _no_second_gradients(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("rope_attention is differentiable once: its gradients have no gradients")
 
 
 def _save_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -217,13 +184,11 @@ def _save_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _rotation_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk = grad.contiguous().unbind()
-    return (*rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse).unbind(), None, None, None)
-
-
-rotate.register_autograd(_rotation_gradients, setup_context=_save_rotation)
+    return (*torch.ops.dinov3_lite.rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse).unbind(), None, None, None)
 
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """R(q) and R(k), or R^-1 of both, as one (2, B, N, heads, D): q and k themselves belong to the caller."""
     from .attention_triton import rotate
 
     B, N, heads, D = q.shape
@@ -240,6 +205,38 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = Fal
             enable_fp_fusion=True,
         )
     return out
+
+
+def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """What `torch.library.custom_op` does, whose first call would import torch's compiler: seconds."""
+    torch.library.define(f"dinov3_lite::{name}", schema)
+    torch.library.impl(f"dinov3_lite::{name}", "default", implementation)
+    torch.library.register_fake(f"dinov3_lite::{name}", fake)
+
+
+_define(
+    "rope_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, float? scale, "
+    "bool training) -> (Tensor, Tensor)",
+    _attention,
+    fake=lambda q, *others: _outputs(q, training=others[-1]),
+)
+_define(
+    "rope_attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, "
+    "float? scale, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
+    _attention_backward,
+    fake=lambda dout, q, *others: tuple(q.new_empty(q.shape) for _ in range(3)),
+)
+_define(
+    "rotate",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse=False) -> Tensor",
+    _rotated,
+    fake=lambda q, *others: q.new_empty((2, *q.shape)),
+)
+torch.library.register_autograd("dinov3_lite::rope_attention", _attention_gradients, setup_context=_save_attention)
+torch.library.register_autograd("dinov3_lite::rope_attention_backward", _no_second_gradients)
+torch.library.register_autograd("dinov3_lite::rotate", _rotation_gradients, setup_context=_save_rotation)
 
 
 def _sdpa(rotated: Tensor, v: Tensor, scale: float | None) -> Tensor:
