@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .launch import Build, interpreted, unavailable_reason
+from .operators import define
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_CHANNELS = 4096
@@ -50,7 +51,8 @@ def add_layer_norm(
     for name, tensor in (("branch", branch), ("gamma", gamma), ("weight", weight), ("bias", bias)):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}: expected {x.device}, the device of x")
-    return _add_layer_norm(x, branch, gamma, weight, bias, eps)
+    x_new, normed = torch.ops.dinov3_lite.add_layer_norm(x, branch, gamma, weight, bias, eps)
+    return x_new, normed
 
 
 def swiglu(gate_value: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def swiglu(gate_value: Tensor) -> Tensor:
     _check_rows("gate_value", gate_value)
     if gate_value.shape[-1] % 2:
         raise ValueError(f"gate_value has {gate_value.shape[-1]} channels: expected an even number, gates and values")
-    return _swiglu(gate_value)
+    return torch.ops.dinov3_lite.swiglu(gate_value)
 
 
 def _check_rows(name: str, x: Tensor) -> None:
@@ -97,11 +99,6 @@ def _num_programs(T: int, num_warps: int, device: torch.device) -> int:
     return min(T, processors * 16 // num_warps)
 
 
-@torch.library.custom_op(
-    "dinov3_lite::add_layer_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor branch, Tensor gamma, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
-)
 def _add_layer_norm(
     x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -117,17 +114,6 @@ def _add_layer_norm(
     return x_new, normed
 
 
-@_add_layer_norm.register_fake
-def _(x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x, dtype=weight.dtype)
-
-
-@torch.library.custom_op(
-    "dinov3_lite::add_layer_norm_backward",
-    mutates_args=(),
-    schema="(Tensor x_new, Tensor branch, Tensor gamma, Tensor weight, Tensor grad_x_new, Tensor grad_normed, "
-    "float eps) -> (Tensor, Tensor, Tensor)",
-)
 def _add_layer_norm_backward(
     x_new: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, grad_x_new: Tensor, grad_normed: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,14 +135,6 @@ def _add_layer_norm_backward(
     return grad_x, grad_branch, partials.sum(dim=0)
 
 
-@_add_layer_norm_backward.register_fake
-def _(
-    x_new: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, grad_x_new: Tensor, grad_normed: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    vectors = x_new.new_empty((3, x_new.shape[-1]), dtype=torch.float32)
-    return torch.empty_like(x_new), torch.empty_like(branch), vectors
-
-
 def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, branch, gamma, weight, _, ctx.eps = inputs
     ctx.save_for_backward(output[0], branch, gamma, weight)
@@ -164,64 +142,42 @@ def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _add_layer_norm_gradients(ctx: Any, grad_x_new: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
     x_new, branch, gamma, weight = ctx.saved_tensors
-    grad_x, grad_branch, vectors = _add_layer_norm_backward(
+    grad_x, grad_branch, vectors = torch.ops.dinov3_lite.add_layer_norm_backward(
         x_new, branch, gamma, weight, grad_x_new, grad_normed, ctx.eps
     )
-    grad_gamma, grad_weight, grad_bias = vectors
-    return (
-        grad_x,
-        grad_branch,
-        grad_gamma.to(gamma.dtype),
-        grad_weight.to(weight.dtype),
-        grad_bias.to(weight.dtype),
-        None,
-    )
+    grad_gamma, (grad_weight, grad_bias) = vectors[0].to(gamma.dtype), vectors[1:].to(weight.dtype)
+    return grad_x, grad_branch, grad_gamma, grad_weight, grad_bias, None
 
 
-_add_layer_norm.register_autograd(_add_layer_norm_gradients, setup_context=_save_add_layer_norm)
-
-
-@torch.library.custom_op("dinov3_lite::swiglu", mutates_args=(), schema="(Tensor gate_value) -> Tensor")
 def _swiglu(gate_value: Tensor) -> Tensor:
     _check_can_run("swiglu", "gate_value", gate_value)
     from .rows_triton import swiglu_forward_kernel
 
-    F = gate_value.shape[-1] // 2
-    out = gate_value.new_empty((*gate_value.shape[:-1], F))
+    out = _half(gate_value)
     with torch.cuda.device_of(gate_value):
-        swiglu_forward_kernel[_swiglu_grid(gate_value)](gate_value, out, F=F, **SWIGLU_LAUNCH)
+        swiglu_forward_kernel[_swiglu_grid(out)](gate_value, out, F=out.shape[-1], **SWIGLU_LAUNCH)
     return out
 
 
-@_swiglu.register_fake
-def _(gate_value: Tensor) -> Tensor:
-    return gate_value.new_empty((*gate_value.shape[:-1], gate_value.shape[-1] // 2))
-
-
-@torch.library.custom_op(
-    "dinov3_lite::swiglu_backward", mutates_args=(), schema="(Tensor gate_value, Tensor grad_out) -> Tensor"
-)
 def _swiglu_backward(gate_value: Tensor, grad_out: Tensor) -> Tensor:
     from .rows_triton import swiglu_backward_kernel
 
-    F = gate_value.shape[-1] // 2
     grad_gate_value = torch.empty_like(gate_value)
     with torch.cuda.device_of(gate_value):
-        swiglu_backward_kernel[_swiglu_grid(gate_value)](
-            gate_value, grad_out.contiguous(), grad_gate_value, F=F, **SWIGLU_LAUNCH
+        swiglu_backward_kernel[_swiglu_grid(grad_out)](
+            gate_value, grad_out.contiguous(), grad_gate_value, F=grad_out.shape[-1], **SWIGLU_LAUNCH
         )
     return grad_gate_value
 
 
-@_swiglu_backward.register_fake
-def _(gate_value: Tensor, grad_out: Tensor) -> Tensor:
-    return torch.empty_like(gate_value)
+def _half(gate_value: Tensor) -> Tensor:
+    return gate_value.new_empty((*gate_value.shape[:-1], gate_value.shape[-1] // 2))
 
 
-def _swiglu_grid(gate_value: Tensor) -> tuple[int, int]:
-    """A row and a block of its channels each program."""
-    width = gate_value.shape[-1]
-    return gate_value.numel() // width, -(-(width // 2) // SWIGLU_LAUNCH["BLOCK_F"])
+def _swiglu_grid(out: Tensor) -> tuple[int, int]:
+    """A program for each row and block of its channels."""
+    F = out.shape[-1]
+    return out.numel() // F, -(-F // SWIGLU_LAUNCH["BLOCK_F"])
 
 
 def _save_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -229,18 +185,50 @@ def _save_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _swiglu_gradient(ctx: Any, grad_out: Tensor) -> Tensor:
-    return _swiglu_backward(*ctx.saved_tensors, grad_out)
+    return torch.ops.dinov3_lite.swiglu_backward(*ctx.saved_tensors, grad_out)
 
 
-_swiglu.register_autograd(_swiglu_gradient, setup_context=_save_swiglu)
+define(
+    "add_layer_norm",
+    "(Tensor x, Tensor branch, Tensor gamma, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    _add_layer_norm,
+    fake=lambda x, branch, gamma, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x, dtype=weight.dtype)),
+    gradients=_add_layer_norm_gradients,
+    save=_save_add_layer_norm,
+)
+define(
+    "add_layer_norm_backward",
+    "(Tensor x_new, Tensor branch, Tensor gamma, Tensor weight, Tensor grad_x_new, Tensor grad_normed, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    _add_layer_norm_backward,
+    fake=lambda x_new, branch, gamma, *others: (
+        torch.empty_like(x_new),
+        torch.empty_like(branch),
+        gamma.new_empty((3, *gamma.shape), dtype=torch.float32),
+    ),
+)
+define(
+    "swiglu",
+    "(Tensor gate_value) -> Tensor",
+    _swiglu,
+    fake=_half,
+    gradients=_swiglu_gradient,
+    save=_save_swiglu,
+)
+define(
+    "swiglu_backward",
+    "(Tensor gate_value, Tensor grad_out) -> Tensor",
+    _swiglu_backward,
+    fake=lambda gate_value, grad_out: torch.empty_like(gate_value),
+)
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every kernel of the rows at the released widths, launched alike on every architecture."""
+    """Every kernel of the rows, at a released width for each way to launch it; architectures do not differ."""
     from . import rows_triton as kernels
 
     for stream, half in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):
-        for C in (384, 768, 1024, 1280, 4096):
+        for C in (384, 1024, 1280, 4096):
             for kernel in (kernels.add_layer_norm_forward_kernel, kernels.add_layer_norm_backward_kernel):
                 yield _build(kernel, stream, half, {"C": C, **_row_launch(C)})
     for dtype in ("bf16", "fp32"):

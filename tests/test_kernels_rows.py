@@ -166,6 +166,13 @@ def test_only_what_needs_a_gradient_gets_one():
         assert not add_layer_norm(x, branch, gamma, weight, bias, EPS)[0].requires_grad
 
 
+def test_a_second_derivative_is_refused():
+    gate_value = torch.randn(2, 8, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(swiglu(gate_value).sum(), gate_value, create_graph=True)
+    with pytest.raises(RuntimeError, match="swiglu_backward has no gradient: the kernels are differentiable once"):
+        grad.sum().backward()
+
+
 def test_opcheck():
     inputs = row_inputs((2, 3, 136), torch.float32, torch.float16)
     x, branch, gamma, weight, _ = (t.detach() for t in inputs)
