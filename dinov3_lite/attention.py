@@ -36,17 +36,46 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sc
     return out.transpose(1, 2)
 
 
-ATTENTION: dict[str, AttentionFn] = {"sdpa": sdpa_attention, "eager": eager_attention}
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
+    """Our own kernels, with the rotation inside where that is faster: see `kernels/README.md`.
+
+    Raises RuntimeError that says why where they can't run, ValueError for a dtype or head dim that they don't take.
+    """
+    from .kernels.attention import rope_attention
+
+    return rope_attention(q, k, v, cos, sin, scale)
+
+
+def auto_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
+    """`triton` for the tensors that the kernels are made for, `sdpa` for all others."""
+    attention = triton_attention if _suits_triton(q) else sdpa_attention
+    return attention(q, k, v, cos, sin, scale)
+
+
+def _suits_triton(q: Tensor) -> bool:
+    """Half precision, a GPU of capability 8.0 or more with triton installed, a head dim that is a multiple of 16."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 16 or q.shape[-1] > 256:
+        return False
+    from .kernels.launch import TRITON_INSTALLED
+
+    return TRITON_INSTALLED and torch.cuda.get_device_properties(q.device).major >= 8
+
+
+ATTENTION: dict[str, AttentionFn] = {
+    "auto": auto_attention,
+    "sdpa": sdpa_attention,
+    "eager": eager_attention,
+    "triton": triton_attention,
+}
 
 
 def resolve_attention(name: str) -> AttentionFn:
-    """The attention function of that name; `auto` takes the fastest that runs everywhere, today `sdpa`.
+    """The attention function of that name. `auto` chooses for each tensor; a named one never falls back to another.
 
-    A named one never falls back to another. Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name.
     """
-    name = "sdpa" if name == "auto" else name
     if name not in ATTENTION:
-        raise ValueError(f"attention is {name!r}: expected one of auto, {', '.join(ATTENTION)}")
+        raise ValueError(f"attention is {name!r}: expected one of {', '.join(ATTENTION)}")
     return ATTENTION[name]
 
 

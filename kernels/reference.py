@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,3 +26,48 @@ def rope_attention_reference(
     scores = torch.einsum("bqhd,bkhd->bhqk", rotate(q.to(dtype)), rotate(k.to(dtype)))
     weights = (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(dtype)).to(q.dtype)
+
+
+def rope_attention_packed_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`rope_attention_reference` of each sequence by itself.
+
+    q, k, v: (T, heads, D); cos, sin: (T, D/2); cu_seqlens: (S + 1,) integers from 0 to T; max_seqlen is not needed.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    sequences = zip(*(x.split(lengths) for x in (q, k, v, cos, sin)), strict=True)
+    return torch.cat(
+        [
+            rope_attention_reference(q[None], k[None], v[None], cos, sin, scale).squeeze(0)
+            for q, k, v, cos, sin in sequences
+        ]
+    )
+
+
+def add_layer_norm_reference(
+    x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x_new = x + gamma * branch, and (x_new - mean) / sqrt(var + eps) * weight + bias over its channels.
+
+    x, branch: (..., C); gamma, weight, bias: (C,), any floating dtypes. Computed in float32, or in float64 if x is;
+    returns x_new (..., C) in x's dtype and the normalised rows (..., C) in weight's.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x_new = (x.to(dtype) + gamma.to(dtype) * branch.to(dtype)).to(x.dtype)
+    centred = x_new.to(dtype) - x_new.to(dtype).mean(dim=-1, keepdim=True)
+    xhat = centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    return x_new, (xhat * weight.to(dtype) + bias.to(dtype)).to(weight.dtype)
+
+
+def swiglu_reference(gate_value: Tensor) -> Tensor:
+    """silu(gate) * value of [gate | value]: (..., 2F) -> (..., F), in float32, or in float64 if gate_value is."""
+    gate, value = gate_value.to(torch.promote_types(gate_value.dtype, torch.float32)).chunk(2, dim=-1)
+    return (F.silu(gate) * value).to(gate_value.dtype)

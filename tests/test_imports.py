@@ -20,7 +20,7 @@ EDGES = {
     "kernels/*": {"kernels/*"},
     "dinov3_lite/config.py": set(),
     "dinov3_lite/rope.py": {"config"},
-    "dinov3_lite/attention.py": {"rope"},
+    "dinov3_lite/attention.py": {"kernels.attention", "kernels.launch", "rope"},
     "dinov3_lite/files.py": set(),
     "dinov3_lite/layouts.py": {"config", "files", "rope"},
     "dinov3_lite/hub.py": set(),

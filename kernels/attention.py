@@ -1,0 +1,333 @@
+"""Attention with rotary position embedding as PyTorch ops: the Triton kernels, their gradients, and what they accept.
+
+A pack of sequences is held as one long image, (1, T, heads, D), whose attention stops at the borders in cu_seqlens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import tuning
+from .launch import architecture, interpreted, unavailable_reason
+
+LOG2_E = math.log2(math.e)
+
+
+def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale R(q) R(k)^T) v, where R rotates the last P of the N tokens and leaves the others.
+
+    q, k, v: (B, N, heads, D) float16, bfloat16 or float32, D a multiple of 16 up to 256. The last dimension is
+        contiguous; the others have any strides, so views of one fused projection are taken as they are.
+    cos, sin: (P, D/2) float32, contiguous, P <= N: the pair (i, i + D/2) of every head turns by its token's i-th angle.
+    scale: of the scores, positive; D ** -0.5 unless given.
+
+    Returns (B, N, heads, D) in q's dtype. Rotation and softmax run in float32; products of float32 inputs are exact
+    unless `torch.backends.cuda.matmul` allows tf32. Differentiable in q, k and v, once. The gradients of these kernels
+    are the same bit for bit every time. Those of PyTorch's attention, which takes over at many tokens
+    (`tuning.prefers_sdpa`), need not be: under `torch.use_deterministic_algorithms` it is kept out of training.
+
+    Raises ValueError for any other input, RuntimeError where the kernels can't run (see `unavailable_reason`).
+    """
+    training = _needs_gradients(q, k, v)
+    if training and tuning.prefers_sdpa(*q.shape[-3::2]) and not torch.are_deterministic_algorithms_enabled():
+        _check(q, k, v, cos, sin, scale)
+        return _sdpa(torch.ops.dinov3_lite.rotate(q, k, cos, sin), v, scale)
+    out, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, None, None, scale, training)
+    return out
+
+
+def rope_attention_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`rope_attention` of sequences that lie one behind the other, each attending to itself alone: no padding.
+
+    q, k, v: (T, heads, D), T the tokens of all sequences, otherwise as in `rope_attention`.
+    cos, sin: (T, D/2) float32, contiguous, a row a token; prefix tokens have the identity, cos 1 and sin 0.
+    cu_seqlens: (S + 1,) int32 on q's device, ascending from 0 to T: sequence s is the tokens cu_seqlens[s] up to
+        cu_seqlens[s + 1]. The values stay on the device and are not checked.
+    max_seqlen: the length of the longest sequence, or more. Tokens beyond it, or in no sequence, get anything.
+
+    Returns (T, heads, D). Gradients are the same bit for bit every time. Raises as `rope_attention` does.
+    """
+    training = _needs_gradients(q, k, v)
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    out, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, training)
+    return out.squeeze(0)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    scale: float | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, N, heads, D) and, in training, each row's log2 sum exp2 of the scores (B, heads, N), else empty.
+
+    Checks and the choice of strategy are in here, so that one traced program serves any number of tokens.
+    """
+    _check(q, k, v, cos, sin, scale, cu_seqlens, max_seqlen)
+    from .attention_triton import attention_forward
+
+    _, N, heads, D = q.shape
+    longest = N if max_seqlen is None else max_seqlen
+    out, lse = _outputs(q, training)
+    if cu_seqlens is None and not training and tuning.prefers_sdpa(N, D):
+        return _sdpa(_rotated(q, k, cos, sin), v, scale).contiguous(), lse
+    arch = architecture(q.device)
+    fused = longest <= tuning.FUSED_UP_TO[arch]
+    if not fused:
+        q, k = _rotated(q, k, cos, sin).unbind()
+    launch = tuning.launch(tuning.FORWARD, arch, D, q.itemsize)
+    blocks = -(-longest // launch["BLOCK_M"])
+    with torch.cuda.device_of(q):
+        attention_forward[_programs(blocks, q, cu_seqlens)](
+            *(q, k, v, cos, sin, out, lse if training else None, cu_seqlens),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+            *(N, N - cos.shape[0], heads, blocks, _scale(scale, D) * LOG2_E),
+            ROTATE=fused,
+            PRECISION=_precision(q.dtype),
+            **launch,
+        )
+    return out, lse
+
+
+def _outputs(q: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    B, N, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, heads, N) if training else 0, dtype=torch.float32)
+
+
+def _attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    scale: float | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, (B, N, heads, D) each. q and k are rotated once more, so that nobody keeps them."""
+    from .attention_triton import attention_backward_kv, attention_backward_q
+
+    _, N, heads, D = q.shape
+    longest = N if max_seqlen is None else max_seqlen
+    arch = architecture(q.device)
+    rotated_q, rotated_k = _rotated(q, k, cos, sin).unbind()
+    dout = dout.contiguous()
+    dq, dk, dv = (torch.empty_like(dout) for _ in range(3))
+    delta = torch.empty_like(lse)
+    scale, precision = _scale(scale, D), _precision(q.dtype)
+    sizes = (*v.stride()[:3], N, N - cos.shape[0], heads)
+    with torch.cuda.device_of(q):
+        launch = tuning.launch(tuning.BACKWARD_Q, arch, D, q.itemsize)
+        blocks = -(-longest // launch["BLOCK_M"])
+        attention_backward_q[_programs(blocks, q, cu_seqlens)](
+            *(rotated_q, rotated_k, v, cos, sin, out, dout, lse, delta, dq, cu_seqlens),
+            *(*sizes, blocks, scale, scale * LOG2_E),
+            PRECISION=precision,
+            **launch,
+        )
+        launch = tuning.launch(tuning.BACKWARD_KV, arch, D, q.itemsize)
+        blocks = -(-longest // launch["BLOCK_N"])
+        attention_backward_kv[_programs(blocks, q, cu_seqlens)](
+            *(rotated_q, rotated_k, v, cos, sin, dout, lse, delta, dk, dv, cu_seqlens),
+            *(*sizes, blocks, scale, scale * LOG2_E),
+            PRECISION=precision,
+            **launch,
+        )
+    return dq, dk, dv
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale, _ = inputs
+    _check_tables_need_no_gradients(ctx.needs_input_grad[3:5])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, cos, sin, cu_seqlens, *output)
+
+
+def _attention_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    gradients = torch.ops.dinov3_lite.rope_attention_backward(dout, *tensors, ctx.max_seqlen, ctx.scale, out, lse)
+    return (*gradients, None, None, None, None, None, None)
+
+
+def _no_second_gradients(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("rope_attention is differentiable once: its gradients have no gradients")
+
+
+def _save_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, cos, sin, ctx.inverse = inputs
+    _check_tables_need_no_gradients(ctx.needs_input_grad[2:4])
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotation_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk = grad.contiguous().unbind()
+    return (*torch.ops.dinov3_lite.rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse).unbind(), None, None, None)
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """R(q) and R(k), or R^-1 of both, as one (2, B, N, heads, D): q and k themselves belong to the caller."""
+    from .attention_triton import rotate
+
+    B, N, heads, D = q.shape
+    out = q.new_empty((2, *q.shape))
+    widths, rows = tuning.widths(D), B * N * heads
+    block = tuning.ROTATION_BLOCK // widths["HALF"]
+    with torch.cuda.device_of(q):
+        rotate[(-(-rows // block),)](
+            *(q, k, cos, sin, out, *q.stride()[:3], *k.stride()[:3], N, N - cos.shape[0], heads, rows),
+            D=D,
+            HALF=widths["HALF"],
+            BLOCK=block,
+            INVERSE=inverse,
+            enable_fp_fusion=True,
+        )
+    return out
+
+
+def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """What `torch.library.custom_op` does, whose first call would import torch's compiler: seconds."""
+    torch.library.define(f"dinov3_lite::{name}", schema)
+    torch.library.impl(f"dinov3_lite::{name}", "default", implementation)
+    torch.library.register_fake(f"dinov3_lite::{name}", fake)
+
+
+_define(
+    "rope_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, float? scale, "
+    "bool training) -> (Tensor, Tensor)",
+    _attention,
+    fake=lambda q, *others: _outputs(q, training=others[-1]),
+)
+_define(
+    "rope_attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, "
+    "float? scale, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
+    _attention_backward,
+    fake=lambda dout, q, *others: tuple(q.new_empty(q.shape) for _ in range(3)),
+)
+_define(
+    "rotate",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse=False) -> Tensor",
+    _rotated,
+    fake=lambda q, *others: q.new_empty((2, *q.shape)),
+)
+torch.library.register_autograd("dinov3_lite::rope_attention", _attention_gradients, setup_context=_save_attention)
+torch.library.register_autograd("dinov3_lite::rope_attention_backward", _no_second_gradients)
+torch.library.register_autograd("dinov3_lite::rotate", _rotation_gradients, setup_context=_save_rotation)
+
+
+def _sdpa(rotated: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    q, k = rotated.transpose(2, 3).unbind()
+    return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), scale=scale).transpose(1, 2)
+
+
+def _programs(blocks: int, q: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (blocks * q.shape[2] * sequences,)
+
+
+def _scale(scale: float | None, D: int) -> float:
+    return D**-0.5 if scale is None else scale
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tensor cores may take float32: exactly, unless PyTorch's own switch, by its new or old name, allows tf32."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _check_tables_need_no_gradients(needed: tuple[bool, ...]) -> None:
+    if any(needed):
+        raise ValueError("cos or sin requires a gradient: expected tables without, the kernels have none for them")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> None:
+    """One sentence for whatever the kernels would read or write wrongly."""
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"rope_attention can't run: {reason}")
+    if not q.is_cuda and not interpreted():
+        raise RuntimeError(f"q is on {q.device}: expected a CUDA device, or the CPU under TRITON_INTERPRET=1")
+    if q.ndim != 4:
+        expected = "(B, N, heads, D)" if cu_seqlens is None else "(T, heads, D)"
+        raise ValueError(f"q has {q.ndim - (cu_seqlens is not None)} dimensions: expected {expected}")
+    B, N, heads, D = q.shape
+    if B * N * heads >= 2**31:
+        raise ValueError(f"q has {B} x {N} x {heads} heads of tokens: expected fewer than 2^31")
+    if D % 16 or not 16 <= D <= 256:
+        raise ValueError(f"q has head dim {D}: expected a multiple of 16 from 16 to 256")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"q is {q.dtype}: expected torch.float16, torch.bfloat16 or torch.float32")
+    if q.dtype == torch.bfloat16 and interpreted():
+        raise ValueError("q is torch.bfloat16: expected torch.float16 or torch.float32 under triton's interpreter")
+    longest = N if max_seqlen is None else max_seqlen
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.shape != q.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected q's, {tuple(q.shape)}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} is {x.dtype}: expected q's dtype, {q.dtype}")
+        if x.stride(3) != 1:
+            raise ValueError(f"{name} has stride {x.stride(3)} in its last dimension: expected 1")
+        if (longest - 1) * max(x.stride(1), heads * D) + heads * max(x.stride(2), D) >= 2**31:
+            raise ValueError(f"{name} spans 2^31 elements or more in a sequence of {longest} tokens: expected fewer")
+    if cos.ndim != 2 or cos.shape[1] != D // 2 or cos.shape[0] > N:
+        raise ValueError(f"cos has shape {tuple(cos.shape)}: expected (P, {D // 2}) with P at most {N} tokens")
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin has shape {tuple(sin.shape)}: expected cos's, {tuple(cos.shape)}")
+    for name, x in {"cos": cos, "sin": sin}.items():
+        if x.dtype != torch.float32:
+            raise ValueError(f"{name} is {x.dtype}: expected torch.float32")
+        if not x.is_contiguous():
+            raise ValueError(f"{name} has strides {x.stride()}: expected a contiguous table")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}: expected a positive number")
+    if cu_seqlens is not None:
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
+            found = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            raise ValueError(f"cu_seqlens is {found}: expected torch.int32 of shape (S + 1,)")
+        if not cu_seqlens.is_contiguous():
+            raise ValueError(f"cu_seqlens has stride {cu_seqlens.stride(0)}: expected 1")
+        if cos.shape[0] != N:
+            raise ValueError(f"cos has {cos.shape[0]} rows: expected one for each of the {N} tokens")
+        if longest < 0:
+            raise ValueError(f"max_seqlen is {longest}: expected the length of the longest sequence")
+    for name, other in {"k": k, "v": v, "cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}.items():
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{name} is on {other.device}: expected q's device, {q.device}")
