@@ -79,7 +79,10 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(act(fc1(x))), with the exact (erf) GELU in the released models: (B, N, C) -> (B, N, C)."""
+    """fc2(act(fc1(x))), with the exact (erf) GELU in the released models: (B, N, C) -> (B, N, C).
+
+    It has nothing to fuse: PyTorch's GELU is one pass already.
+    """
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__()
@@ -87,7 +90,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -103,7 +106,11 @@ class GatedMlp(nn.Module):
         self.w12 = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.w3 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        if fused and self.act is F.silu:
+            from .kernels import swiglu
+
+            return self.w3(swiglu(self.w12(x)))
         gate, value = self.w12(x).chunk(2, dim=-1)  # (B, N, F) each
         return self.w3(self.act(gate) * value)
 
@@ -137,7 +144,13 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block: (B, N, C) -> (B, N, C)."""
+    """One pre-norm transformer block: (B, N, C) -> (B, N, C).
+
+        x = x + ls1(attn(norm1(x)))
+        x = x + ls2(mlp(norm2(x)))
+
+    `fused` takes our kernels for the end of the first line with the norm of the second, and for SwiGLU.
+    """
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__()
@@ -149,10 +162,16 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config)
         self.drop_path = DropPath(config.drop_path_rate)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        x = self.ls1(x, self.drop_path(self.attn(self.norm1(x), cos, sin, attention)))
-        x = self.ls2(x, self.drop_path(self.mlp(self.norm2(x))))
-        return x
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn, fused: bool = False) -> Tensor:
+        branch = self.drop_path(self.attn(self.norm1(x), cos, sin, attention))
+        if fused:
+            from .kernels import add_layer_norm
+
+            x, normed = add_layer_norm(x, branch, self.ls1.gamma, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+        else:
+            x = self.ls1(x, branch)
+            normed = self.norm2(x)
+        return self.ls2(x, self.drop_path(self.mlp(normed, fused)))
 
     def cls_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """How much the CLS token attends to each token in this block: (B, heads, N)."""

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .attention import packed_attention, resolve_attention
+from .attention import fuses_rows, packed_attention, resolve_attention, unpack
 from .config import DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
-from .packing import Tokens, pack, unpack
+from .packing import Tokens, pack
 from .rope import RotaryEmbedding2D, rope_periods
 from .weights import FLOAT32_UNDER_HALF, assign, open_checkpoint
 
@@ -82,7 +82,7 @@ class DINOv3ViT(nn.Module):
     """DINOv3's vision transformer: images to CLS, register and patch tokens.
 
     Switches, all of them plain attributes that may be set at any time:
-        attention: "auto", "sdpa" or "eager" (see `dinov3_lite.attention`).
+        attention: "auto", "sdpa", "eager" or "triton" (see `dinov3_lite.attention`).
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         residual_dtype: dtype of the residual stream. None is float32 or wider whatever the weights: released models
             reach 155,000 there, where float16 overflows and bfloat16 counts in steps of 1,024. `torch.bfloat16` under
@@ -254,17 +254,18 @@ class DINOv3ViT(nn.Module):
         """Outputs of the blocks in `taps` (ascending indices), before the final norm; stops after the last of them."""
         x, cos, sin, shapes = tokens
         attention = resolve_attention(self.attention)
+        fused = fuses_rows(attention, x)
         if shapes is not None:
-            attention = packed_attention(attention, shapes)
+            attention = packed_attention(attention, shapes, x.device)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         if recompute:
             from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
         states = []
         for i, block in enumerate(self.blocks[: max(taps, default=-1) + 1]):
             if recompute:
-                x = checkpoint(block, x, cos, sin, attention, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, attention, fused, use_reentrant=False)
             else:
-                x = block(x, cos, sin, attention)
+                x = block(x, cos, sin, attention, fused)
             if i in taps:
                 states.append(x)
         return states
@@ -280,7 +281,7 @@ class DINOv3ViT(nn.Module):
             )
         packed = pack(batches)
         assert packed.shapes is not None
-        return [unpack(state, packed.shapes) for state in self.run_blocks(packed, taps)]
+        return [unpack(state.squeeze(0), packed.shapes) for state in self.run_blocks(packed, taps)]
 
     def get_intermediate_layers(
         self,

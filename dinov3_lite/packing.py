@@ -33,9 +33,3 @@ def pack(batches: Sequence[Tokens]) -> Tokens:
         sin=torch.cat([rows(t.sin, t.x) for t in batches]),
         shapes=tuple((t.x.shape[0], t.x.shape[1]) for t in batches),
     )
-
-
-def unpack(x: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """(1, T, C) -> one (B_i, N_i, C) a batch."""
-    parts = x.squeeze(0).split([b * n for b, n in shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
