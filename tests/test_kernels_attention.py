@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,10 +75,10 @@ def with_gradients(attention, qkv: Tensor, *arguments, **options) -> list[Tensor
 
 
 def assert_no_worse_than(yardstick: list[Tensor], ours: list[Tensor], truth: list[Tensor]) -> None:
-    """Each of ours has its counterpart's dtype, and at most 1.5 times its error or that of a few float32 roundings."""
+    """Each of ours has its counterpart's dtype, and at most 1.1 times its error or that of a few float32 roundings."""
     for name, a, y, t in zip(("out", "dq", "dk", "dv"), ours, yardstick, truth, strict=True):
         assert (a.dtype, a.shape) == (y.dtype, y.shape), name
-        bound = max(1.5 * relative_error(y, t), 4 * torch.finfo(torch.float32).eps)
+        bound = max(1.1 * relative_error(y, t), 4 * torch.finfo(torch.float32).eps)
         assert relative_error(a, t) <= bound, (name, relative_error(a, t), bound)
 
 
@@ -119,7 +120,7 @@ def test_the_longest_that_own_kernels_take_of_themselves():
     check(1, 581, 1, 64, 576, torch.float16)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, indirect=True)
+@pytest.mark.parametrize("strategy", ["fused"], indirect=True)
 @pytest.mark.parametrize("D", range(16, 257, 16))
 def test_any_head_dim(strategy, D):
     check(1, 21, 2, D, 16, torch.float16 if D % 32 else torch.float32)
@@ -203,8 +204,8 @@ def test_scores_of_thousands(dtype):
     assert lse.max() > 1000
     rounding = 2**-24 * math.log(2) * lse.max().item()
     for a, y, t in zip(ours, yardstick, truth, strict=True):
-        assert relative_error(a, t) <= 1.5 * relative_error(y, t) + rounding
-    assert relative_error(ours[0], truth[0]) <= 1.5 * relative_error(yardstick[0], truth[0])
+        assert relative_error(a, t) <= 1.1 * relative_error(y, t) + rounding
+    assert relative_error(ours[0], truth[0]) <= 1.1 * relative_error(yardstick[0], truth[0])
 
 
 def test_gradients_are_the_same_every_time():
@@ -298,7 +299,7 @@ def test_where_pytorch_takes_over(N, D, expected):
 
 
 def test_opcheck():
-    qkv, cos, sin = inputs(1, 6, 2, 16, 4, torch.float32)
+    qkv, cos, sin = inputs(1, 6, 1, 16, 4, torch.float32)
     q, k, v = (x.clone().requires_grad_() for x in qkv.unbind(2))
     cu_seqlens = torch.tensor([0, 5, 6], dtype=torch.int32, device=DEVICE)
     tables = whole_table(cos, sin, 6)
@@ -384,7 +385,7 @@ def test_model_under_autocast(images):
 
 
 def test_training_step_of_the_model_compiles_whole(images):
-    model = DINOv3ViT(TINY, attention="triton").to(DEVICE).eval()
+    model = DINOv3ViT(replace(TINY, num_hidden_layers=1), attention="triton").to(DEVICE).eval()
     expected = model_with_gradients(model, "triton", images)
     model.zero_grad()
     out = torch.compile(model, fullgraph=True, backend="aot_eager")(images).last_hidden_state
@@ -396,7 +397,7 @@ def test_training_step_of_the_model_compiles_whole(images):
 def test_export_with_dynamic_resolution(images):
     from torch.export import Dim, export
 
-    model = DINOv3ViT(TINY, attention="triton").to(DEVICE).eval()
+    model = DINOv3ViT(replace(TINY, num_hidden_layers=1), attention="triton").to(DEVICE).eval()
     shapes = ({0: Dim("batch", max=64), 2: 8 * Dim("h", max=64), 3: 8 * Dim("w", max=64)},)
     with torch.no_grad():
         program = export(model, (images,), dynamic_shapes=shapes, strict=False)
