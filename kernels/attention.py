@@ -35,8 +35,8 @@ def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sc
     Raises ValueError for any other input, RuntimeError where the kernels can't run (see `unavailable_reason`).
     """
     training = _needs_gradients(q, k, v)
-    if training and tuning.prefers_sdpa(*q.shape[-3::2]) and not torch.are_deterministic_algorithms_enabled():
-        _check(q, k, v, cos, sin, scale)
+    prefers_sdpa = q.ndim == 4 and tuning.prefers_sdpa(q.shape[1], q.shape[3])
+    if training and prefers_sdpa and not torch.are_deterministic_algorithms_enabled():
         return _sdpa(torch.ops.dinov3_lite.rotate(q, k, cos, sin), v, scale)
     out, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, None, None, scale, training)
     return out
@@ -83,7 +83,7 @@ def _attention(
 
     Checks and the choice of strategy are in here, so that one traced program serves any number of tokens.
     """
-    _check(q, k, v, cos, sin, scale, cu_seqlens, max_seqlen)
+    _check_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)
     from .attention_triton import attention_forward
 
     _, N, heads, D = q.shape
@@ -187,6 +187,12 @@ def _rotation_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*torch.ops.dinov3_lite.rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse).unbind(), None, None, None)
 
 
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """What `_rotated` returns, once its arguments are right."""
+    _check(q, k, cos, sin, q.shape[1])
+    return _rotated(q, k, cos, sin, inverse)
+
+
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """R(q) and R(k), or R^-1 of both, as one (2, B, N, heads, D): q and k themselves belong to the caller."""
     from .attention_triton import rotate
@@ -231,7 +237,7 @@ _define(
 _define(
     "rotate",
     "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse=False) -> Tensor",
-    _rotated,
+    _rotate,
     fake=lambda q, *others: q.new_empty((2, *q.shape)),
 )
 torch.library.register_autograd("dinov3_lite::rope_attention", _attention_gradients, setup_context=_save_attention)
@@ -269,25 +275,48 @@ def _check_tables_need_no_gradients(needed: tuple[bool, ...]) -> None:
         raise ValueError("cos or sin requires a gradient: expected tables without, the kernels have none for them")
 
 
-def _check(
+def _check_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     scale: float | None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
 ) -> None:
-    """One sentence for whatever the kernels would read or write wrongly."""
+    """One sentence for whatever the attention kernels would read or write wrongly."""
+    if q.ndim != 4 and cu_seqlens is None:
+        raise ValueError(f"q has {q.ndim} dimensions: expected (B, N, heads, D)")
+    if q.ndim != 4:
+        raise ValueError(f"q has {q.ndim - 1} dimensions: expected (T, heads, D)")
+    longest = q.shape[1] if max_seqlen is None else max_seqlen
+    _check(q, k, cos, sin, longest)
+    _check_like_q("v", v, q, longest)
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}: expected a positive number")
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
+        found = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens is {found}: expected torch.int32 of shape (S + 1,)")
+    if not cu_seqlens.is_contiguous():
+        raise ValueError(f"cu_seqlens has stride {cu_seqlens.stride(0)}: expected 1")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}: expected q's device, {q.device}")
+    if cos.shape[0] != q.shape[1]:
+        raise ValueError(f"cos has {cos.shape[0]} rows: expected one for each of the {q.shape[1]} tokens")
+    if longest < 0:
+        raise ValueError(f"max_seqlen is {longest}: expected the length of the longest sequence")
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, longest: int) -> None:
+    """One sentence where the kernels can't run, or for queries, keys and tables that they don't take."""
     reason = unavailable_reason()
     if reason is not None:
         raise RuntimeError(f"rope_attention can't run: {reason}")
     if not q.is_cuda and not interpreted():
         raise RuntimeError(f"q is on {q.device}: expected a CUDA device, or the CPU under TRITON_INTERPRET=1")
-    if q.ndim != 4:
-        expected = "(B, N, heads, D)" if cu_seqlens is None else "(T, heads, D)"
-        raise ValueError(f"q has {q.ndim - (cu_seqlens is not None)} dimensions: expected {expected}")
     B, N, heads, D = q.shape
     if B * N * heads >= 2**31:
         raise ValueError(f"q has {B} x {N} x {heads} heads of tokens: expected fewer than 2^31")
@@ -297,37 +326,31 @@ def _check(
         raise ValueError(f"q is {q.dtype}: expected torch.float16, torch.bfloat16 or torch.float32")
     if q.dtype == torch.bfloat16 and interpreted():
         raise ValueError("q is torch.bfloat16: expected torch.float16 or torch.float32 under triton's interpreter")
-    longest = N if max_seqlen is None else max_seqlen
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.shape != q.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected q's, {tuple(q.shape)}")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype}: expected q's dtype, {q.dtype}")
-        if x.stride(3) != 1:
-            raise ValueError(f"{name} has stride {x.stride(3)} in its last dimension: expected 1")
-        if (longest - 1) * max(x.stride(1), heads * D) + heads * max(x.stride(2), D) >= 2**31:
-            raise ValueError(f"{name} spans 2^31 elements or more in a sequence of {longest} tokens: expected fewer")
+    _check_like_q("q", q, q, longest)
+    _check_like_q("k", k, q, longest)
     if cos.ndim != 2 or cos.shape[1] != D // 2 or cos.shape[0] > N:
         raise ValueError(f"cos has shape {tuple(cos.shape)}: expected (P, {D // 2}) with P at most {N} tokens")
     if sin.shape != cos.shape:
         raise ValueError(f"sin has shape {tuple(sin.shape)}: expected cos's, {tuple(cos.shape)}")
-    for name, x in {"cos": cos, "sin": sin}.items():
-        if x.dtype != torch.float32:
-            raise ValueError(f"{name} is {x.dtype}: expected torch.float32")
-        if not x.is_contiguous():
-            raise ValueError(f"{name} has strides {x.stride()}: expected a contiguous table")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}: expected a positive number")
-    if cu_seqlens is not None:
-        if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
-            found = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-            raise ValueError(f"cu_seqlens is {found}: expected torch.int32 of shape (S + 1,)")
-        if not cu_seqlens.is_contiguous():
-            raise ValueError(f"cu_seqlens has stride {cu_seqlens.stride(0)}: expected 1")
-        if cos.shape[0] != N:
-            raise ValueError(f"cos has {cos.shape[0]} rows: expected one for each of the {N} tokens")
-        if longest < 0:
-            raise ValueError(f"max_seqlen is {longest}: expected the length of the longest sequence")
-    for name, other in {"k": k, "v": v, "cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}.items():
-        if other is not None and other.device != q.device:
-            raise ValueError(f"{name} is on {other.device}: expected q's device, {q.device}")
+    for name, table in {"cos": cos, "sin": sin}.items():
+        if table.dtype != torch.float32:
+            raise ValueError(f"{name} is {table.dtype}: expected torch.float32")
+        if not table.is_contiguous():
+            raise ValueError(f"{name} has strides {table.stride()}: expected a contiguous table")
+        if table.device != q.device:
+            raise ValueError(f"{name} is on {table.device}: expected q's device, {q.device}")
+
+
+def _check_like_q(name: str, x: Tensor, q: Tensor, longest: int) -> None:
+    """Queries, keys and values are alike in all but strides; within a sequence the kernels count elements in int32."""
+    if x.shape != q.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected q's, {tuple(q.shape)}")
+    if x.dtype != q.dtype:
+        raise ValueError(f"{name} is {x.dtype}: expected q's dtype, {q.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}: expected q's device, {q.device}")
+    if x.stride(3) != 1:
+        raise ValueError(f"{name} has stride {x.stride(3)} in its last dimension: expected 1")
+    _, _, heads, D = q.shape
+    if longest * max(x.stride(1), heads * D) + heads * max(x.stride(2), D) >= 2**31:
+        raise ValueError(f"{name} spans 2^31 elements or more in a sequence of {longest} tokens: expected fewer")

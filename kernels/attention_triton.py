@@ -70,7 +70,7 @@ def _rotate(x1, x2, cos, sin):
 @triton.jit
 def _dot_halves(x1, x2, y1, y2, PRECISION: tl.constexpr):
     """The product x y^T of two matrices held as halves: (rows of x, rows of y) float32."""
-    return tl.dot(x2, y2.T, tl.dot(x1, y1.T, input_precision=PRECISION), input_precision=PRECISION)
+    return tl.dot(x2, tl.trans(y2), tl.dot(x1, tl.trans(y1), input_precision=PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def _grad_of_queries(
     P = tl.exp2(tl.fma(S, scale_log2, -lse[:, None]))
     if MASKED:
         P = tl.where(columns[None, :] < n, P, 0.0)
-    dP = tl.dot(dout, v.T, input_precision=PRECISION)
+    dP = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dS = (P * (dP - delta[:, None])).to(k1.dtype)
     return tl.dot(dS, k1, dq1, input_precision=PRECISION), tl.dot(dS, k2, dq2, input_precision=PRECISION)
 
@@ -232,7 +232,7 @@ def _grad_of_keys(
     St = _dot_halves(k1, k2, q1, q2, PRECISION)
     Pt = tl.exp2(tl.fma(St, scale_log2, -lse[None, :]))
     dv = tl.dot(Pt.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    dPt = tl.dot(v, dout.T, input_precision=PRECISION)
+    dPt = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     dSt = (Pt * (dPt - delta[None, :])).to(q1.dtype)
     dk1 = tl.dot(dSt, q1, dk1, input_precision=PRECISION)
     dk2 = tl.dot(dSt, q2, dk2, input_precision=PRECISION)

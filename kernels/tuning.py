@@ -7,7 +7,6 @@ exception says so. None of them has been timed: no number in this file is measur
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import product
 from typing import Any, NamedTuple
 
 from .launch import Build
@@ -45,12 +44,12 @@ class Tiles(NamedTuple):
 # (sm_80, sm_86, sm_120), exact float32 has none. Then by head dim, up to which an entry goes.
 FORWARD = {
     "wgmma": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
-    "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
-    "float32": {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
+    "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 16, 8, 1)},
+    "float32": {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
 }
 BACKWARD_Q = {
     "wgmma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)},
-    "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
+    "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)},
     # the exception: at 256 some 200 bytes spill
     "float32": {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
 }
@@ -86,27 +85,34 @@ def widths(D: int) -> dict[str, int]:
     return {"D": D, "HALF": max(16, width // 2), "WIDTH": width}
 
 
-def builds(
-    arch: int, head_dims: Sequence[int] = (64, 128), dtypes: Sequence[str] = ("bf16", "fp32")
-) -> Iterator[Build]:
-    """Every kernel of attention and rotation, as an architecture launches it."""
+def builds(arch: int) -> Iterator[Build]:
+    """Every kernel of attention and rotation, as an architecture launches it for each entry of the tables.
+
+    Left out is the exception above, float32 beyond head dim 128.
+    """
     from . import attention_triton as kernels
 
+    plain: dict[str, object] = {"cu_seqlens_ptr": None}
+    packed: dict[str, object] = {}
     attention: list[tuple[str, Any, dict[str, dict[int, Tiles]], dict[str, object]]] = [
-        ("forward, fused", kernels.attention_forward, FORWARD, {"ROTATE": True, "cu_seqlens_ptr": None}),
-        ("forward", kernels.attention_forward, FORWARD, {"ROTATE": False, "cu_seqlens_ptr": None}),
-        ("forward, packed", kernels.attention_forward, FORWARD, {"ROTATE": False}),
-        ("backward q", kernels.attention_backward_q, BACKWARD_Q, {"cu_seqlens_ptr": None}),
-        ("backward kv", kernels.attention_backward_kv, BACKWARD_KV, {"cu_seqlens_ptr": None}),
+        ("forward, fused", kernels.attention_forward, FORWARD, {"ROTATE": True, **plain}),
+        ("forward", kernels.attention_forward, FORWARD, {"ROTATE": False, **plain}),
+        ("backward q", kernels.attention_backward_q, BACKWARD_Q, plain),
+        ("backward kv", kernels.attention_backward_kv, BACKWARD_KV, plain),
+        ("packed forward", kernels.attention_forward, FORWARD, {"ROTATE": False, **packed}),
+        ("packed backward q", kernels.attention_backward_q, BACKWARD_Q, packed),
+        ("packed backward kv", kernels.attention_backward_kv, BACKWARD_KV, packed),
     ]
-    for D, dtype in product(head_dims, dtypes):
-        shape = widths(D)
+    for D, dtype in ((64, "bf16"), (128, "bf16"), (256, "bf16"), (64, "fp32"), (128, "fp32")):
         for name, kernel, table, flags in attention:
+            if name.startswith("packed") and (D, dtype) != (64, "bf16"):
+                continue  # a pack only adds where its sequences begin: one head dim shows that it compiles
             block_m, block_n, num_warps, num_stages = tiles(table, arch, D, 4 if dtype == "fp32" else 2)
-            constexprs = {**shape, **flags, "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": "ieee"}
+            constexprs = {**widths(D), **flags, "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": "ieee"}
             signature = _signature(kernel.arg_names, constexprs, dtype)
             yield Build(f"{name}, D {D}, {dtype}", kernel, signature, constexprs, num_warps, num_stages)
-        constexprs = {"D": D, "HALF": shape["HALF"], "BLOCK": ROTATION_BLOCK // shape["HALF"], "INVERSE": False}
+        half = widths(D)["HALF"]
+        constexprs = {"D": D, "HALF": half, "BLOCK": ROTATION_BLOCK // half, "INVERSE": False}
         signature = _signature(kernels.rotate.arg_names, constexprs, dtype)
         yield Build(f"rotate, D {D}, {dtype}", kernels.rotate, signature, constexprs, 4, 3)
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from dinov3_lite.kernels import rope_attention_reference
+from dinov3_lite.kernels import launch, rope_attention_reference
 from helpers import TINY, relative_error, write_checkpoint
 
 from dinov3_lite import DINOv3ViT
+from dinov3_lite import attention as attention_module
 from dinov3_lite.attention import ATTENTION, eager_attention, resolve_attention, sdpa_attention
 
 
@@ -39,13 +42,49 @@ def test_half_precision_stays_half_precision(dtype):
 
 
 def test_an_explicit_choice_is_taken_at_its_word():
-    assert resolve_attention("auto") is sdpa_attention
     for name, function in ATTENTION.items():
         assert resolve_attention(name) is function
 
 
+class OnGPU:
+    """What the choice reads of a tensor on a GPU, for a machine that has none."""
+
+    device = torch.device("cuda", 0)
+    is_cuda = True
+
+    def __init__(self, dtype: torch.dtype, D: int) -> None:
+        self.dtype, self.shape = dtype, (2, 41, 3, D)
+
+
+@pytest.mark.parametrize(
+    "dtype, D, capability, installed, chosen",
+    [
+        (torch.bfloat16, 64, 9, True, "triton"),
+        (torch.float16, 80, 8, True, "triton"),
+        (torch.float32, 64, 9, True, "sdpa"),
+        (torch.bfloat16, 72, 9, True, "sdpa"),
+        (torch.bfloat16, 272, 9, True, "sdpa"),
+        (torch.float16, 64, 7, True, "sdpa"),
+        (torch.bfloat16, 64, 9, False, "sdpa"),
+    ],
+)
+def test_auto_takes_the_kernels_where_they_are_made_for_it(monkeypatch, dtype, D, capability, installed, chosen):
+    properties = SimpleNamespace(major=capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(launch, "TRITON_INSTALLED", installed)
+    for name in ("triton", "sdpa"):
+        monkeypatch.setattr(attention_module, f"{name}_attention", lambda *args, name=name: name)
+    assert attention_module.auto_attention(OnGPU(dtype, D), None, None, None, None) == chosen
+
+
+def test_auto_is_sdpa_on_the_cpu():
+    for dtype in (torch.float32, torch.float16):
+        arguments = inputs(6, 64, dtype)
+        assert torch.equal(resolve_attention("auto")(*arguments), sdpa_attention(*arguments))
+
+
 def test_unknown_name_at_any_door(tmp_path):
-    message = "attention is 'flash': expected one of auto, sdpa, eager"
+    message = "attention is 'flash': expected one of auto, sdpa, eager, triton"
     with pytest.raises(ValueError, match=message):
         DINOv3ViT(TINY, attention="flash")
     with pytest.raises(ValueError, match=message):

@@ -77,10 +77,10 @@ def with_gradients(attention, qkv: Tensor, *arguments, **options) -> list[Tensor
 
 
 def assert_no_worse_than(yardstick: list[Tensor], ours: list[Tensor], truth: list[Tensor]) -> None:
-    """Each of ours has its counterpart's dtype, and at most 1.5 times its error or that of a few float32 roundings."""
+    """Each of ours has its counterpart's dtype, and at most 1.1 times its error or that of a few float32 roundings."""
     for name, a, y, t in zip(("out", "dq", "dk", "dv"), ours, yardstick, truth, strict=True):
         assert (a.dtype, a.shape) == (y.dtype, y.shape), name
-        bound = max(1.5 * relative_error(y, t), 4 * torch.finfo(torch.float32).eps)
+        bound = max(1.1 * relative_error(y, t), 4 * torch.finfo(torch.float32).eps)
         assert relative_error(a, t) <= bound, (name, relative_error(a, t), bound)
 
 
@@ -122,7 +122,7 @@ def test_the_longest_that_own_kernels_take_of_themselves():
     check(1, 581, 1, 64, 576, torch.float16)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, indirect=True)
+@pytest.mark.parametrize("strategy", ["fused"], indirect=True)
 @pytest.mark.parametrize("D", range(16, 257, 16))
 def test_any_head_dim(strategy, D):
     check(1, 21, 2, D, 16, torch.float16 if D % 32 else torch.float32)
@@ -206,8 +206,8 @@ def test_scores_of_thousands(dtype):
     assert lse.max() > 1000
     rounding = 2**-24 * math.log(2) * lse.max().item()
     for a, y, t in zip(ours, yardstick, truth, strict=True):
-        assert relative_error(a, t) <= 1.5 * relative_error(y, t) + rounding
-    assert relative_error(ours[0], truth[0]) <= 1.5 * relative_error(yardstick[0], truth[0])
+        assert relative_error(a, t) <= 1.1 * relative_error(y, t) + rounding
+    assert relative_error(ours[0], truth[0]) <= 1.1 * relative_error(yardstick[0], truth[0])
 
 
 def test_gradients_are_the_same_every_time():
@@ -301,7 +301,7 @@ def test_where_pytorch_takes_over(N, D, expected):
 
 
 def test_opcheck():
-    qkv, cos, sin = inputs(1, 6, 2, 16, 4, torch.float32)
+    qkv, cos, sin = inputs(1, 6, 1, 16, 4, torch.float32)
     q, k, v = (x.clone().requires_grad_() for x in qkv.unbind(2))
     cu_seqlens = torch.tensor([0, 5, 6], dtype=torch.int32, device=DEVICE)
     tables = whole_table(cos, sin, 6)
@@ -330,6 +330,17 @@ def test_a_training_step_compiles_whole(backend, sizes):
             out = function(leaf, cos, sin)
             results.append((out.detach(), *torch.autograd.grad(out, leaf)))
         torch.testing.assert_close(*results)
+
+
+def test_a_training_step_through_pytorch_compiles_whole():
+    """More tokens than our own backward takes: the rotation is an op of its own, differentiable by itself."""
+    torch.use_deterministic_algorithms(False)
+    qkv, cos, sin = inputs(1, 601, 1, 64, 596, torch.float32)
+    leaf = qkv.clone().requires_grad_()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf, cos, sin).backward()
+    other = qkv.clone().requires_grad_()
+    rope_attention_reference(*other.unbind(2), cos, sin).square().sum().backward()
+    assert relative_error(leaf.grad, other.grad) < 2e-6
 
 
 def test_packed_compiles_whole():
@@ -367,25 +378,25 @@ def model_with_gradients(model: DINOv3ViT, attention: str, images: Tensor) -> li
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])
-def test_model_is_as_exact_as_eager(config, images, tmp_path):
-    """Outputs and gradients with all kernels, those of rows too, beside PyTorch's float32, against float64."""
+def test_model_is_as_exact_as_eager(config, tmp_path):
+    """Outputs and gradients with all kernels, those of rows too, beside PyTorch's float32: mean error against float64."""
     folder = write_checkpoint(tmp_path, config)
     model = DINOv3ViT.from_pretrained(folder, device=DEVICE)
-    eager, ours = (model_with_gradients(model, name, images) for name in ("eager", "triton"))
     exact = DINOv3ViT.from_pretrained(folder, dtype=torch.float64, device=DEVICE)
-    truth = model_with_gradients(exact, "eager", images)
-    assert len(ours) == len(eager) == len(truth) > 10
-    for a, e, t in zip(ours, eager, truth, strict=True):
-        assert relative_error(a, t) < max(3 * relative_error(e, t), 1e-6)
-    a, e, t = (
-        torch.cat([x.flatten() / scale.norm() for x, scale in zip(xs, truth, strict=True)])
-        for xs in (ours, eager, truth)
-    )
-    assert relative_error(a, t) < 1.5 * relative_error(e, t)
+    errors = {"eager": 0.0, "triton": 0.0}
+    for _ in range(4):
+        images = torch.randn(2, 3, 24, 16, device=DEVICE)
+        truth = model_with_gradients(exact, "eager", images)
+        for name in errors:
+            actual = model_with_gradients(model, name, images)
+            assert len(actual) == len(truth) > 10
+            errors[name] += sum(relative_error(a, t) for a, t in zip(actual, truth, strict=True)) / len(truth) / 4
+    assert errors["triton"] < 1.5 * errors["eager"] < 1e-5
 
+    plain = model_with_gradients(model, "triton", images)
     model.gradient_checkpointing = True
-    for a, o in zip(model_with_gradients(model, "triton", images), ours, strict=True):
-        assert torch.equal(a, o)
+    for recomputed, p in zip(model_with_gradients(model, "triton", images), plain, strict=True):
+        assert torch.equal(recomputed, p)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +445,7 @@ def test_training_step_of_the_model_compiles_whole(images, tmp_path):
 def test_export_with_dynamic_resolution(images):
     from torch.export import Dim, export
 
-    model = DINOv3ViT(TINY, attention="triton").to(DEVICE).eval()
+    model = DINOv3ViT(replace(TINY, num_hidden_layers=1), attention="triton").to(DEVICE).eval()
     shapes = ({0: Dim("batch", max=64), 2: 8 * Dim("h", max=64), 3: 8 * Dim("w", max=64)},)
     with torch.no_grad():
         program = export(model, (images,), dynamic_shapes=shapes, strict=False)
@@ -508,7 +519,7 @@ def test_an_image_of_2_to_the_31_elements_is_refused():
     with pytest.raises(
         ValueError, match=r"q spans 2\^31 elements or more in a sequence of 32769 tokens: expected fewer"
     ):
-        ops._check(q, q, q, table, table, None)
+        ops._check(q, q, table, table, q.shape[1])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's own limit")
