@@ -1,6 +1,6 @@
 PYTHON ?= python3
-# One environment; what the tests compare with lies beside it: two releases of transformers can't share one, and timm needs
-# torchvision, of which PyPI has no build that fits a CPU build of torch (the tests make do with its Python part).
+# One environment; what the tests compare with lies beside it: two releases of transformers or triton can't share one, and
+# timm needs torchvision, of which PyPI has no build that fits a CPU build of torch (its Python part does for the tests).
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 REFERENCES := .venv/references
@@ -27,8 +27,8 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
-bench: .venv/installed-dev  ## start-up beside transformers
-	$(BIN)/python benchmarks/startup.py
+bench: .venv/installed-dev  ## ours beside transformers, timm, onnxruntime and OpenVINO
+	$(BIN)/python benchmarks/compare.py
 
 parity-table: .venv/installed-dev
 	$(BIN)/python benchmarks/parity.py
@@ -48,4 +48,5 @@ clean:
 	$(PIP) install -q --no-deps --upgrade --target $(OLD_TRANSFORMERS) transformers==4.57.6 huggingface-hub==0.36.2 \
 		tokenizers==0.22.2 requests urllib3 idna certifi charset-normalizer
 	$(PIP) install -q --no-deps --upgrade --target $(REFERENCES)/torchvision -c constraints.txt torchvision timm
+	$(PIP) install -q --no-deps --upgrade --target $(REFERENCES)/triton-3.6.0 triton==3.6.0
 	touch $@
