@@ -86,9 +86,7 @@ def widths(D: int) -> dict[str, int]:
     return {"D": D, "HALF": max(16, width // 2), "WIDTH": width}
 
 
-def builds(
-    arch: int, head_dims: Sequence[int] = (64, 128), dtypes: Sequence[str] = ("bf16", "fp32")
-) -> Iterator[Build]:
+def builds(arch: int, head_dims: Sequence[int] = (64, 128), dtypes: Sequence[str] = ("bf16",)) -> Iterator[Build]:
     """Every kernel of attention and rotation, as an architecture launches it."""
     from . import attention_triton as kernels
 
