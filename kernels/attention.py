@@ -6,7 +6,6 @@ A pack of sequences is held as one long image, (1, T, heads, D), whose attention
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from . import tuning
 from .launch import architecture, interpreted, unavailable_reason
+from .operators import define
 
 LOG2_E = math.log2(math.e)
 
@@ -172,10 +172,6 @@ def _attention_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor |
     return (*gradients, None, None, None, None, None, None)
 
 
-def _no_second_gradients(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("rope_attention is differentiable once: its gradients have no gradients")
-
-
 def _save_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, cos, sin, ctx.inverse = inputs
     _check_tables_need_no_gradients(ctx.needs_input_grad[2:4])
@@ -213,36 +209,30 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = Fal
     return out
 
 
-def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """What `torch.library.custom_op` does, whose first call would import torch's compiler: seconds."""
-    torch.library.define(f"dinov3_lite::{name}", schema)
-    torch.library.impl(f"dinov3_lite::{name}", "default", implementation)
-    torch.library.register_fake(f"dinov3_lite::{name}", fake)
-
-
-_define(
+define(
     "rope_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, float? scale, "
     "bool training) -> (Tensor, Tensor)",
     _attention,
     fake=lambda q, *others: _outputs(q, training=others[-1]),
+    gradients=_attention_gradients,
+    save=_save_attention,
 )
-_define(
+define(
     "rope_attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, "
     "float? scale, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
     _attention_backward,
     fake=lambda dout, q, *others: tuple(q.new_empty(q.shape) for _ in range(3)),
 )
-_define(
+define(
     "rotate",
     "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse=False) -> Tensor",
     _rotate,
     fake=lambda q, *others: q.new_empty((2, *q.shape)),
+    gradients=_rotation_gradients,
+    save=_save_rotation,
 )
-torch.library.register_autograd("dinov3_lite::rope_attention", _attention_gradients, setup_context=_save_attention)
-torch.library.register_autograd("dinov3_lite::rope_attention_backward", _no_second_gradients)
-torch.library.register_autograd("dinov3_lite::rotate", _rotation_gradients, setup_context=_save_rotation)
 
 
 def _sdpa(rotated: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -99,6 +99,13 @@ def test_tables_are_the_committed_results(name, monkeypatch):
     assert ", ".join(f"{key} {value}" for key, value in result["environment"].items()) in README
 
 
+def test_the_errors_on_the_page_of_the_kernels_are_the_committed_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = __import__("row_kernels")
+    result = json.loads((ROOT / "benchmarks" / "results" / "row_kernels_cpu.json").read_text())
+    assert script.error_table(result["errors"]) in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("folder", "text"), [(ROOT, README), *((ROOT / "docs", page) for page in PAGES.values())])
 def test_links_and_pictures_are_there(folder, text):
     for target in re.findall(r"\]\(([^)]+)\)", text):
