@@ -1,4 +1,4 @@
-"""`python -m dinov3_lite features PHOTO ... --model CHECKPOINT` and `python -m dinov3_lite sample FOLDER`."""
+"""`python -m dinov3_lite features PHOTO ... --model CHECKPOINT`, `export CHECKPOINT --format onnx`, `sample FOLDER`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import json
 import re
 import sys
+import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import DINOv3ViT, ImageProcessor, picture
+from .export import FORMATS, OPSET, export
 from .sample import write_sample
 
 if TYPE_CHECKING:
@@ -80,6 +83,24 @@ def features(args: argparse.Namespace) -> None:
         caption = f"{model.config.name}, weights {model.weights_id}"
         _draw(args, feature_maps.cpu(), caption).save(args.picture)
         print(f"{args.picture}: the first three principal components of the patch tokens")
+
+
+def export_model(args: argparse.Namespace) -> None:
+    model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
+    output = args.output or Path(f"{model.config.name}{FORMATS[args.format].suffix}")
+    print(f"{model.config.name}  weights {model.weights_id}")
+    start = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")  # of torch's own code
+        warnings.filterwarnings("always", module="dinov3_lite")
+        errors = export(model, output, args.format, args.size)
+    size = sum(file.stat().st_size for file in output.parent.glob(f"{output.name}*"))
+    kind = f"onnx, opset {OPSET}" if args.format == "onnx" else args.format
+    print(f"{output}: {kind}, {size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s")
+    for shape, error in errors.items():
+        print(f"  images {' x '.join(map(str, shape))}: relative error to the model {error:.1e}")
+    for warning in caught:
+        print(f"dinov3_lite: warning: {warning.message}", file=sys.stderr)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -160,6 +181,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="cpu", help="default: %(default)s")
     command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's own)")
     command.set_defaults(run=features)
+
+    command = commands.add_parser("export", help="write the model as one file for another runtime, and check it")
+    command.add_argument("model", help="a converted file, a checkpoint folder or a hub id")
+    command.add_argument(
+        "--format", choices=FORMATS, required=True, help="onnx, torch.export's pt2, or compiled by AOTInductor"
+    )
+    command.add_argument("--output", type=Path, help="default: the variant's name, such as vitb16.onnx")
+    command.add_argument(
+        "--size", type=_size, metavar="N or HxW", help="fix the resolution (default: any multiples of the patch size)"
+    )
+    command.add_argument("--device", default="cpu", help="what aoti compiles for (default: %(default)s)")
+    command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's own)")
+    command.set_defaults(run=export_model)
 
     command = commands.add_parser("sample", help="write a made checkpoint to try things with (not trained)")
     command.add_argument("folder", type=Path)

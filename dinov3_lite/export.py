@@ -1,0 +1,261 @@
+"""A model as one file for a runtime: ONNX, a torch.export program, or a package compiled by AOTInductor.
+
+Each takes `pixel_values` (B, 3, H, W), float32 whatever the weights' dtype, and gives `last_hidden_state`
+(B, 1 + R + h*w, C) and `pooler_output` (B, C) in the weights' dtype, those of `DINOv3Output`, by these names.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from .model import DINOv3ViT
+
+OPSET = 18  # what torch's exporter writes without converting; LayerNormalization is there since 17
+OUTPUTS = ("last_hidden_state", "pooler_output")
+TRACED = (2, 14, 16)  # batch and grid of the images traced: near the usual 224 pixels, which inductor plans for
+CHECKED = ((1, 2, 7), (3, 6, 4))  # batch and grid of the images that the file is checked with
+
+Runtime = Callable[[Tensor], dict[str, Tensor]]
+
+
+def export(
+    model: DINOv3ViT, path: str | os.PathLike[str], format: str, size: tuple[int, int] | None = None
+) -> dict[tuple[int, ...], float]:
+    """Write `model` as a file of its own, which gets its name only once it was run and gave what the model gives.
+
+    format: "onnx", "pt2" (a torch.export program) or "aoti" (compiled by AOTInductor for the device the model is on).
+    size: a fixed height and width in pixels; None leaves both free: multiples of the patch size, from two patches up.
+        The batch is free in any case.
+
+    Returns the relative error ||file - model|| / ||model||, the larger of both outputs, by shape of the images tried:
+    none of them, and a UserWarning, where onnxruntime is missing. ONNX above 1.5 GiB has its weights in a second file,
+    `path` + ".data".
+
+    Raises ValueError for another format, suffix or size, for a model in training mode, and for ONNX in a dtype that
+    onnxruntime lacks on the CPU; FileExistsError; ImportError if onnx or onnxscript is missing; RuntimeError if an
+    error is above the square root of the dtype's epsilon.
+    """
+    path = Path(path)
+    _check(model, path, format, size)
+    write, run = FORMATS[format].write, FORMATS[format].run
+    with _whole(path) as temporary:
+        write(trace(model, size), temporary, describe(model))
+        if format == "onnx" and not _installed("onnxruntime"):
+            warnings.warn(f"{path}: not checked, which needs onnxruntime: {INSTALL}", stacklevel=2)
+            return {}
+        return _compare(run(temporary), model, path, size)
+
+
+def trace(model: DINOv3ViT, size: tuple[int, int] | None = None) -> ExportedProgram:
+    """`model` as a torch.export program with scaled_dot_product_attention, whatever `model.attention` is.
+
+    size: as in `export`.
+    """
+    B, h, w = TRACED
+    p = model.patch_size
+    H, W = size or (h * p, w * p)
+    axes = {0: Dim("batch", min=1)}
+    if size is None:
+        axes |= {2: p * Dim("h", min=2), 3: p * Dim("w", min=2)}
+    images = torch.zeros(B, model.config.num_channels, H, W, device=model.norm.weight.device)
+    with torch.no_grad():
+        program = torch.export.export(_NamedOutputs(model), (images,), dynamic_shapes={"pixel_values": axes})
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # would be written to the file, with the paths of this machine
+    return program
+
+
+def describe(model: DINOv3ViT) -> dict[str, str]:
+    """What a file's reader needs to know of its model: written into it, as text."""
+    return {
+        "model": model.config.name,
+        "weights": model.weights_id,
+        "patch_size": str(model.patch_size),
+        "num_prefix_tokens": str(model.num_prefix_tokens),
+    }
+
+
+class _NamedOutputs(nn.Module):
+    """The model with a plain dictionary as its output, which a file can be loaded with where this package is not."""
+
+    def __init__(self, model: DINOv3ViT) -> None:
+        super().__init__()
+        self.model = copy.copy(model)  # shares the weights
+        self.model.attention = "sdpa"
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        output = self.model(pixel_values)
+        return {name: getattr(output, name) for name in OUTPUTS}
+
+
+# ---- the formats
+
+
+def _write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    with _quiet():
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["pixel_values"],
+            output_names=OUTPUTS,
+            verbose=False,
+        )
+    assert onnx_program is not None
+    if hasattr(onnx_program, "rename_axes"):  # torch 2.11
+        shape = onnx_program.model.graph.inputs[0].shape  # (s0, 3, 16*s1, 16*s2), in torch's own symbols
+        symbols = [str(axis).rpartition("*")[2] for axis in shape]
+        names = dict(zip(symbols, ("batch", "channels", "h", "w"), strict=True))
+        onnx_program.rename_axes({symbol: name for symbol, name in names.items() if not symbol.isdecimal()})
+    onnx_program.model.metadata_props.update(metadata)
+    onnx_program.save(path)
+
+
+def _run_onnx(path: Path) -> Runtime:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        arrays = session.run(OUTPUTS, {"pixel_values": images.cpu().numpy()})
+        return {name: torch.from_numpy(array) for name, array in zip(OUTPUTS, arrays, strict=True)}
+
+    return run
+
+
+def _write_pt2(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+
+
+def _run_pt2(path: Path) -> Runtime:
+    return torch.export.load(path).module()
+
+
+def _write_aoti(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    options = {"aot_inductor.metadata": metadata}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+def _run_aoti(path: Path) -> Runtime:
+    return torch._inductor.aoti_load_package(str(path))
+
+
+class Format(NamedTuple):
+    """One kind of file: what its name ends with, how it is written, and how it is run."""
+
+    suffix: str
+    write: Callable[[ExportedProgram, Path, dict[str, str]], None]
+    run: Callable[[Path], Runtime]
+
+
+FORMATS = {
+    "onnx": Format(".onnx", _write_onnx, _run_onnx),
+    "pt2": Format(".pt2", _write_pt2, _run_pt2),
+    "aoti": Format(".aoti.pt2", _write_aoti, _run_aoti),
+}
+INSTALL = "pip install 'dinov3-lite[export]'"
+
+
+# ---- checks, before and after
+
+
+def _check(model: DINOv3ViT, path: Path, format: str, size: tuple[int, int] | None) -> None:
+    """What would otherwise fail after all the work, or not at all."""
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}: expected one of {', '.join(FORMATS)}")
+    suffix = Path(f"model{FORMATS[format].suffix}").suffix
+    if path.suffix != suffix:
+        raise ValueError(f"{path}: expected a name that ends with {suffix} for the format {format!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}: make it first")
+    for file in (path, _weights_of(path)):
+        if file.exists():
+            raise FileExistsError(f"{file}: exists already: remove it, or choose another name")
+    if model.training:
+        raise ValueError("the model is in training mode, where RoPE coordinates are random: call model.eval() first")
+    if size is not None:
+        model._check_images(torch.empty(1, model.config.num_channels, *size, device="meta"))
+    if format == "onnx":
+        if missing := [package for package in ("onnx", "onnxscript") if not _installed(package)]:
+            raise ImportError(f"the format 'onnx' needs {' and '.join(missing)}: {INSTALL}")
+        dtype = model.norm.weight.dtype
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(
+                f"the weights are {dtype}, which onnxruntime can't run on a CPU: load the model with dtype "
+                "torch.float32 or torch.float16, or export it as pt2 or aoti"
+            )
+
+
+@torch.no_grad()
+def _compare(run: Runtime, model: DINOv3ViT, path: Path, size: tuple[int, int] | None) -> dict[tuple[int, ...], float]:
+    """The relative error at each shape tried, or RuntimeError if one is too large."""
+    p, weight = model.patch_size, model.norm.weight
+    bound = torch.finfo(weight.dtype).eps ** 0.5
+    errors = {}
+    for B, h, w in CHECKED:
+        shape = (B, model.config.num_channels, *(size or (h * p, w * p)))
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
+        ours, theirs = model(images), run(images)
+        error = max(_relative_error(theirs[name], getattr(ours, name)) for name in OUTPUTS)
+        if not error <= bound:  # NaN too
+            raise RuntimeError(
+                f"{path}: not written: for images of shape {shape} it differs from the model by a relative error of "
+                f"{error:.1e}, expected at most {bound:.1e}"
+            )
+        errors[shape] = error
+    return errors
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.cpu().double(), expected.cpu().double()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _weights_of(path: Path) -> Path:
+    """Where torch's exporter writes the weights of an ONNX file that would be too large for its format (2 GiB)."""
+    return path.with_name(f"{path.name}.data")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """`path` in a temporary folder beside it: files written there move to their places at the end, `path` the last."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        for file in (_weights_of(temporary), temporary):
+            if file.exists():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(file, path.with_name(file.name))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks: that torchvision is missing, that its own code uses what is deprecated."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
