@@ -389,8 +389,11 @@ def test_model_equals_eager(images):
     eager, ours = (model_with_gradients(model, name, images) for name in ("eager", "triton"))
     truth = model_with_gradients(deepcopy(model).double(), "eager", images.double())
     assert len(truth) > 10
-    for a, e, t in zip(ours, eager, truth, strict=True):
-        assert relative_error(a, t) <= 1.5 * relative_error(e, t) + 4 * torch.finfo(torch.float32).eps
+    worst = {
+        name: max(relative_error(a, t) for a, t in zip(found, truth, strict=True))
+        for name, found in (("eager", eager), ("ours", ours))
+    }
+    assert worst["ours"] <= 1.5 * worst["eager"], worst
 
     model.gradient_checkpointing = True
     for a, o in zip(model_with_gradients(model, "triton", images), ours, strict=True):
