@@ -1,7 +1,7 @@
 """How each kernel is launched, per architecture and head dim, and which strategy attention takes.
 
-The tiles compile for their architectures without spills and within shared memory, under triton 3.6 and 3.9; exceptions
-say so. None of them has been timed: no number in this file is measured.
+The tiles compile for their architectures without spills and within shared memory, under triton 3.6 and 3.9; README.md
+has the exceptions. None of them has been timed: no number in this file is measured.
 """
 
 from __future__ import annotations
