@@ -1,7 +1,7 @@
 """How each kernel is launched, per architecture and head dim, and which strategy attention takes.
 
-The tiles compile for their architectures without spills and within shared memory, under triton 3.6 and 3.9; the one
-exception says so. None of them has been timed: no number in this file is measured.
+The tiles compile for their architectures without spills and within shared memory, under triton 3.6 and 3.9; README.md
+has the exceptions. None of them has been timed: no number in this file is measured.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FORWARD = {
 BACKWARD_Q = {
     "wgmma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)},
     "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)},
-    # the exception: at 256 some 200 bytes spill
+    # at 256 some 200 bytes spill
     "float32": {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
 }
 BACKWARD_KV = {
@@ -88,7 +88,7 @@ def widths(D: int) -> dict[str, int]:
 def builds(arch: int) -> Iterator[Build]:
     """Every kernel of attention and rotation, as an architecture launches it for each entry of the tables.
 
-    Left out is the exception above, float32 beyond head dim 128.
+    Left out is float32 beyond head dim 128, which spills.
     """
     from . import attention_triton as kernels
 
