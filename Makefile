@@ -48,5 +48,5 @@ clean:
 	$(PIP) install -q --no-deps --upgrade --target $(OLD_TRANSFORMERS) transformers==4.57.6 huggingface-hub==0.36.2 \
 		tokenizers==0.22.2 requests urllib3 idna certifi charset-normalizer
 	$(PIP) install -q --no-deps --upgrade --target $(REFERENCES)/torchvision -c constraints.txt torchvision timm
-	$(PIP) install -q --no-deps --upgrade --target $(REFERENCES)/triton-3.6.0 triton==3.6.0
+	$(PIP) install -q --no-deps --upgrade --target $(REFERENCES)/triton-3.6.0 triton==3.6.0 'numpy<2.4'
 	touch $@

@@ -77,10 +77,10 @@ def inputs(B: int, N: int, heads: int, D: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def with_gradients(attention: Callable[..., Tensor], qkv: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-    """Output and gradients of q, k, v, for the same gradient of the output whatever the dtype."""
+    """Output and gradients of q, k, v, for the same gradient of the output in every dtype, one that float16 holds."""
     leaf = qkv.detach().requires_grad_()
     out = attention(*leaf.unbind(-3), cos, sin)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half().bfloat16().to(out)
     return [out.detach(), *torch.autograd.grad(out, leaf, grad)[0].unbind(-3)]
 
 

@@ -88,7 +88,7 @@ def widths(D: int) -> dict[str, int]:
 def builds(arch: int) -> Iterator[Build]:
     """Every kernel of attention and rotation, as an architecture launches it for each entry of the tables.
 
-    Left out is the exception above, float32 beyond head dim 128.
+    Left out is float32 beyond head dim 128, which spills.
     """
     from . import attention_triton as kernels
 

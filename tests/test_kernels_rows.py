@@ -94,6 +94,17 @@ def test_add_layer_norm_and_its_gradients(shape, C, stream, half):
     assert_no_worse_than(eager, ours, truth, ADD_LAYER_NORM)
 
 
+def test_eps_counts_where_rows_are_small():
+    x, branch, *vectors = row_inputs((3, 136), torch.float32, torch.float32)
+    inputs = [(1e-4 * x).detach(), (1e-4 * branch).detach(), *vectors]
+    grads = [torch.randn(3, 136, device=DEVICE) for _ in range(2)]
+    inputs[:2] = (t.requires_grad_() for t in inputs[:2])
+    ours = with_gradients(add_layer_norm, inputs, EPS, grads=grads)
+    truth = with_gradients(add_layer_norm_reference, float64(inputs), EPS, grads=grads)
+    for a, t in zip(ours, truth, strict=True):
+        assert relative_error(a, t) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", dict(DTYPES), ids=str)
 @pytest.mark.parametrize("F", [8, 100, 1024, 1536])
 @pytest.mark.parametrize("shape", [(1,), (3, 5)], ids=str)
