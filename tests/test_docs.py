@@ -99,10 +99,11 @@ def test_tables_are_the_committed_results(name, monkeypatch):
     assert ", ".join(f"{key} {value}" for key, value in result["environment"].items()) in README
 
 
-def test_the_errors_on_the_page_of_the_kernels_are_the_committed_ones(monkeypatch):
+@pytest.mark.parametrize("name", ["rope_attention", "row_kernels"])
+def test_the_errors_on_the_page_of_the_kernels_are_the_committed_ones(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = __import__("row_kernels")
-    result = json.loads((ROOT / "benchmarks" / "results" / "row_kernels_cpu.json").read_text())
+    script = __import__(name)
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
     assert script.error_table(result["errors"]) in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
 
 
