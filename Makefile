@@ -44,7 +44,7 @@ clean:
 	touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
-	$(PIP) install -q -c constraints.txt -e '.[images,plots,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[images,plots,export,dev]'
 	$(PIP) install -q --no-deps --upgrade --target $(OLD_TRANSFORMERS) transformers==4.57.6 huggingface-hub==0.36.2 \
 		tokenizers==0.22.2 requests urllib3 idna certifi charset-normalizer
 	$(PIP) install -q --no-deps --upgrade --target $(REFERENCES)/torchvision -c constraints.txt torchvision timm

@@ -29,6 +29,9 @@ OUTPUTS = ("last_hidden_state", "pooler_output")
 TRACED = (2, 14, 16)  # batch and grid of the images traced: near the usual 224 pixels, which inductor plans for
 CHECKED = ((1, 2, 7), (3, 6, 4))  # batch and grid of the images that the file is checked with
 
+# Relative errors that pass: 40 blocks with the statistics of trained weights give 6e-6 and 5e-3 in the first two.
+BOUNDS = {torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2, torch.float64: 1e-10}
+
 Runtime = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -47,7 +50,7 @@ def export(
 
     Raises ValueError for another format, suffix or size, for a model in training mode, and for ONNX in a dtype that
     onnxruntime lacks on the CPU; FileExistsError; ImportError if onnx or onnxscript is missing; RuntimeError if an
-    error is above the square root of the dtype's epsilon.
+    error is above `BOUNDS`.
     """
     path = Path(path)
     _check(model, path, format, size)
@@ -55,7 +58,7 @@ def export(
     with _whole(path) as temporary:
         write(trace(model, size), temporary, describe(model))
         if format == "onnx" and not _installed("onnxruntime"):
-            warnings.warn(f"{path}: not checked, which needs onnxruntime: {INSTALL}", stacklevel=2)
+            warnings.warn(f"{path}: {UNCHECKED}", stacklevel=2)
             return {}
         return _compare(run(temporary), model, path, size)
 
@@ -118,6 +121,7 @@ def _write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) 
     assert onnx_program is not None
     if hasattr(onnx_program, "rename_axes"):  # torch 2.11
         shape = onnx_program.model.graph.inputs[0].shape  # (s0, 3, 16*s1, 16*s2), in torch's own symbols
+        assert shape is not None
         symbols = [str(axis).rpartition("*")[2] for axis in shape]
         names = dict(zip(symbols, ("batch", "channels", "h", "w"), strict=True))
         onnx_program.rename_axes({symbol: name for symbol, name in names.items() if not symbol.isdecimal()})
@@ -168,6 +172,7 @@ FORMATS = {
     "aoti": Format(".aoti.pt2", _write_aoti, _run_aoti),
 }
 INSTALL = "pip install 'dinov3-lite[export]'"
+UNCHECKED = f"not checked, which needs onnxruntime: {INSTALL}"
 
 
 # ---- checks, before and after
@@ -204,8 +209,8 @@ def _check(model: DINOv3ViT, path: Path, format: str, size: tuple[int, int] | No
 def _compare(run: Runtime, model: DINOv3ViT, path: Path, size: tuple[int, int] | None) -> dict[tuple[int, ...], float]:
     """The relative error at each shape tried, or RuntimeError if one is too large."""
     p, weight = model.patch_size, model.norm.weight
-    bound = torch.finfo(weight.dtype).eps ** 0.5
-    errors = {}
+    bound = BOUNDS[weight.dtype]
+    errors: dict[tuple[int, ...], float] = {}
     for B, h, w in CHECKED:
         shape = (B, model.config.num_channels, *(size or (h * p, w * p)))
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
