@@ -15,10 +15,11 @@ from helpers import ROOT, TINY, TINY_GATED, relative_error, run_python, trained_
 import dinov3_lite.export
 from dinov3_lite import DINOv3ViT
 from dinov3_lite.__main__ import main
-from dinov3_lite.export import OUTPUTS, export
+from dinov3_lite.export import FORMATS, OUTPUTS, export
 
-REAL_HEAD_DIM = replace(TINY, patch_size=16, hidden_size=128, num_hidden_layers=2)  # 64, as in the released models
+REAL_HEAD_DIM = replace(TINY, patch_size=16, hidden_size=128, num_hidden_layers=1)  # 64, as in the released models
 SHALLOW = replace(TINY, num_hidden_layers=1)
+GATED = replace(TINY_GATED, num_hidden_layers=2)
 SHAPES = [
     (1, 2, 9),
     (2, 5, 3),
@@ -45,7 +46,7 @@ def onnxruntime():
 def gated(tmp_path_factory, onnxruntime):
     """A model and its ONNX file."""
     folder = tmp_path_factory.mktemp("gated")
-    model = load(folder / "checkpoint", TINY_GATED)
+    model = load(folder / "checkpoint", GATED)
     export(model, folder / "model.onnx", "onnx")
     return model, folder / "model.onnx"
 
@@ -90,7 +91,7 @@ def test_onnx_says_what_it_is_and_not_where_it_was_made(gated, onnxruntime):
     import onnx
 
     about = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
-    assert about == {"model": "vit-c32-d3-h2", "weights": model.weights_id, "patch_size": "8", "num_prefix_tokens": "3"}
+    assert about == {"model": "vit-c32-d2-h2", "weights": model.weights_id, "patch_size": "8", "num_prefix_tokens": "3"}
     (standard,) = onnx.load(file).opset_import
     assert (standard.domain, standard.version) == ("", dinov3_lite.export.OPSET)
     assert str(ROOT).encode() not in file.read_bytes()
@@ -123,14 +124,17 @@ def test_onnx_with_weights_beside_it(tmp_path, onnxruntime, monkeypatch):
         export(model, there / "model.onnx", "onnx")
 
 
-def test_the_pages_onnxruntime_code_runs(gated, onnxruntime, monkeypatch):
-    model, file = gated
+def code_of_the_page(name):
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python onnxruntime\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    monkeypatch.chdir(file.parent)
+    (code,) = re.findall(rf"^```python {name}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return code
+
+
+def test_the_pages_onnxruntime_code_runs(gated):
+    model, file = gated
     images = np.random.default_rng(0).standard_normal((2, 3, 64, 96)).astype(np.float32)
     session = {"pixels": images}
-    exec(code.replace("vitb16.onnx", file.name), session)
+    exec(code_of_the_page("onnxruntime").replace("vitb16.onnx", str(file)), session)
     with torch.no_grad():
         expected = model(torch.from_numpy(images))
     assert session["feature_map"].shape == (2, 32, 8, 12)
@@ -141,9 +145,8 @@ def test_the_pages_onnxruntime_code_runs(gated, onnxruntime, monkeypatch):
 # ---- torch.export and AOTInductor
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pt2_at_other_batches_and_resolutions(tmp_path, dtype):
-    model = load(tmp_path, TINY_GATED, dtype=dtype)
+def test_pt2_at_other_batches_and_resolutions(tmp_path):
+    model = load(tmp_path, GATED)
     assert set(export(model, tmp_path / "model.pt2", "pt2").values()) == {0.0}
     extra = {"metadata.json": ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
@@ -152,16 +155,20 @@ def test_pt2_at_other_batches_and_resolutions(tmp_path, dtype):
 
 
 def test_aoti_at_other_batches_and_resolutions(tmp_path):
-    model = load(tmp_path, replace(REAL_HEAD_DIM, num_hidden_layers=1))
-    export(model, tmp_path / "model.pt2", "aoti")
+    model = load(tmp_path, REAL_HEAD_DIM)
+    with torch._inductor.config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):  # compiles in half the time
+        export(model, tmp_path / "model.pt2", "aoti")
     package = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
     assert_equal_at(package, model, SHAPES, 5e-6)
     assert package.get_metadata()["patch_size"] == "16"
+    session = {}
+    exec(code_of_the_page("aoti").replace("vitb16.aoti.pt2", str(tmp_path / "model.pt2")), session)
+    assert session["out"]["last_hidden_state"].shape == (2, 4 * 6 + 5, 128)
     runs_without_us("torch._inductor.aoti_load_package({!r})", tmp_path / "model.pt2", model)
 
 
 def test_pt2_of_a_fixed_resolution_leaves_the_batch_free(tmp_path):
-    model = load(tmp_path, TINY)
+    model = load(tmp_path, SHALLOW, dtype=torch.bfloat16)
     errors = export(model, tmp_path / "model.pt2", "pt2", size=(24, 40))
     assert errors == {(1, 3, 24, 40): 0.0, (3, 3, 24, 40): 0.0}
     program = torch.export.load(tmp_path / "model.pt2").module()
@@ -191,7 +198,7 @@ with torch.no_grad():
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
-    model = load(tmp_path, TINY, attention="eager")
+    model = load(tmp_path, SHALLOW, attention="eager")
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     program = dinov3_lite.export.trace(model)
     assert model.attention == "eager" and all(parameter.requires_grad for parameter in model.parameters())
@@ -219,12 +226,12 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_file_of_not_a_number_is_not_kept(tmp_path):
-    model = load(tmp_path, SHALLOW)
-    with torch.no_grad():
-        model.norm.weight[0] = float("nan")
+def test_a_file_of_not_a_number_does_not_pass(tmp_path):
+    def run(images):
+        return dict.fromkeys(OUTPUTS, torch.tensor(float("nan")))
+
     with pytest.raises(RuntimeError, match="relative error of nan"):
-        export(model, tmp_path / "model.pt2", "pt2")
+        dinov3_lite.export._compare(run, DINOv3ViT(SHALLOW).eval(), tmp_path, None)
 
 
 def test_a_failure_to_write_leaves_nothing(tmp_path, monkeypatch):
@@ -279,27 +286,29 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         export(DINOv3ViT(TINY).eval(), tmp_path / "model.onnx", "onnx")
 
 
-def test_without_onnxruntime_the_file_is_written_and_said_to_be_unchecked(tmp_path, onnxruntime, monkeypatch):
+def test_without_onnxruntime_the_file_is_written_and_said_to_be_unchecked(tmp_path, monkeypatch):
     monkeypatch.setattr(dinov3_lite.export, "_installed", lambda package: package != "onnxruntime")
-    model = load(tmp_path, SHALLOW)
+    monkeypatch.setattr(dinov3_lite.export, "trace", lambda model, size: None)
+    stub = FORMATS["onnx"]._replace(write=lambda program, path, metadata: path.write_bytes(b"a graph"))
+    monkeypatch.setitem(FORMATS, "onnx", stub)
     with pytest.warns(UserWarning, match=r"model.onnx: not checked, which needs onnxruntime: pip install"):
-        assert export(model, tmp_path / "model.onnx", "onnx") == {}
-    assert_equal_at(in_onnxruntime(onnxruntime.InferenceSession(tmp_path / "model.onnx")), model, SHAPES[:1], 5e-6)
+        assert export(DINOv3ViT(SHALLOW).eval(), tmp_path / "model.onnx", "onnx") == {}
+    assert (tmp_path / "model.onnx").read_bytes() == b"a graph"
 
 
 # ---- the command
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    folder = write_checkpoint(tmp_path / "checkpoint", TINY)
+    folder = write_checkpoint(tmp_path / "checkpoint", SHALLOW)
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(folder), "--format", "pt2"]) == 0
     out, err = capsys.readouterr()
-    assert "vit-c32-d3-h2.pt2: pt2, 0." in out and err == ""
+    assert "vit-c32-d1-h2.pt2: pt2, 0." in out and err == ""
     assert "images 1 x 3 x 16 x 56: relative error to the model 0.0e+00" in out
     assert main(["export", str(folder), "--format", "pt2"]) == 1
     out, err = capsys.readouterr()
-    assert err == "dinov3_lite: vit-c32-d3-h2.pt2: exists already: remove it, or choose another name\n"
+    assert err == "dinov3_lite: vit-c32-d1-h2.pt2: exists already: remove it, or choose another name\n"
     assert (
         main(["export", str(folder), "--format", "pt2", "--output", "b.pt2", "--size", "24x40", "--dtype", "float16"])
         == 0
@@ -317,7 +326,7 @@ def test_the_command_without_onnxruntime(tmp_path, monkeypatch, capsys):
         return {}
 
     monkeypatch.setattr("dinov3_lite.__main__.export", unchecked)
-    folder = write_checkpoint(tmp_path / "checkpoint", TINY)
+    folder = write_checkpoint(tmp_path / "checkpoint", SHALLOW)
     assert main(["export", str(folder), "--format", "onnx", "--output", str(tmp_path / "model.onnx")]) == 0
     err = capsys.readouterr().err
     assert err.startswith("dinov3_lite: warning: ") and "model.onnx: not checked, which needs onnxruntime: pip" in err
