@@ -16,8 +16,10 @@ demo: .venv/installed-demo  ## the main job: make a checkpoint, convert it, feat
 	$(BIN)/python -m dinov3_lite features demo/photo.jpg --model demo/checkpoint/dinov3_lite.safetensors --size 768 \
 		--output demo/features.safetensors --picture demo/pca.png --query 290,270
 
+# A process a core, each with one thread: two of torch's thread pools on the same cores wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: .venv/installed-dev  ## all tests, then the parity tests once more against an older transformers
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest tests/test_parity.py tests/test_layouts.py
 
 lint: .venv/installed-dev
