@@ -121,10 +121,12 @@ def meta_features(model: Any, images: Tensor) -> Tensor:
 
 def onnx_file(folder: Path) -> Path:
     """Our model as an ONNX file: what both runtimes get."""
-    from dinov3_lite.export import export_onnx
+    from dinov3_lite.export import export
 
     file = folder / "model.onnx"
-    return file if file.exists() else export_onnx(ours(folder), file)
+    if not file.exists():
+        export(ours(folder), file, "onnx")
+    return file
 
 
 def onnxruntime_session(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
