@@ -9,6 +9,7 @@ from .config import DINOv3Config
 from .encoder import build_dinov3_encoder
 from .finetune import freeze_but_last, parameter_groups, trainable_summary
 from .image import ImageProcessor
+from .inference import compile
 from .interfaces import DINOv3ViTBackbone, FeaturesOnly
 from .model import DINOv3Output, DINOv3ViT
 from .window import sliding_window_features
@@ -23,6 +24,7 @@ __all__ = [
     "FeaturesOnly",
     "ImageProcessor",
     "build_dinov3_encoder",
+    "compile",
     "freeze_but_last",
     "parameter_groups",
     "sliding_window_features",

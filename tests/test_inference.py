@@ -1,0 +1,153 @@
+"""Folding keeps the numbers, and what is compiled serves every size from two graphs, in later processes from disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import TINY, TINY_GATED, relative_error, run_python, write_checkpoint
+from torch._dynamo.utils import counters
+
+import dinov3_lite
+from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, ImageProcessor
+from dinov3_lite.image import SATELLITE_MEAN, SATELLITE_STD
+from dinov3_lite.inference import fold
+
+PROCESSOR = ImageProcessor(size=None, mean=SATELLITE_MEAN, std=SATELLITE_STD)
+NO_BIAS = replace(TINY, proj_bias=False, mlp_bias=False)
+
+
+def load(folder, config, dtype=torch.float32) -> DINOv3ViT:
+    return DINOv3ViT.from_pretrained(write_checkpoint(folder, config), dtype=dtype)
+
+
+def pixels(batch: int, height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+
+
+def normalised(images: torch.Tensor, processor: ImageProcessor = PROCESSOR) -> torch.Tensor:
+    """As the processor does it, in float64."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (processor.mean, processor.std))
+    return (images.double() * processor.rescale_factor - mean) / std
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED, NO_BIAS], ids=["mlp", "gated", "no biases"])
+@torch.no_grad()
+def test_folding_is_exact_in_real_arithmetic(config, tmp_path):
+    model = load(tmp_path, config, torch.float64)
+    p = config.patch_size
+    images = pixels(2, 3 * p, 5 * p)
+    expected = model(normalised(images), output_hidden_states=True)
+    plain = fold(model)(normalised(images), output_hidden_states=True)
+    from_pixels = fold(model, PROCESSOR)(images.double(), output_hidden_states=True)
+    for actual in (plain, from_pixels):
+        for state, truth in zip(actual.hidden_states, expected.hidden_states, strict=True):
+            assert relative_error(state, truth) < 1e-14
+
+
+def test_the_model_stays_as_it_is_and_shares_what_was_not_folded(tmp_path):
+    model = load(tmp_path, TINY)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folded = fold(model, PROCESSOR)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    own = {name for name, tensor in folded.named_parameters() if tensor is not dict(model.named_parameters())[name]}
+    assert {name.split(".", 2)[-1] for name in own if name.startswith("blocks.")} == {
+        "attn.proj.weight",
+        "attn.proj.bias",
+        "mlp.fc2.weight",
+        "mlp.fc2.bias",
+    }
+    assert {name for name in own if not name.startswith("blocks.")} == {
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+    }
+    assert not any("gamma" in name for name, _ in folded.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_pixels_lose_nothing_against_normalised_images(dtype, tmp_path):
+    """Folded into half-precision weights, the offset of 0 .. 255 would be rounded away."""
+    model = load(tmp_path, replace(TINY, patch_size=16, hidden_size=128), dtype)
+    images = pixels(2, 64, 96)
+    truth = model.double()(normalised(images), output_hidden_states=True).hidden_states
+    model.to(dtype)
+    ours = fold(model, PROCESSOR)(images.float(), output_hidden_states=True).hidden_states
+    plain = model(normalised(images).float(), output_hidden_states=True).hidden_states
+    bound = 1.5 if dtype == torch.float32 else 1.1
+    for actual, unfolded, state in zip(ours, plain, truth, strict=True):
+        assert relative_error(actual, state) <= bound * relative_error(unfolded, state)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    torch._dynamo.reset()
+    counters.clear()
+    model = load(tmp_path_factory.mktemp("gated"), TINY_GATED)
+    return model, dinov3_lite.compile(model, PROCESSOR)
+
+
+def test_two_graphs_serve_every_batch_and_size(compiled):
+    model, fast = compiled
+    p = model.patch_size
+    assert fast.warm_up(1, 4 * p, 4 * p) > 0
+    for batch, h, w in [(1, 4, 4), (1, 3, 9), (2, 4, 4), (4, 4, 2), (3, 2, 2), (1, 17, 5), (16, 14, 16), (6, 6, 6)]:
+        images = pixels(batch, h * p, w * p)
+        output = fast(images)
+        truth = model(normalised(images).float())
+        assert output.grid == (h, w)
+        assert relative_error(output.last_hidden_state, truth.last_hidden_state) < 2e-6
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_head_can_be_trained_on_the_outputs(compiled):
+    model, fast = compiled
+    head = torch.nn.Linear(model.embed_dim, 2)
+    head(fast(pixels(1, 4 * model.patch_size, 4 * model.patch_size)).cls_token).sum().backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+def test_images_must_be_pixels_where_a_processor_was_folded_in(compiled):
+    _, fast = compiled
+    with pytest.raises(ValueError, match=r"images are torch.float32: expected torch.uint8 pixels"):
+        fast(torch.zeros(1, 3, 64, 64))
+
+
+def test_a_module_around_the_model_is_compiled_whole(tmp_path):
+    torch._dynamo.reset()
+    model = load(tmp_path, TINY)
+    backbone = torch.nn.Sequential(DINOv3ViTBackbone(model, out_indices=[0, 1])).eval()
+    images = torch.randn(1, 3, 2 * model.patch_size, 3 * model.patch_size)
+    actual = dinov3_lite.compile(backbone, dynamic=False)(images)
+    with torch.no_grad():
+        expected = backbone(images)
+    for a, b in zip(actual.feature_maps, expected.feature_maps, strict=True):
+        assert relative_error(a, b) < 2e-6
+
+
+def test_what_can_not_be_compiled_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="model is a Linear without a DINOv3ViT inside"):
+        dinov3_lite.compile(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"training mode.*call model.eval\(\) first"):
+        dinov3_lite.compile(load(tmp_path, TINY).train())
+
+
+def test_a_second_process_takes_the_graph_from_disk(tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint", replace(TINY, num_hidden_layers=1))
+    code = f"""
+import dinov3_lite
+from torch._dynamo.utils import counters
+fast = dinov3_lite.compile(dinov3_lite.DINOv3ViT.from_pretrained({str(folder)!r}), dynamic=False)
+fast.warm_up(1, {4 * TINY.patch_size}, {5 * TINY.patch_size})
+print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
+"""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    hits = []
+    for _ in range(2):
+        done = run_python(code, env=env)
+        assert done.returncode == 0, done.stderr
+        hits.append(int(done.stdout))
+    assert hits[0] == 0 and hits[1] > 0
