@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import RESULTS, environment, peak_gflops
+from environment import RESULTS, environment, headline, peak_gflops, save
 from peers import PEERS, Features, Peer, write_checkpoint
 from timing import interleaved, spread
 from torch import Tensor
@@ -85,11 +85,9 @@ def forward(args: argparse.Namespace) -> None:
                     result["rows"].append(row)
                     print(table({**result, "rows": [row]}), flush=True)
     result = {"environment": environment(*packages), **result}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.save}.json").write_text(json.dumps(result, indent=1) + "\n")
+    save(args.save, result)
     chart(result, RESULTS / f"{args.save}.png")
-    print("\n" + ", ".join(f"{key} {value}" for key, value in result["environment"].items()) + "\n")
-    print(table(result))
+    print("\n" + headline(result), table(result), sep="\n\n")
 
 
 def measure(

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from environment import RESULTS, environment
+from environment import environment, headline, save
 from safetensors.torch import save_file
 
 from dinov3_lite import DINOv3Config
@@ -64,9 +64,8 @@ def main() -> None:
                 print(f"round {i + 1}: {name}: {runs[name][-1]}", file=sys.stderr)
 
     result = {"environment": environment(), "variant": args.variant, "depth": args.depth, "bytes": size, "runs": runs}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "conversion.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    save("conversion", result)
+    print(headline(result))
     print(f"{args.variant} at depth {args.depth}: {size / 1e9:.1f} GB of float32\n")
     print(table(result))
 

@@ -12,7 +12,6 @@ tables are made.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from environment import RESULTS, environment
+from environment import environment, headline, save
 from peers import import_timm, ours, timm_model, transformers_model, write_checkpoint
 from timing import interleaved, peak_mib, spread
 
@@ -56,9 +55,8 @@ def main() -> None:
                 "packed": packed(small, args.rounds),
                 "windows": windows(small),
             }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "features.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    save("features", result)
+    print(headline(result))
     for name, text in tables(result).items():
         print(f"\n{name}\n\n{text}")
 

@@ -9,7 +9,6 @@ Writes benchmarks/results/rope_attention_cpu.json or .._cuda.json, of which the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from environment import RESULTS, environment, version
+from environment import environment, headline, save
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,19 +40,17 @@ ROUNDS, CALLS = 20, 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-save", action="store_true", help="print only")
-    save = not parser.parse_args().no_save
+    args = parser.parse_args()
     torch.manual_seed(0)
-    result = {"environment": environment() | {"triton": version("triton")}, "errors": list(errors())}
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()) + "\n")
-    print(error_table(result["errors"]) + "\n")
+    result = {"environment": environment("triton"), "errors": list(errors())}
+    print(headline(result), error_table(result["errors"]), sep="\n\n", end="\n\n")
     if DEVICE == "cuda":
         result["times"] = list(times())
         print(time_table(result["times"]))
     else:
         print("No GPU: the kernels ran in triton's interpreter, and nothing was timed.")
-    if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"rope_attention_{DEVICE}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if not args.no_save:
+        save(f"rope_attention_{DEVICE}", result)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environment import RESULTS, environment
+from environment import environment, headline, save
 from peers import write_checkpoint
 
 from convert import convert
@@ -73,9 +73,8 @@ def main() -> None:
         assert abs(checksum / reference - 1) < 1e-5, f"{name} computes other features: {checksums}"
 
     result = {"environment": environment(), "variant": args.variant, "megabytes": megabytes, "runs": runs}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "startup.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    save("startup", result)
+    print(headline(result))
     print(f"{args.variant}, {megabytes:.0f} MiB of float32 weights, 224 x 224 px, batch 1\n")
     print(table(result))
 
