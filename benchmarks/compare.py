@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from environment import RESULTS, environment, headline, peak_gflops, save
 from peers import PEERS, Features, Peer, write_checkpoint
-from timing import interleaved, spread
-from torch import Tensor
+from timing import interleaved, relative_difference, spread
 
 from dinov3_lite import DINOv3Config
 
@@ -131,11 +130,6 @@ def measure(
         "peak MiB": {name: in_a_child(name, *where) for name in calls},
         "missing": missing,
     }
-
-
-def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    difference = (actual.double() - expected.double()).norm() / expected.double().norm()
-    return difference.item() if difference.isfinite() else float("inf")
 
 
 def gflop(config: DINOv3Config, pixels: int) -> float:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from environment import environment, headline, save
 from peers import import_timm, ours, timm_model, transformers_model, write_checkpoint
-from timing import interleaved, peak_mib, spread
+from timing import interleaved, peak_mib, relative_difference, spread
 
 from dinov3_lite import sliding_window_features
 
@@ -79,7 +79,7 @@ def layers(checkpoint: Path, blocks: list[int], rounds: int) -> dict:
     }
     for name, call in calls.items():
         for actual, expected in zip(call(), calls["transformers"](), strict=True):
-            error = (actual - expected).norm() / expected.norm()
+            error = relative_difference(actual, expected)
             assert error < 1e-4, f"{name} computes other features: relative difference {error:.2g}"
     seconds = interleaved(calls, rounds)
     peak = {
@@ -106,7 +106,7 @@ def packed(checkpoint: Path, rounds: int) -> dict:
         "transformers, one by one": lambda: [theirs(image.unsqueeze(0)) for image in images],
     }
     for out, alone in zip(calls["packed"](), calls["transformers, one by one"](), strict=True):
-        error = (out.last_hidden_state - alone.last_hidden_state).norm() / alone.last_hidden_state.norm()
+        error = relative_difference(out.last_hidden_state, alone.last_hidden_state)
         assert error < 1e-4, f"packed computes other features: relative difference {error:.2g}"
     p = model.patch_size
     tokens = {"packed": sum(h * w // p**2 for h, w in MIX), "padded": len(MIX) * height * width // p**2}

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from environment import environment, headline, save
+from timing import relative_difference
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,7 +97,7 @@ def errors() -> Iterator[dict]:
 
 
 def relative_errors(found: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
-    return {name: ((a.double() - t).norm() / t.norm()).item() for name, a, t in zip(TENSORS, found, truth, strict=True)}
+    return dict(zip(TENSORS, map(relative_difference, found, truth), strict=True))
 
 
 def error_table(rows: list[dict]) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from environment import environment, headline, save
+from timing import relative_difference
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,8 +101,8 @@ def errors() -> Iterator[dict]:
             dtypes = name(half) if stream == half else f"{name(half)} on {name(stream)}"
             row: dict = {"operation": operation, "width": C, "dtype": dtypes}
             for who, function in (("kernel", kernel), ("eager", eager)):
-                found = zip(TENSORS[operation], with_gradients(function, tensors, grads), truth, strict=True)
-                row[who] = {tensor: ((a.double() - t).norm() / t.norm()).item() for tensor, a, t in found}
+                found = map(relative_difference, with_gradients(function, tensors, grads), truth)
+                row[who] = dict(zip(TENSORS[operation], found, strict=True))
             yield row
 
 

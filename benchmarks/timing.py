@@ -1,4 +1,4 @@
-"""How things are measured here: interleaved rounds in rotated order, medians and quartiles, memory by itself."""
+"""How things are measured here: times in interleaved rounds of rotated order, memory by itself, relative errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -58,3 +59,9 @@ def peak_mib(call: Callable[[], object]) -> float:
 def _resident(field: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field))
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64; infinite where that is no number."""
+    difference = (actual.double() - expected.double()).norm() / expected.double().norm()
+    return difference.item() if difference.isfinite() else float("inf")
