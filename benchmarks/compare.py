@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from environment import RESULTS, environment, headline, peak_gflops, save
 from peers import PEERS, Features, Peer, write_checkpoint
-from timing import interleaved, relative_difference, spread
+from timing import interleaved, process_mib, relative_difference, spread
 
 from dinov3_lite import DINOv3Config
 
@@ -152,15 +152,11 @@ def in_a_child(*words: str) -> float:
 
 
 def memory_of(name: str, folder: str, pixels: str, batch: str, dtype_name: str, device: str) -> float:
-    def peak() -> float:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
-
-    before, dtype = peak(), getattr(torch, dtype_name)
+    before, dtype = process_mib("VmHWM"), getattr(torch, dtype_name)
     images = torch.zeros(int(batch), 3, int(pixels), int(pixels), dtype=dtype, device=device)
     with torch.no_grad():
         next(p for p in PEERS if p.name == name).build(Path(folder), dtype, torch.device(device))(images)
-    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak() - before
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else process_mib("VmHWM") - before
 
 
 # ---- tables and picture

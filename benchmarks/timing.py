@@ -51,14 +51,15 @@ def peak_mib(call: Callable[[], object]) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark falls to what is resident now
-    before = _resident("VmRSS")
+    before = process_mib("VmRSS")
     call()
-    return (_resident("VmHWM") - before) / 1024
+    return process_mib("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def process_mib(field: str) -> float:
+    """One of Linux's figures of this process: VmRSS, what is resident, or VmHWM, the most that was."""
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field))
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
