@@ -194,7 +194,7 @@ def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def chart(result: dict[str, Any], file: Path) -> None:
-    """Bars of the times, as a ratio to ours, a group a row; nothing where matplotlib is missing."""
+    """Bars of the median times, a picture a row; nothing where matplotlib is missing."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -211,7 +211,7 @@ def chart(result: dict[str, Any], file: Path) -> None:
         axis.set(title=label(row), xlabel="ms, median")
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis is not axes[0][0] and shown == [label.get_text() for label in axes[0][0].get_yticklabels()]:
+        if axis is not axes[0][0] and shown == [tick.get_text() for tick in axes[0][0].get_yticklabels()]:
             axis.set_yticklabels([])
     figure.suptitle(result["environment"]["machine"], fontsize=9)
     figure.tight_layout()
