@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from environment import environment, headline, save
-from timing import relative_difference
+from timing import interleaved, relative_difference
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,7 +119,9 @@ def times() -> Iterator[dict]:
         row: dict = {"batch": B, "tokens": N, "heads": heads, "head_dim": D}
         for training in (False, True):
             calls = {name: contender(name, qkv, cos, sin, training) for name in names}
-            row["training" if training else "inference"] = interleaved(calls)
+            seconds = interleaved(calls, ROUNDS, CALLS)
+            quartiles = {name: [round(1e6 * q, 1) for q in statistics.quantiles(seconds[name], n=4)] for name in names}
+            row["training" if training else "inference"] = quartiles
         yield row
 
 
@@ -135,24 +137,6 @@ def contender(name: str, qkv: Tensor, cos: Tensor, sin: Tensor, training: bool) 
             torch.autograd.grad(out, leaf, grad)
 
     return call
-
-
-def interleaved(calls: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Quartiles of the microseconds of a call, contenders taking turns so that all meet the same clocks."""
-    measured: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            begin.record()
-            for _ in range(CALLS):
-                call()
-            end.record()
-            torch.cuda.synchronize()
-            measured[name].append(1000 * begin.elapsed_time(end) / CALLS)
-    return {name: [round(q, 1) for q in statistics.quantiles(found, n=4)] for name, found in measured.items()}
 
 
 def time_table(rows: list[dict]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from environment import environment, headline, save
 from peers import write_checkpoint
+from timing import turns
 
 from convert import convert
 
@@ -60,12 +61,10 @@ def main() -> None:
         convert(folder, Path(folder) / "converted.safetensors")
         megabytes = (Path(folder) / "model.safetensors").stat().st_size / 2**20
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-        names = list(CONTENDERS)
-        for i in range(args.rounds + 1):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                run = measure(name, folder)
-                if i:  # the first round fills caches
-                    runs[name].append(run)
+        for i, name in turns(CONTENDERS, args.rounds + 1):
+            run = measure(name, folder)
+            if i:  # the first round fills caches
+                runs[name].append(run)
 
     checksums = {name: run[0]["checksum"] for name, run in runs.items()}
     reference = checksums["transformers"]

@@ -4,36 +4,45 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; one round before them warms up."""
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call in each round, the mean of `repeats`; one round before them warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for i in range(rounds + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            elapsed = once(calls[name])
-            if i:
-                seconds[name].append(elapsed)
+    for i, name in turns(calls, rounds + 1):
+        elapsed = once(calls[name], repeats)
+        if i:
+            seconds[name].append(elapsed)
     return seconds
 
 
-def once(call: Callable[[], object]) -> float:
-    """Seconds of one call, the GPU's work included."""
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
+def turns(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Round and name: every name once a round, each round beginning with the next."""
+    names = list(names)
+    for i in range(rounds):
+        first = i % len(names)
+        yield from ((i, name) for name in names[first:] + names[:first])
 
 
-def synchronize() -> None:
+def once(call: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds of a call, the mean of `repeats`: by the GPU's own clock if there is one."""
     if torch.cuda.is_available():
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
 
 
 def spread(seconds: list[float]) -> str:
