@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import RESULTS, environment, peak_gflops
+from environment import RESULTS, environment, headline, peak_gflops, save
 from peers import PEERS, Features, Peer, write_checkpoint
-from timing import interleaved, spread
-from torch import Tensor
+from timing import interleaved, process_mib, relative_difference, spread
 
 from dinov3_lite import DINOv3Config
 
@@ -85,11 +84,9 @@ def forward(args: argparse.Namespace) -> None:
                     result["rows"].append(row)
                     print(table({**result, "rows": [row]}), flush=True)
     result = {"environment": environment(*packages), **result}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.save}.json").write_text(json.dumps(result, indent=1) + "\n")
+    save(args.save, result)
     chart(result, RESULTS / f"{args.save}.png")
-    print("\n" + ", ".join(f"{key} {value}" for key, value in result["environment"].items()) + "\n")
-    print(table(result))
+    print("\n" + headline(result), table(result), sep="\n\n")
 
 
 def measure(
@@ -135,11 +132,6 @@ def measure(
     }
 
 
-def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    difference = (actual.double() - expected.double()).norm() / expected.double().norm()
-    return difference.item() if difference.isfinite() else float("inf")
-
-
 def gflop(config: DINOv3Config, pixels: int) -> float:
     """Operations of the matrix products of one image, in 1e9."""
     P = (pixels // config.patch_size) ** 2
@@ -160,15 +152,11 @@ def in_a_child(*words: str) -> float:
 
 
 def memory_of(name: str, folder: str, pixels: str, batch: str, dtype_name: str, device: str) -> float:
-    def peak() -> float:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
-
-    before, dtype = peak(), getattr(torch, dtype_name)
+    before, dtype = process_mib("VmHWM"), getattr(torch, dtype_name)
     images = torch.zeros(int(batch), 3, int(pixels), int(pixels), dtype=dtype, device=device)
     with torch.no_grad():
         next(p for p in PEERS if p.name == name).build(Path(folder), dtype, torch.device(device))(images)
-    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak() - before
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else process_mib("VmHWM") - before
 
 
 # ---- tables and picture
@@ -206,7 +194,7 @@ def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def chart(result: dict[str, Any], file: Path) -> None:
-    """Bars of the times, as a ratio to ours, a group a row; nothing where matplotlib is missing."""
+    """Bars of the median times, a picture a row; nothing where matplotlib is missing."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -223,7 +211,7 @@ def chart(result: dict[str, Any], file: Path) -> None:
         axis.set(title=label(row), xlabel="ms, median")
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis is not axes[0][0] and shown == [label.get_text() for label in axes[0][0].get_yticklabels()]:
+        if axis is not axes[0][0] and shown == [tick.get_text() for tick in axes[0][0].get_yticklabels()]:
             axis.set_yticklabels([])
     figure.suptitle(result["environment"]["machine"], fontsize=9)
     figure.tight_layout()

@@ -21,8 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from environment import RESULTS, environment
+from environment import environment, headline, save
 from safetensors.torch import save_file
+from timing import turns
 
 from dinov3_lite import DINOv3Config
 from dinov3_lite.layouts import TRANSFORMERS
@@ -52,21 +53,18 @@ def main() -> None:
         source, target = Path(scratch) / "source", Path(scratch) / "target"
         size = write_shards(source, replace(DINOv3Config.from_name(args.variant), num_hidden_layers=args.depth))
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("cp", *args.to)}
-        names = list(runs)
-        for i in range(args.rounds):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                shutil.rmtree(target, ignore_errors=True)
-                target.mkdir()
-                subprocess.run(["sync"], check=True)
-                start = time.perf_counter()
-                peak = copy(source, target) if name == "cp" else convert(source, target, name)
-                runs[name].append({"seconds": time.perf_counter() - start, "peak": peak})
-                print(f"round {i + 1}: {name}: {runs[name][-1]}", file=sys.stderr)
+        for i, name in turns(runs, args.rounds):
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+            subprocess.run(["sync"], check=True)
+            start = time.perf_counter()
+            peak = copy(source, target) if name == "cp" else convert(source, target, name)
+            runs[name].append({"seconds": time.perf_counter() - start, "peak": peak})
+            print(f"round {i + 1}: {name}: {runs[name][-1]}", file=sys.stderr)
 
     result = {"environment": environment(), "variant": args.variant, "depth": args.depth, "bytes": size, "runs": runs}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "conversion.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    save("conversion", result)
+    print(headline(result))
     print(f"{args.variant} at depth {args.depth}: {size / 1e9:.1f} GB of float32\n")
     print(table(result))
 

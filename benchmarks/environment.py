@@ -1,13 +1,15 @@
-"""What a result was measured on: stands at the head of every table and file."""
+"""What a result was measured on, at the head of every table and file, and the file itself."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import once
@@ -24,6 +26,16 @@ def environment(*packages: str) -> dict[str, str | int]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "safetensors", *packages)},
     }
+
+
+def headline(result: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    """Write benchmarks/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def machine() -> str:

@@ -12,36 +12,33 @@ tables are made.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from environment import RESULTS, environment
+from environment import environment, headline, save
 from peers import import_timm, ours, timm_model, transformers_model, write_checkpoint
-from timing import interleaved, peak_mib, spread
+from timing import interleaved, peak_mib, relative_difference, spread
+from torch import Tensor
 
 from dinov3_lite import sliding_window_features
-
-# Sixteen pictures, long side 448: landscapes and portraits of cameras and phones, panoramas, squares.
-MIX = [(336, 448)] * 5 + [(448, 336)] * 3 + [(304, 448)] * 2 + [(256, 448)] * 2 + [(448, 256), (224, 448)]
-MIX += [(448, 448)] * 2
-SIDES = (512, 1024, 1536, 2048)
-PLAIN_SIDES = (512, 1024, 1536)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--variant", default="vitb16")
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        print(memory_of(*args.memory_of))
+        what, checkpoint, *numbers = args.memory_of
+        print(memory_of(what, Path(checkpoint), [int(number) for number in numbers]))
         return
 
     import_timm()
@@ -56,9 +53,8 @@ def main() -> None:
                 "packed": packed(small, args.rounds),
                 "windows": windows(small),
             }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "features.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    save("features", result)
+    print(headline(result))
     for name, text in tables(result).items():
         print(f"\n{name}\n\n{text}")
 
@@ -66,32 +62,39 @@ def main() -> None:
 # ---- intermediate layers
 
 BLOCKS = {"quarters: blocks 2, 5, 8, 11": [2, 5, 8, 11], "first half: blocks 2, 5": [2, 5]}
+CONTENDERS = ("ours", "transformers", "timm")
+
+
+def contender(name: str, checkpoint: Path, blocks: list[int]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Images to the normed maps (B, C, h, w) after `blocks`."""
+    if name == "ours":
+        model = ours(checkpoint)
+        return lambda images: model.get_intermediate_layers(images, blocks, reshape=True)
+    if name == "transformers":
+        backbone = transformers_model(checkpoint, name="DINOv3ViTBackbone", out_indices=[b + 1 for b in blocks])
+        return lambda images: backbone(images).feature_maps
+    timms = timm_model(checkpoint)
+    return lambda images: timms.forward_intermediates(images, blocks, norm=True, intermediates_only=True)
 
 
 def layers(checkpoint: Path, blocks: list[int], rounds: int) -> dict:
     """Seconds a round and peak MiB of four normed maps at 224 px, batch 4, by contender."""
     images = torch.randn(4, 3, 224, 224)
-    model = ours(checkpoint)
-    theirs = transformers_model(checkpoint, name="DINOv3ViTBackbone", out_indices=[b + 1 for b in blocks])
-    timms = timm_model(checkpoint)
-    calls = {
-        "ours": lambda: list(model.get_intermediate_layers(images, blocks, reshape=True)),
-        "transformers": lambda: list(theirs(images).feature_maps),
-        "timm": lambda: timms.forward_intermediates(images, blocks, norm=True, intermediates_only=True),
-    }
+    calls = {name: partial(contender(name, checkpoint, blocks), images) for name in CONTENDERS}
     for name, call in calls.items():
         for actual, expected in zip(call(), calls["transformers"](), strict=True):
-            error = (actual - expected).norm() / expected.norm()
+            error = relative_difference(actual, expected)
             assert error < 1e-4, f"{name} computes other features: relative difference {error:.2g}"
     seconds = interleaved(calls, rounds)
-    peak = {
-        name: statistics.median(in_a_child(name, f"{checkpoint}:{','.join(map(str, blocks))}") for _ in range(3))
-        for name in calls
-    }
+    peak = {name: statistics.median(in_a_child(name, checkpoint, *blocks) for _ in range(3)) for name in calls}
     return {name: {"seconds": seconds[name], "peak MiB": peak[name]} for name in calls}
 
 
 # ---- packed
+
+# Sixteen pictures, long side 448: landscapes and portraits of cameras and phones, panoramas, squares.
+MIX = [(336, 448)] * 5 + [(448, 336)] * 3 + [(304, 448)] * 2 + [(256, 448)] * 2 + [(448, 256), (224, 448)]
+MIX += [(448, 448)] * 2
 
 
 def packed(checkpoint: Path, rounds: int) -> dict:
@@ -108,7 +111,7 @@ def packed(checkpoint: Path, rounds: int) -> dict:
         "transformers, one by one": lambda: [theirs(image.unsqueeze(0)) for image in images],
     }
     for out, alone in zip(calls["packed"](), calls["transformers, one by one"](), strict=True):
-        error = (out.last_hidden_state - alone.last_hidden_state).norm() / alone.last_hidden_state.norm()
+        error = relative_difference(out.last_hidden_state, alone.last_hidden_state)
         assert error < 1e-4, f"packed computes other features: relative difference {error:.2g}"
     p = model.patch_size
     tokens = {"packed": sum(h * w // p**2 for h, w in MIX), "padded": len(MIX) * height * width // p**2}
@@ -117,18 +120,26 @@ def packed(checkpoint: Path, rounds: int) -> dict:
 
 # ---- windows
 
+SIDES = {"one forward": (512, 1024, 1536), "windows": (512, 1024, 1536, 2048)}
+
 
 def windows(checkpoint: Path) -> dict:
     """Peak MiB of the dense map of a square picture, in one forward and in windows of 512 px, stride 384."""
-    sides = {"one forward": PLAIN_SIDES, "windows": SIDES}
-    return {way: {side: in_a_child(way, f"{checkpoint}:{side}") for side in sides[way]} for way in sides}
+    return {way: {str(side): in_a_child(way, checkpoint, side) for side in sides} for way, sides in SIDES.items()}
+
+
+def dense(way: str, checkpoint: Path) -> Callable[[Tensor], Tensor]:
+    model = ours(checkpoint)
+    if way == "windows":
+        return lambda images: sliding_window_features(model, images, 512, 384)
+    return lambda images: model(images).feature_map
 
 
 # ---- memory, in a process of its own
 
 
-def in_a_child(what: str, argument: str) -> float:
-    command = [sys.executable, __file__, "--memory-of", what, argument]
+def in_a_child(what: str, checkpoint: Path, *numbers: int) -> float:
+    command = [sys.executable, __file__, "--memory-of", what, str(checkpoint), *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -136,31 +147,14 @@ def in_a_child(what: str, argument: str) -> float:
 
 
 @torch.inference_mode()
-def memory_of(what: str, argument: str) -> float:
-    folder, numbers = argument.rsplit(":", 1)
-    blocks = [int(n) for n in numbers.split(",")]
-    checkpoint, images = Path(folder), torch.zeros(4, 3, 224, 224)
-    if what in ("one forward", "windows"):
-        images = torch.zeros(1, 3, blocks[0], blocks[0])
-        model = ours(checkpoint)
-        calls = {
-            "one forward": lambda x: model(x).feature_map,
-            "windows": lambda x: sliding_window_features(model, x, 512, 384),
-        }
+def memory_of(what: str, checkpoint: Path, numbers: list[int]) -> float:
+    """Peak MiB of a contender for the blocks `numbers`, or of a way to the dense map of a picture of that side."""
+    if what in CONTENDERS:
+        call, images = contender(what, checkpoint, numbers), torch.zeros(4, 3, 224, 224)
     else:
-        if what == "transformers":
-            theirs = transformers_model(checkpoint, name="DINOv3ViTBackbone", out_indices=[b + 1 for b in blocks])
-        elif what == "timm":
-            theirs = timm_model(checkpoint)
-        else:
-            theirs = ours(checkpoint)
-        calls = {
-            "ours": lambda x: theirs.get_intermediate_layers(x, blocks, reshape=True),
-            "transformers": lambda x: theirs(x).feature_maps,
-            "timm": lambda x: theirs.forward_intermediates(x, blocks, norm=True, intermediates_only=True),
-        }
-    calls[what](images[..., :64, :64])  # pages in the weights
-    return peak_mib(lambda: calls[what](images))
+        call, images = dense(what, checkpoint), torch.zeros(1, 3, numbers[0], numbers[0])
+    call(images[..., :64, :64])  # pages in the weights
+    return peak_mib(lambda: call(images))
 
 
 # ---- tables
@@ -195,8 +189,8 @@ def _packed(result: dict) -> str:
 
 def _windows(result: dict) -> str:
     lines = ["| picture | one forward, peak MiB | windows of 512, peak MiB |", "|---" * 3 + "|"]
-    for side in map(str, SIDES):
-        plain, tiled = (({str(k): v for k, v in result[way].items()}).get(side) for way in ("one forward", "windows"))
+    for side, tiled in result["windows"].items():
+        plain = result["one forward"].get(side)
         lines.append(f"| {side} x {side} | {'not run' if plain is None else f'{plain:.0f}'} | {tiled:.0f} |")
     return "\n".join(lines)
 

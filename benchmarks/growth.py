@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from environment import RESULTS, environment
+from environment import environment, headline, save
 from peers import ours, write_checkpoint
 from timing import once, peak_mib
 
@@ -49,10 +49,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--rounds", str(args.rounds), "--path", path, str(checkpoint)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             result["paths"][path] = json.loads(done.stdout.splitlines()[-1])
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "growth.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()) + "\n")
-    print(table(result))
+    save("growth", result)
+    print(headline(result), table(result), sep="\n\n")
 
 
 @torch.inference_mode()

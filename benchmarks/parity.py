@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environment import RESULTS, environment
+from environment import environment, headline, save
 
 TESTS = Path(__file__).parent.parent / "tests"
 
@@ -29,10 +29,8 @@ def main() -> int:
         rows = [json.loads(line) for line in Path(file.name).read_text().splitlines()]
     faces = [row for row in rows if "face" in row]
     result = {"environment": environment(), "rows": [row for row in rows if row not in faces], "faces": faces}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "parity.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()) + "\n")
-    print(table(result["rows"]) + "\n\n" + faces_table(faces))
+    save("parity", result)
+    print(headline(result), table(result["rows"]), faces_table(faces), sep="\n\n")
     return status
 
 

@@ -9,7 +9,6 @@ Writes benchmarks/results/rope_attention_cpu.json or .._cuda.json, of which the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -17,7 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from environment import RESULTS, environment, version
+from environment import environment, headline, save
+from timing import interleaved, relative_difference
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,19 +41,17 @@ ROUNDS, CALLS = 20, 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-save", action="store_true", help="print only")
-    save = not parser.parse_args().no_save
+    args = parser.parse_args()
     torch.manual_seed(0)
-    result = {"environment": environment() | {"triton": version("triton")}, "errors": list(errors())}
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()) + "\n")
-    print(error_table(result["errors"]) + "\n")
+    result = {"environment": environment("triton"), "errors": list(errors())}
+    print(headline(result), error_table(result["errors"]), sep="\n\n", end="\n\n")
     if DEVICE == "cuda":
         result["times"] = list(times())
         print(time_table(result["times"]))
     else:
         print("No GPU: the kernels ran in triton's interpreter, and nothing was timed.")
-    if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"rope_attention_{DEVICE}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if not args.no_save:
+        save(f"rope_attention_{DEVICE}", result)
 
 
 @contextmanager
@@ -99,7 +97,7 @@ def errors() -> Iterator[dict]:
 
 
 def relative_errors(found: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
-    return {name: ((a.double() - t).norm() / t.norm()).item() for name, a, t in zip(TENSORS, found, truth, strict=True)}
+    return dict(zip(TENSORS, map(relative_difference, found, truth), strict=True))
 
 
 def error_table(rows: list[dict]) -> str:
@@ -121,7 +119,9 @@ def times() -> Iterator[dict]:
         row: dict = {"batch": B, "tokens": N, "heads": heads, "head_dim": D}
         for training in (False, True):
             calls = {name: contender(name, qkv, cos, sin, training) for name in names}
-            row["training" if training else "inference"] = interleaved(calls)
+            seconds = interleaved(calls, ROUNDS, CALLS)
+            quartiles = {name: [round(1e6 * q, 1) for q in statistics.quantiles(seconds[name], n=4)] for name in names}
+            row["training" if training else "inference"] = quartiles
         yield row
 
 
@@ -137,24 +137,6 @@ def contender(name: str, qkv: Tensor, cos: Tensor, sin: Tensor, training: bool) 
             torch.autograd.grad(out, leaf, grad)
 
     return call
-
-
-def interleaved(calls: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Quartiles of the microseconds of a call, contenders taking turns so that all meet the same clocks."""
-    measured: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            begin.record()
-            for _ in range(CALLS):
-                call()
-            end.record()
-            torch.cuda.synchronize()
-            measured[name].append(1000 * begin.elapsed_time(end) / CALLS)
-    return {name: [round(q, 1) for q in statistics.quantiles(found, n=4)] for name, found in measured.items()}
 
 
 def time_table(rows: list[dict]) -> str:

@@ -9,13 +9,13 @@ benchmarks/results/row_kernels_cpu.json or .._cuda.json, of which the tables of 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from environment import RESULTS, environment, version
+from environment import environment, headline, save
+from timing import relative_difference
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,14 +37,12 @@ if DEVICE == "cuda":
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-save", action="store_true", help="print only")
-    save = not parser.parse_args().no_save
+    args = parser.parse_args()
     torch.manual_seed(0)
-    result = {"environment": environment() | {"triton": version("triton")}, "errors": list(errors())}
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()) + "\n")
-    print(error_table(result["errors"]))
-    if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"row_kernels_{DEVICE}.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {"environment": environment("triton"), "errors": list(errors())}
+    print(headline(result), error_table(result["errors"]), sep="\n\n")
+    if not args.no_save:
+        save(f"row_kernels_{DEVICE}", result)
 
 
 def eager_add_layer_norm(
@@ -103,8 +101,8 @@ def errors() -> Iterator[dict]:
             dtypes = name(half) if stream == half else f"{name(half)} on {name(stream)}"
             row: dict = {"operation": operation, "width": C, "dtype": dtypes}
             for who, function in (("kernel", kernel), ("eager", eager)):
-                found = zip(TENSORS[operation], with_gradients(function, tensors, grads), truth, strict=True)
-                row[who] = {tensor: ((a.double() - t).norm() / t.norm()).item() for tensor, a, t in found}
+                found = map(relative_difference, with_gradients(function, tensors, grads), truth)
+                row[who] = dict(zip(TENSORS[operation], found, strict=True))
             yield row
 
 

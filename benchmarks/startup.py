@@ -17,8 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environment import RESULTS, environment
+from environment import environment, headline, save
 from peers import write_checkpoint
+from timing import turns
 
 from convert import convert
 
@@ -60,12 +61,10 @@ def main() -> None:
         convert(folder, Path(folder) / "converted.safetensors")
         megabytes = (Path(folder) / "model.safetensors").stat().st_size / 2**20
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-        names = list(CONTENDERS)
-        for i in range(args.rounds + 1):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                run = measure(name, folder)
-                if i:  # the first round fills caches
-                    runs[name].append(run)
+        for i, name in turns(CONTENDERS, args.rounds + 1):
+            run = measure(name, folder)
+            if i:  # the first round fills caches
+                runs[name].append(run)
 
     checksums = {name: run[0]["checksum"] for name, run in runs.items()}
     reference = checksums["transformers"]
@@ -73,9 +72,8 @@ def main() -> None:
         assert abs(checksum / reference - 1) < 1e-5, f"{name} computes other features: {checksums}"
 
     result = {"environment": environment(), "variant": args.variant, "megabytes": megabytes, "runs": runs}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "startup.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    save("startup", result)
+    print(headline(result))
     print(f"{args.variant}, {megabytes:.0f} MiB of float32 weights, 224 x 224 px, batch 1\n")
     print(table(result))
 

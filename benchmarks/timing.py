@@ -1,38 +1,48 @@
-"""How things are measured here: interleaved rounds in rotated order, medians and quartiles, memory by itself."""
+"""How things are measured here: times in interleaved rounds of rotated order, memory by itself, relative errors."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; one round before them warms up."""
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call in each round, the mean of `repeats`; one round before them warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for i in range(rounds + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            elapsed = once(calls[name])
-            if i:
-                seconds[name].append(elapsed)
+    for i, name in turns(calls, rounds + 1):
+        elapsed = once(calls[name], repeats)
+        if i:
+            seconds[name].append(elapsed)
     return seconds
 
 
-def once(call: Callable[[], object]) -> float:
-    """Seconds of one call, the GPU's work included."""
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
+def turns(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Round and name: every name once a round, each round beginning with the next."""
+    names = list(names)
+    for i in range(rounds):
+        first = i % len(names)
+        yield from ((i, name) for name in names[first:] + names[:first])
 
 
-def synchronize() -> None:
+def once(call: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds of a call, the mean of `repeats`: by the GPU's own clock if there is one."""
     if torch.cuda.is_available():
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
 
 
 def spread(seconds: list[float]) -> str:
@@ -50,11 +60,18 @@ def peak_mib(call: Callable[[], object]) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark falls to what is resident now
-    before = _resident("VmRSS")
+    before = process_mib("VmRSS")
     call()
-    return (_resident("VmHWM") - before) / 1024
+    return process_mib("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def process_mib(field: str) -> float:
+    """One of Linux's figures of this process: VmRSS, what is resident, or VmHWM, the most that was."""
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field))
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64; infinite where that is no number."""
+    difference = (actual.double() - expected.double()).norm() / expected.double().norm()
+    return difference.item() if difference.isfinite() else float("inf")
