@@ -3,18 +3,24 @@
 model = DINOv3ViT.from_pretrained("checkpoint/")
 images = ImageProcessor.from_pretrained("checkpoint/")(picture)
 features = model(**images).feature_map
+
+A name is imported with its module when it is first used.
 """
 
-from .config import DINOv3Config
-from .encoder import build_dinov3_encoder
-from .finetune import freeze_but_last, parameter_groups, trainable_summary
-from .image import ImageProcessor
-from .inference import compile
-from .interfaces import DINOv3ViTBackbone, FeaturesOnly
-from .model import DINOv3Output, DINOv3ViT
-from .window import sliding_window_features
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import DINOv3Config
+    from .encoder import build_dinov3_encoder
+    from .finetune import freeze_but_last, parameter_groups, trainable_summary
+    from .image import ImageProcessor
+    from .inference import compile
+    from .interfaces import DINOv3ViTBackbone, FeaturesOnly
+    from .model import DINOv3Output, DINOv3ViT
+    from .window import sliding_window_features
 
 __all__ = [
     "DINOv3Config",
@@ -30,3 +36,29 @@ __all__ = [
     "sliding_window_features",
     "trainable_summary",
 ]
+
+_MODULES = {
+    "DINOv3Config": "config",
+    "DINOv3Output": "model",
+    "DINOv3ViT": "model",
+    "DINOv3ViTBackbone": "interfaces",
+    "FeaturesOnly": "interfaces",
+    "ImageProcessor": "image",
+    "build_dinov3_encoder": "encoder",
+    "compile": "inference",
+    "freeze_but_last": "finetune",
+    "parameter_groups": "finetune",
+    "sliding_window_features": "window",
+    "trainable_summary": "finetune",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -34,9 +34,12 @@ EDGES = {
     "dinov3_lite/finetune.py": {"model"},
     "dinov3_lite/window.py": {"model"},
     "dinov3_lite/export.py": {"model"},
+    "dinov3_lite/inference.py": {"image", "layers", "model"},
     "dinov3_lite/picture.py": set(),
     "dinov3_lite/sample.py": {"config", "image", "layouts", "model", "weights"},
-    "dinov3_lite/__init__.py": {"config", "encoder", "finetune", "image", "interfaces", "model", "window"},
+    "dinov3_lite/__init__.py": {
+        *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
+    },
     "dinov3_lite/__main__.py": {"", "export", "picture", "sample"},
     "convert/verify.py": {"convert/*", "dinov3_lite.layouts", "dinov3_lite.model", "dinov3_lite.weights"},
     "convert/describe.py": {"dinov3_lite.image", "dinov3_lite.rope", "dinov3_lite.weights"},
@@ -86,11 +89,30 @@ def test_the_library_never_names_its_references():
             assert not {name.split(".")[0] for name in names} & {"transformers", "timm", "torchvision"}, file
 
 
+def test_the_package_imports_a_name_when_it_is_used():
+    code = """
+import sys, torch, dinov3_lite
+assert not any(name.startswith("dinov3_lite.") for name in sys.modules)
+dinov3_lite.DINOv3Config
+assert "dinov3_lite.config" in sys.modules and "dinov3_lite.model" not in sys.modules
+assert set(dinov3_lite.__all__) <= set(dir(dinov3_lite))
+from dinov3_lite import *
+assert DINOv3ViT is dinov3_lite.DINOv3ViT and compile is dinov3_lite.compile
+try:
+    dinov3_lite.DINOv2
+except AttributeError as error:
+    print(error)
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "module 'dinov3_lite' has no attribute 'DINOv2'", done.stderr
+
+
 def test_importing_pulls_in_nothing_heavy():
     code = """
 import sys, torch
 before = set(sys.modules)
-import dinov3_lite, convert, dinov3_lite.export
+import dinov3_lite, convert, dinov3_lite.export, dinov3_lite.inference
+from dinov3_lite import DINOv3ViT
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 heavy = {"transformers", "triton", "PIL", "huggingface_hub", "matplotlib", "timm", "torchvision", "sympy", "onnx"}
 print(sorted(new & (heavy | {"onnxscript", "onnxruntime"})))
