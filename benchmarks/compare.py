@@ -17,7 +17,6 @@ import argparse
 import json
 import runpy
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from environment import RESULTS, environment, headline, peak_gflops, save
 from peers import PEERS, Features, Peer, write_checkpoint
-from timing import interleaved, process_mib, relative_difference, spread
+from timing import in_a_child, interleaved, process_mib, relative_difference, spread
 
 from dinov3_lite import DINOv3Config
 
@@ -118,16 +117,16 @@ def measure(
     before = peak_gflops(dtype, device)
     seconds = interleaved({name: lambda call=call: call(images) for name, call in calls.items()}, rounds)
     after = peak_gflops(dtype, device)
-    where = (str(checkpoint), str(pixels), str(batch), str(dtype).removeprefix("torch."), str(device))
+    dtype_name = str(dtype).removeprefix("torch.")
     return {
         "variant": variant,
         "pixels": pixels,
         "batch": batch,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name,
         "gflop": batch * gflop(DINOv3Config.from_name(variant), pixels),
         "peak GFLOP/s": max(before, after),
         "seconds": seconds,
-        "peak MiB": {name: in_a_child(name, *where) for name in calls},
+        "peak MiB": {name: peak_of(name, checkpoint, pixels, batch, dtype_name, device) for name in calls},
         "missing": missing,
     }
 
@@ -144,11 +143,12 @@ def gflop(config: DINOv3Config, pixels: int) -> float:
 # ---- memory, in a process of its own
 
 
-def in_a_child(*words: str) -> float:
+def peak_of(*words: object) -> float:
     """Peak MiB above `import torch` of a process that loads and runs once; of the GPU, where it runs there."""
-    command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--memory-of", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1]) if done.returncode == 0 else float("nan")
+    try:
+        return float(in_a_child(__file__, "--threads", torch.get_num_threads(), "--memory-of", *words))
+    except RuntimeError:
+        return float("nan")
 
 
 def memory_of(name: str, folder: str, pixels: str, batch: str, dtype_name: str, device: str) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from environment import environment, headline, save
 from safetensors.torch import save_file
-from timing import turns
+from timing import in_a_child, turns
 
 from dinov3_lite import DINOv3Config
 from dinov3_lite.layouts import TRANSFORMERS
@@ -97,11 +97,7 @@ def copy(source: Path, target: Path) -> float:
 
 def convert(source: Path, target: Path, name: str) -> float:
     """Peak memory in MiB above the interpreter with torch loaded."""
-    command = [sys.executable, "-c", CONVERT, str(source), str(target), *name.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=target)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return float(done.stdout)
+    return float(in_a_child("-c", CONVERT, source, target, *name.split(), cwd=target))
 
 
 def table(result: dict) -> str:

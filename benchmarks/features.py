@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from environment import environment, headline, save
 from peers import import_timm, ours, timm_model, transformers_model, write_checkpoint
-from timing import interleaved, peak_mib, relative_difference, spread
+from timing import in_a_child, interleaved, peak_mib, relative_difference, spread
 from torch import Tensor
 
 from dinov3_lite import sliding_window_features
@@ -86,7 +84,7 @@ def layers(checkpoint: Path, blocks: list[int], rounds: int) -> dict:
             error = relative_difference(actual, expected)
             assert error < 1e-4, f"{name} computes other features: relative difference {error:.2g}"
     seconds = interleaved(calls, rounds)
-    peak = {name: statistics.median(in_a_child(name, checkpoint, *blocks) for _ in range(3)) for name in calls}
+    peak = {name: statistics.median(peak_of(name, checkpoint, *blocks) for _ in range(3)) for name in calls}
     return {name: {"seconds": seconds[name], "peak MiB": peak[name]} for name in calls}
 
 
@@ -125,7 +123,7 @@ SIDES = {"one forward": (512, 1024, 1536), "windows": (512, 1024, 1536, 2048)}
 
 def windows(checkpoint: Path) -> dict:
     """Peak MiB of the dense map of a square picture, in one forward and in windows of 512 px, stride 384."""
-    return {way: {str(side): in_a_child(way, checkpoint, side) for side in sides} for way, sides in SIDES.items()}
+    return {way: {str(side): peak_of(way, checkpoint, side) for side in sides} for way, sides in SIDES.items()}
 
 
 def dense(way: str, checkpoint: Path) -> Callable[[Tensor], Tensor]:
@@ -138,12 +136,8 @@ def dense(way: str, checkpoint: Path) -> Callable[[Tensor], Tensor]:
 # ---- memory, in a process of its own
 
 
-def in_a_child(what: str, checkpoint: Path, *numbers: int) -> float:
-    command = [sys.executable, __file__, "--memory-of", what, str(checkpoint), *map(str, numbers)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return float(done.stdout.splitlines()[-1])
+def peak_of(what: str, checkpoint: Path, *numbers: int) -> float:
+    return float(in_a_child(__file__, "--memory-of", what, checkpoint, *numbers))
 
 
 @torch.inference_mode()

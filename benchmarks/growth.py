@@ -12,15 +12,13 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from environment import environment, headline, save
 from peers import ours, write_checkpoint
-from timing import once, peak_mib
+from timing import in_a_child, once, peak_mib
 
 SIDES = (256, 384, 512, 768, 1024)
 BATCHES = (1, 2, 4, 8, 16)
@@ -46,9 +44,8 @@ def main() -> None:
         checkpoint = write_checkpoint(Path(folder) / args.variant, args.variant)
         result = {"environment": environment(), "variant": args.variant, "paths": {}}
         for path in PATHS:
-            command = [sys.executable, __file__, "--rounds", str(args.rounds), "--path", path, str(checkpoint)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            result["paths"][path] = json.loads(done.stdout.splitlines()[-1])
+            printed = in_a_child(__file__, "--rounds", args.rounds, "--path", path, checkpoint)
+            result["paths"][path] = json.loads(printed)
     save("growth", result)
     print(headline(result), table(result), sep="\n\n")
 

@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from environment import environment, headline, save
 from peers import write_checkpoint
-from timing import turns
+from timing import in_a_child, turns
 
 from convert import convert
 
@@ -81,10 +79,7 @@ def main() -> None:
 def measure(name: str, folder: str) -> dict[str, float]:
     imports, load = CONTENDERS[name]
     code = MEASURE.format(imports=imports, load=load.format(folder=folder))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(in_a_child("-c", code, cwd=folder))
 
 
 def table(result: dict) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,6 +72,14 @@ def process_mib(field: str) -> float:
     """One of Linux's figures of this process: VmRSS, what is resident, or VmHWM, the most that was."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+
+
+def in_a_child(*words: object, cwd: str | Path | None = None) -> str:
+    """The last line that a new process of this Python prints."""
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout.splitlines()[-1]
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
