@@ -78,6 +78,17 @@ class SelfAttention(nn.Module):
         return (scores * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
+def activate(name: str, hidden: Tensor, projection: nn.Module) -> Tensor:
+    """Apply "gelu" (the exact one, by erf) or "silu" to what `projection` put out.
+
+    In its own memory where nobody else reads it, neither a backward pass nor a hook: a forward's largest tensor is then
+    there once, and the allocator need not return and fetch such memory in every block.
+    """
+    if torch.is_grad_enabled() or projection._forward_hooks:
+        return getattr(F, name)(hidden)
+    return getattr(torch.ops.aten, f"{name}_")(hidden)
+
+
 class Mlp(nn.Module):
     """fc2(act(fc1(x))), with the exact (erf) GELU in the released models: (B, N, C) -> (B, N, C).
 
@@ -86,12 +97,12 @@ class Mlp(nn.Module):
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__()
-        self.act = getattr(F, config.hidden_act)
+        self.act = config.hidden_act
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(activate(self.act, self.fc1(x), self.fc1))
 
 
 class GatedMlp(nn.Module):
@@ -102,17 +113,17 @@ class GatedMlp(nn.Module):
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__()
-        self.act = getattr(F, config.hidden_act)
+        self.act = config.hidden_act
         self.w12 = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.w3 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        if fused and self.act is F.silu:
+        if fused and self.act == "silu":
             from .kernels import swiglu
 
             return self.w3(swiglu(self.w12(x)))
         gate, value = self.w12(x).chunk(2, dim=-1)  # (B, N, F) each
-        return self.w3(self.act(gate) * value)
+        return self.w3(activate(self.act, gate, self.w12) * value)
 
 
 class LayerScale(nn.Module):

@@ -462,3 +462,19 @@ def test_export_with_dynamic_batch_and_resolution(config, tmp_path):
         out = program.module()(images)
         torch.testing.assert_close(out.last_hidden_state, model(images).last_hidden_state, rtol=1e-4, atol=1e-5)
         assert out.feature_map.shape == (batch, 32, height // 8, width // 8)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["mlp", "gated"])
+def test_activations_overwrite_only_what_nobody_else_reads(config):
+    model = DINOv3ViT(config).eval()
+    images = torch.randn(1, 3, 2 * config.patch_size, 3 * config.patch_size)
+    with_gradients = model(images).last_hidden_state
+    first = model.blocks[0].mlp.w12 if config.use_gated_mlp else model.blocks[0].mlp.fc1
+    with torch.no_grad():
+        assert torch.equal(model(images).last_hidden_state, with_gradients)
+        seen = []
+        handle = first.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+        assert torch.equal(model(images).last_hidden_state, with_gradients)
+        handle.remove()
+        ((x, hidden),) = seen
+        assert torch.equal(hidden, first(x))
