@@ -30,6 +30,7 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 bench: .venv/installed-dev  ## ours beside transformers, timm, onnxruntime and OpenVINO
+	$(PIP) install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/compare.py
 
 parity-table: .venv/installed-dev

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convert import convert
-from dinov3_lite import DINOv3Config, DINOv3ViT
+from dinov3_lite import DINOv3Config, DINOv3ViT, compile
 from dinov3_lite.layouts import TRANSFORMERS, rename
 from dinov3_lite.sample import made_weights
 
@@ -60,6 +60,14 @@ def of_module(load: Callable[..., Any], features: Callable[[Any, Tensor], Tensor
 
 def ours(folder: Path, dtype: torch.dtype = torch.float32) -> DINOv3ViT:
     return DINOv3ViT.from_pretrained(folder, dtype=dtype)
+
+
+def ours_compiled(dynamic: bool) -> Builder:
+    def build(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
+        model = compile(ours(folder, dtype).to(device), dynamic=dynamic)
+        return lambda images: model(images).last_hidden_state
+
+    return build
 
 
 def transformers_model(
@@ -153,7 +161,8 @@ def last_hidden_state(model: Any, images: Tensor) -> Tensor:
 
 PEERS = [
     Peer("ours", of_module(ours, last_hidden_state)),
-    Peer("ours, compiled", of_module(ours, last_hidden_state, compiled=True)),
+    Peer("ours, compiled", ours_compiled(dynamic=False)),
+    Peer("ours, compiled for all sizes", ours_compiled(dynamic=True)),
     Peer("transformers, sdpa", of_module(transformers_model, last_hidden_state)),
     Peer("transformers, eager attention", of_module(transformers_eager, last_hidden_state)),
     Peer("transformers, compiled", of_module(transformers_model, last_hidden_state, compiled=True)),
