@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .model import DINOv3ViT, to_map
+from .model import DINOv3ViT
 
 
 class BackboneOutput(NamedTuple):
@@ -81,10 +81,9 @@ class DINOv3ViTBackbone(nn.Module):
         maps, cls_tokens = [], []
         for i in self.out_indices:
             normed = self.apply_layernorm or i == model.depth
-            state = model.norm(states[i]) if normed else model.as_output(states[i])
-            patch_tokens = state[:, model.num_prefix_tokens :]
-            maps.append(to_map(patch_tokens, grid) if self.reshape_hidden_states else patch_tokens)
-            cls_tokens.append(state[:, 0])
+            patches, prefix = model.patches_and_prefix(states[i], grid, normed, self.reshape_hidden_states)
+            maps.append(patches)
+            cls_tokens.append(prefix[:, 0])
         return BackboneOutput(tuple(maps), tuple(cls_tokens) if self.return_class_token else None)
 
     def _stages(self, indices: Sequence[int] | None, names: Sequence[str] | None) -> list[int]:

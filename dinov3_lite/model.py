@@ -61,14 +61,14 @@ class DINOv3Output(NamedTuple):
 
         Raises ValueError if only some of the patches were kept.
         """
-        return to_map(self.patch_tokens, self.grid)
+        return _to_map(self.patch_tokens, self.grid)
 
 
 # Lets torch.export.save and AOTInductor write programs that return it.
 _pytree._register_namedtuple(DINOv3Output, serialized_type_name="dinov3_lite.DINOv3Output")
 
 
-def to_map(patch_tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def _to_map(patch_tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, h*w, C) -> (B, C, h, w), a view; ValueError if there are not h*w of them."""
     h, w = grid
     if patch_tokens.shape[1] != h * w:
@@ -201,7 +201,7 @@ class DINOv3ViT(nn.Module):
         taps = range(self.depth) if output_hidden_states else (self.depth - 1,)
         states = self.run_blocks(tokens, taps)
         last_hidden_state = self.norm(states[-1])
-        hidden_states = tuple(map(self.as_output, (tokens.x, *states))) if output_hidden_states else None
+        hidden_states = tuple(map(self._as_output, (tokens.x, *states))) if output_hidden_states else None
         if return_dict:
             return DINOv3Output(last_hidden_state, last_hidden_state[:, 0], hidden_states, grid, self.num_prefix_tokens)
         output = (last_hidden_state, last_hidden_state[:, 0])
@@ -308,13 +308,12 @@ class DINOv3ViT(nn.Module):
         tokens, grid = self.embed(x)
         outputs: list[tuple[Tensor, ...]] = []
         for state in self.run_blocks(tokens, taps):
-            state = self.norm(state) if norm else self.as_output(state)
-            patch_tokens = state[:, self.num_prefix_tokens :]
-            output = [to_map(patch_tokens, grid) if reshape else patch_tokens]
+            patches, prefix = self.patches_and_prefix(state, grid, norm, reshape)
+            output = [patches]
             if return_class_token:
-                output.append(state[:, 0])
+                output.append(prefix[:, 0])
             if return_extra_tokens:
-                output.append(state[:, 1 : self.num_prefix_tokens])
+                output.append(prefix[:, 1:])
             outputs.append(tuple(output))
         return tuple(o if return_class_token or return_extra_tokens else o[0] for o in outputs)
 
@@ -345,7 +344,7 @@ class DINOv3ViT(nn.Module):
             "x_norm_clstoken": normed[:, 0],
             "x_storage_tokens": normed[:, 1 : self.num_prefix_tokens],
             "x_norm_patchtokens": normed[:, self.num_prefix_tokens :],
-            "x_prenorm": self.as_output(prenorm),
+            "x_prenorm": self._as_output(prenorm),
             "masks": masks,
         }
 
@@ -376,10 +375,8 @@ class DINOv3ViT(nn.Module):
         states = self.run_blocks(tokens, sorted({*taps, last}))
         outputs: list[Any] = []
         for state in states[: len(taps)]:
-            state = self.norm(state) if norm else self.as_output(state)
-            patch_tokens = state[:, self.num_prefix_tokens :]
-            output = to_map(patch_tokens, grid) if output_fmt == "NCHW" else patch_tokens
-            outputs.append((output, state[:, : self.num_prefix_tokens]) if return_prefix_tokens else output)
+            patches, prefix = self.patches_and_prefix(state, grid, norm, output_fmt == "NCHW")
+            outputs.append((patches, prefix) if return_prefix_tokens else patches)
         return outputs if intermediates_only else (self.norm(states[-1]), outputs)
 
     @property
@@ -409,7 +406,15 @@ class DINOv3ViT(nn.Module):
         millions = sum(p.numel() for p in self.parameters()) / 1e6
         return f"{self.config.name}, {millions:.1f} M parameters, weights {self.weights_id}"
 
-    def as_output(self, state: Tensor) -> Tensor:
+    def patches_and_prefix(
+        self, state: Tensor, grid: tuple[int, int], norm: bool, reshape: bool
+    ) -> tuple[Tensor, Tensor]:
+        """A block's output: patch tokens (B, h*w, C), or (B, C, h, w) with `reshape`; prefix tokens (B, 1 + R, C)."""
+        state = self.norm(state) if norm else self._as_output(state)
+        prefix, patches = state[:, : self.num_prefix_tokens], state[:, self.num_prefix_tokens :]
+        return _to_map(patches, grid) if reshape else patches, prefix
+
+    def _as_output(self, state: Tensor) -> Tensor:
         """A state of the residual stream as users get it: in the weights' dtype, unless that is too narrow for it."""
         dtype = self.norm.weight.dtype
         return state.to(torch.float32 if dtype == torch.float16 else dtype)
