@@ -107,13 +107,14 @@ def packed_attention(attention: AttentionFn, shapes: Sequence[tuple[int, int]], 
     """
     lengths = [n for b, n in shapes for _ in range(b)]
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    longest = max(lengths)
 
     def run(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
         if attention is triton_attention or (attention is auto_attention and _suits_triton(q)):
             from .kernels import rope_attention_packed
 
-            return rope_attention_packed(q, k, v, cos, sin, cu_seqlens, max(lengths)).unsqueeze(0)
+            return rope_attention_packed(q, k, v, cos, sin, cu_seqlens, longest).unsqueeze(0)
         each = zip(*(unpack(x, shapes) for x in (q, k, v, cos, sin)), strict=True)
         return torch.cat([attention(*batch).flatten(0, 1) for batch in each]).unsqueeze(0)
 
