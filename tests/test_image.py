@@ -35,10 +35,7 @@ def test_equal_to_transformers(config, tmp_path):
     pictures = {f"{h}x{w}": torch.from_numpy(picture(h, w)).permute(2, 0, 1).contiguous() for h, w in sizes}
     save_file(pictures, tmp_path / "pictures.safetensors")
     files = tmp_path / "pictures.safetensors", tmp_path / "out.safetensors"
-    done = run_reference("reference_images.py", *files, json.dumps(config), cwd=tmp_path)
-    if "No module named 'torchvision'" in done.stderr:
-        pytest.skip("needs torchvision, as `make test` installs it")
-    assert done.returncode == 0, done.stderr
+    run_reference("reference_images.py", *files, json.dumps(config), cwd=tmp_path)
     processor = ImageProcessor.from_dict({**PREPROCESSING, **config})
     for name, expected in load_file(tmp_path / "out.safetensors").items():
         ours = processor(pictures[name])["pixel_values"]

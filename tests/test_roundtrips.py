@@ -253,11 +253,8 @@ def test_timm_itself_loads_what_we_write_and_agrees(name, changes, architecture,
     images = torch.randn(2, 3, 64, 96)
     save_file({"images": images}, tmp_path / "images.safetensors")
     files = tmp_path / "images.safetensors", tmp_path / "out.safetensors"
-    done = run_reference("reference_timm.py", folder, *files, cwd=tmp_path)
-    if "No module named 'timm'" in done.stderr or "No module named 'torchvision'" in done.stderr:
-        pytest.skip("needs timm, as `make test` installs it")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == architecture
+    printed = run_reference("reference_timm.py", folder, *files, cwd=tmp_path)
+    assert printed.strip() == architecture
     theirs = load_file(tmp_path / "out.safetensors")
     with torch.no_grad():
         ours = DINOv3ViT.from_pretrained(folder)(images).last_hidden_state
