@@ -10,17 +10,13 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
-
 from dinov3_lite.files import checkpoint_files
 from dinov3_lite.layouts import LAYOUTS
-from dinov3_lite.weights import LITE_FILE, locate, open_source
+from dinov3_lite.weights import DTYPES, LITE_FILE, locate, open_source
 
 from . import MAX_SHARD_SIZE, convert_opened
 from .describe import as_text, describe, summary
 from .verify import verify
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,11 +20,10 @@ from tqdm import tqdm
 from . import DINOv3ViT, ImageProcessor, picture
 from .export import FORMATS, OPSET, UNCHECKED, export
 from .sample import write_sample
+from .weights import DTYPES
 
 if TYPE_CHECKING:
     from PIL import Image
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,9 @@ LITE_VERSION = "1"
 NOTE_KEY = "dinov3_lite_note"
 ONE_MODEL = "weights and config must be of one model"
 
+# What --dtype of the command lines offers.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 # What enters the residual stream directly: in released models that stream leaves float16's range.
 FLOAT32_UNDER_HALF = ("cls_token", "register_tokens", "mask_token")
 

@@ -40,7 +40,7 @@ EDGES = {
     "dinov3_lite/__init__.py": {
         *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
     },
-    "dinov3_lite/__main__.py": {"", "export", "picture", "sample"},
+    "dinov3_lite/__main__.py": {"", "export", "picture", "sample", "weights"},
     "convert/verify.py": {"convert/*", "dinov3_lite.layouts", "dinov3_lite.model", "dinov3_lite.weights"},
     "convert/describe.py": {"dinov3_lite.image", "dinov3_lite.rope", "dinov3_lite.weights"},
     "convert/*": {f"dinov3_lite.{name}" for name in ("config", "files", "hub", "image", "layouts", "weights")}
