@@ -15,6 +15,8 @@ import torch
 from helpers import ROOT, run_python
 from packaging.version import Version
 
+import dinov3_lite
+
 # The floors: a file may import, of ours, only what stands here. `lazily` counts as importing.
 EDGES = {
     "kernels/*": {"kernels/*"},
@@ -105,6 +107,12 @@ except AttributeError as error:
 """
     done = run_python(code)
     assert done.stdout.strip() == "module 'dinov3_lite' has no attribute 'DINOv2'", done.stderr
+
+
+def test_no_name_of_the_package_hides_a_module():
+    modules = {file.stem for file in library_files() if file.parent.name == "dinov3_lite"}
+    assert not modules & set(dinov3_lite.__all__)
+    assert sorted(dinov3_lite._MODULES) == sorted(dinov3_lite.__all__)
 
 
 def test_importing_pulls_in_nothing_heavy():
