@@ -35,7 +35,7 @@ def compile(model: nn.Module, processor: ImageProcessor | None = None, *, dynami
         rescaling and normalisation are part of the patch embedding, in float32 whatever the model's dtype. Its
         resizing is not done.
     dynamic: one graph for all sizes and batches, and one for single images (a grid of one row or column of patches
-        has its own). False compiles a graph for each new shape: faster, and worth it where the shapes are few.
+        has its own). False compiles a graph for each new shape, where those are few.
 
     Compiling takes place at the first call, or in `warm_up`; torch keeps the result on disk for later processes.
 
@@ -62,7 +62,10 @@ class CompiledModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Any:
-        """The model's own call. Raises ValueError for images that are not uint8 where a processor was folded in."""
+        """The model's own call.
+
+        Raises ValueError for images that the model does not take, or not uint8 where a processor was folded in.
+        """
         if self.pixel_dtype is not None:
             if images.dtype != self.pixel_dtype:
                 raise ValueError(
@@ -70,6 +73,7 @@ class CompiledModel(nn.Module):
                     "compile() normalises"
                 )
             images = images.float()
+        self._vit._check_images(images)  # inside the graph, the error would be the compiler's
         if self.dynamic:
             self._generalise(images)
         return self._run(images)

@@ -116,6 +116,15 @@ def test_images_must_be_pixels_where_a_processor_was_folded_in(compiled):
         fast(torch.zeros(1, 3, 64, 64))
 
 
+def test_images_are_checked_before_anything_is_compiled(compiled):
+    model, fast = compiled
+    with pytest.raises(ValueError) as ours:
+        fast(pixels(1, 4 * model.patch_size, 4 * model.patch_size + 1))
+    with pytest.raises(ValueError) as expected:
+        model(torch.zeros(1, 3, 4 * model.patch_size, 4 * model.patch_size + 1))
+    assert str(ours.value) == str(expected.value)
+
+
 def test_a_module_around_the_model_is_compiled_whole(tmp_path):
     torch._dynamo.reset()
     model = load(tmp_path, TINY)
