@@ -62,9 +62,9 @@ def ours(folder: Path, dtype: torch.dtype = torch.float32) -> DINOv3ViT:
     return DINOv3ViT.from_pretrained(folder, dtype=dtype)
 
 
-def ours_compiled(dynamic: bool) -> Builder:
+def ours_prepared(backend: str) -> Builder:
     def build(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
-        model = compile(ours(folder, dtype).to(device), dynamic=dynamic)
+        model = compile(ours(folder, dtype).to(device), backend=backend, dynamic=False)
         return lambda images: model(images).last_hidden_state
 
     return build
@@ -161,8 +161,8 @@ def last_hidden_state(model: Any, images: Tensor) -> Tensor:
 
 PEERS = [
     Peer("ours", of_module(ours, last_hidden_state)),
-    Peer("ours, compiled", ours_compiled(dynamic=False)),
-    Peer("ours, compiled for all sizes", ours_compiled(dynamic=True)),
+    Peer("ours, prepacked", ours_prepared("onednn"), devices=("cpu",)),
+    Peer("ours, compiled", ours_prepared("inductor")),
     Peer("transformers, sdpa", of_module(transformers_model, last_hidden_state)),
     Peer("transformers, eager attention", of_module(transformers_eager, last_hidden_state)),
     Peer("transformers, compiled", of_module(transformers_model, last_hidden_state, compiled=True)),

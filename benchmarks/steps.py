@@ -37,7 +37,7 @@ def rope_in_seven_passes(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-class Prepacked(nn.Module):
+class PackedByMKL(nn.Module):
     """A Linear whose weight MKL holds in its own layout, for one number of rows."""
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:
@@ -49,11 +49,11 @@ class Prepacked(nn.Module):
         return torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
 
 
-def prepacked(model: DINOv3ViT, rows: int) -> nn.Module:
+def packed_by_mkl(model: DINOv3ViT, rows: int) -> nn.Module:
     folded = fold(model)
     for block in folded.blocks:
-        block.attn.proj = Prepacked(block.attn.proj, rows)
-        block.mlp.fc1, block.mlp.fc2 = Prepacked(block.mlp.fc1, rows), Prepacked(block.mlp.fc2, rows)
+        block.attn.proj = PackedByMKL(block.attn.proj, rows)
+        block.mlp.fc1, block.mlp.fc2 = PackedByMKL(block.mlp.fc1, rows), PackedByMKL(block.mlp.fc2, rows)
     return folded
 
 
@@ -84,10 +84,11 @@ def contenders(model: DINOv3ViT, images: Tensor) -> dict[str, Callable[[Tensor],
         "eager, activations not in place": undone(layers, "activate", activate_apart),
         "eager, RoPE in seven passes": undone(attention, "apply_rope", rope_in_seven_passes),
         "eager, LayerScale folded": fold(model),
-        "eager, folded, prepacked by MKL": prepacked(model, len(images) * tokens),
-        "compiled for this shape": compile(model, dynamic=False),
+        "eager, folded, packed by MKL for these rows": packed_by_mkl(model, len(images) * tokens),
+        "eager, folded, prepacked by oneDNN": compile(model, backend="onednn"),
+        "compiled for this shape": compile(model, backend="inductor", dynamic=False),
         "compiled for this shape, frozen": Frozen(model),
-        "compiled for all sizes": compile(model),
+        "compiled for all sizes": compile(model, backend="inductor"),
     }
 
 

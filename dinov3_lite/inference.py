@@ -1,4 +1,7 @@
-"""A model made ready for repeated inference: constant factors folded into the weights, then compiled by inductor.
+"""A model made ready for repeated inference: constant factors folded into the weights, then either of two backends.
+
+On a CPU oneDNN, which PyTorch brings along, gets the blocks' weights in its own layout, so that no matrix product packs
+them anew: nothing is compiled, and one layout serves every size. Elsewhere inductor compiles the model.
 
 Folding is exact in real arithmetic. With LayerScale's gamma, the branch's last projection W h + b, and a processor that
 maps pixels p to (r p - mean) / std:
@@ -14,49 +17,75 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .image import ImageProcessor
-from .layers import Block, Mlp, PatchEmbed
+from .layers import Block, Mlp, PatchEmbed, QKVProjection
 from .model import DINOv3ViT
 
 EXAMPLE = (14, 16)  # grid that graphs for all sizes are compiled with: unequal sides, near the usual 224 pixels
 
 
-def compile(model: nn.Module, processor: ImageProcessor | None = None, *, dynamic: bool = True) -> CompiledModel:
-    """`model` for inference: the same call and the same outputs, from folded weights through torch.compile.
+BACKENDS = ("auto", "onednn", "inductor")
+
+
+def compile(
+    model: nn.Module, processor: ImageProcessor | None = None, *, backend: str = "auto", dynamic: bool = True
+) -> CompiledModel:
+    """`model` for inference: the same call and the same outputs, from folded weights.
 
     model: a DINOv3ViT, or a module around one (a backbone, a head on top) that takes images, in evaluation mode. It
-        stays as it is and shares its other weights with the result: compile again once they have changed.
+        stays as it is and shares its other weights with the result: compile again once they have changed, or the
+        model has moved.
     processor: the images are then uint8 pixels (B, 3, H, W) of any size that the model takes, and the processor's
         rescaling and normalisation are part of the patch embedding, in float32 whatever the model's dtype. Its
         resizing is not done.
-    dynamic: one graph for all sizes and batches, and one for single images (a grid of one row or column of patches
-        has its own). False compiles a graph for each new shape, where those are few.
+    backend: "onednn" holds the blocks' weights once more, in oneDNN's layout, and compiles nothing. "inductor" is
+        torch.compile, at the first call or in `warm_up`; torch keeps what it compiled on disk for later processes.
+        "auto" is onednn for a model on a CPU where oneDNN takes its dtype, else inductor.
+    dynamic: of inductor, one graph for all sizes and batches, and one for single images (a grid of one row or column
+        of patches has its own). False compiles a graph for each new shape, where those are few.
 
-    Compiling takes place at the first call, or in `warm_up`; torch keeps the result on disk for later processes.
-
-    Raises ValueError for a model in training mode and for one without a DINOv3ViT.
+    Raises ValueError for a model in training mode, for one without a DINOv3ViT, for an unknown backend, and for
+    "onednn" where it does not take the model.
     """
-    if not any(isinstance(module, DINOv3ViT) for module in model.modules()):
+    vit = next((module for module in model.modules() if isinstance(module, DINOv3ViT)), None)
+    if vit is None:
         raise ValueError(f"model is a {type(model).__name__} without a DINOv3ViT inside: there is nothing to fold")
     if model.training:
         raise ValueError("the model is in training mode, where RoPE coordinates are random: call model.eval() first")
-    return CompiledModel(fold(model, processor), torch.uint8 if processor else None, dynamic)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
+    weight = vit.norm.weight
+    suits = suits_onednn(weight)
+    if backend == "onednn" and not suits:
+        raise ValueError(
+            f"backend is 'onednn' and the model is {weight.dtype} on {weight.device}, which oneDNN does not take on "
+            "this machine: expected float32, bfloat16 or float16 on a CPU that it supports; use 'inductor'"
+        )
+    folded = fold(model, processor)
+    pixel_dtype = torch.uint8 if processor else None
+    if backend == "inductor" or not suits:
+        return CompiledModel(folded, torch.compile(folded, fullgraph=True, dynamic=dynamic), pixel_dtype, dynamic)
+    prepack(folded)
+    return CompiledModel(folded, folded, pixel_dtype, dynamic=False)
 
 
 class CompiledModel(nn.Module):
     """What `compile` returns. Runs without gradients; its outputs may be trained on."""
 
-    def __init__(self, folded: nn.Module, pixel_dtype: torch.dtype | None, dynamic: bool) -> None:
+    def __init__(
+        self, folded: nn.Module, run: Callable[[Tensor], Any], pixel_dtype: torch.dtype | None, dynamic: bool
+    ) -> None:
         super().__init__()
         self.folded = folded
+        self._run = run
         self.pixel_dtype = pixel_dtype
         self.dynamic = dynamic
-        self._run = torch.compile(folded, fullgraph=True, dynamic=dynamic)
         self._general: set[bool] = set()  # whether the graphs for one image and for more are there
         self.eval()
 
@@ -73,7 +102,7 @@ class CompiledModel(nn.Module):
                     "compile() normalises"
                 )
             images = images.float()
-        self._vit._check_images(images)  # inside the graph, the error would be the compiler's
+        self._vit._check_images(images)  # inside a graph, the error would be the compiler's
         if self.dynamic:
             self._generalise(images)
         return self._run(images)
@@ -87,7 +116,7 @@ class CompiledModel(nn.Module):
             self._general.add(single)
 
     def warm_up(self, batch: int, height: int, width: int) -> float:
-        """Compile for images of this shape, and run once: the seconds that it took."""
+        """Run once on images of this shape, compiling what that takes: the seconds of it."""
         shape = (batch, self._vit.config.num_channels, height, width)
         images = torch.zeros(shape, dtype=self.pixel_dtype, device=self._vit.norm.weight.device)
         start = time.perf_counter()
@@ -97,6 +126,42 @@ class CompiledModel(nn.Module):
     @property
     def _vit(self) -> DINOv3ViT:
         return next(module for module in self.folded.modules() if isinstance(module, DINOv3ViT))
+
+
+def suits_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN has matrix products of this tensor's dtype on this machine, and the tensor is on the CPU."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    has_half = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if weight.dtype in has_half:
+        return getattr(torch.ops.mkldnn, has_half[weight.dtype])()
+    return weight.dtype == torch.float32
+
+
+class PrepackedLinear(nn.Module):
+    """W x + b with W in the layout that oneDNN reads fastest, whatever the number of rows: (.., in) -> (.., out)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # opaque: neither moved nor saved
+        self.bias = linear.fused_bias() if isinstance(linear, QKVProjection) else linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+@torch.no_grad()
+def prepack(folded: nn.Module) -> None:
+    """Put a PrepackedLinear in place of every projection of the blocks, but for those that somebody replaced."""
+    for block in [module for module in folded.modules() if isinstance(module, Block)]:
+        for part in (block.attn, block.mlp):
+            for name, linear in part.named_children():
+                if isinstance(linear, nn.Linear) and type(linear) in (nn.Linear, QKVProjection):
+                    part.add_module(name, PrepackedLinear(linear))
 
 
 class Residual(nn.Module):

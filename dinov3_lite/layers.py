@@ -50,12 +50,16 @@ class QKVProjection(nn.Linear):
         for name, exists in switches.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(config.hidden_size)) if exists else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fused_bias(self) -> Tensor | None:
+        """(3C,), zeros where the config has none; None where it has none at all."""
         biases = [self.q_bias, self.k_bias, self.v_bias]
         if all(b is None for b in biases):
-            return F.linear(x, self.weight)
+            return None
         absent = self.weight.new_zeros(self.in_features)
-        return F.linear(x, self.weight, torch.cat([absent if b is None else b for b in biases]))
+        return torch.cat([absent if b is None else b for b in biases])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.fused_bias())
 
 
 class SelfAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""Folding keeps the numbers, and what is compiled serves every size from two graphs, in later processes from disk."""
+"""Folding and prepacking keep the numbers; two graphs of inductor's serve every size, in later processes from disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 import dinov3_lite
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, ImageProcessor
 from dinov3_lite.image import SATELLITE_MEAN, SATELLITE_STD
-from dinov3_lite.inference import fold
+from dinov3_lite.inference import PrepackedLinear, fold, suits_onednn
+from dinov3_lite.layers import QKVProjection
 
 PROCESSOR = ImageProcessor(size=None, mean=SATELLITE_MEAN, std=SATELLITE_STD)
 NO_BIAS = replace(TINY, proj_bias=False, mlp_bias=False)
@@ -82,12 +83,78 @@ def test_pixels_lose_nothing_against_normalised_images(dtype, tmp_path):
         assert relative_error(actual, state) <= bound * relative_error(unfolded, state)
 
 
+HALVES = [d for d in (torch.bfloat16, torch.float16) if suits_onednn(torch.empty(0, dtype=d))]
+
+
+def prepacked_layers(module) -> list[str]:
+    return [name for name, child in module.named_modules() if isinstance(child, PrepackedLinear)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("layer", ["linear", "linear, no bias", "qkv", "qkv, no biases"])
+@torch.no_grad()
+def test_prepacked_products_are_those_of_the_layer(layer, dtype):
+    config = TINY if layer == "qkv" else replace(TINY, query_bias=False, key_bias=False, value_bias=False)
+    linear = QKVProjection(config) if "qkv" in layer else torch.nn.Linear(32, 48, bias=layer == "linear")
+    for parameter in linear.parameters():
+        torch.nn.init.normal_(parameter)
+    linear.to(dtype)
+    packed = PrepackedLinear(linear)
+    wide = torch.randn(3, 9, 2 * linear.in_features, dtype=dtype)
+    for x in (wide[0, :, : linear.in_features], wide[..., linear.in_features :], wide[:0, :, : linear.in_features]):
+        expected = linear.double()(x.double())
+        linear.to(dtype)
+        assert packed(x).dtype == dtype and packed(x).shape == expected.shape
+        if len(x):
+            assert relative_error(packed(x), expected) <= 1.1 * relative_error(linear(x), expected) + 1e-7
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED, NO_BIAS], ids=["mlp", "gated", "no biases"])
+def test_one_packing_serves_every_batch_and_size(config, tmp_path):
+    model = load(tmp_path, config)
+    counters.clear()
+    fast = dinov3_lite.compile(model, PROCESSOR, backend="onednn")
+    assert len(prepacked_layers(fast.folded)) == 4 * config.num_hidden_layers and not prepacked_layers(model)
+    for batch, h, w in [(1, 4, 4), (1, 1, 9), (4, 4, 2), (16, 7, 8)]:
+        images = pixels(batch, h * model.patch_size, w * model.patch_size)
+        output = fast(images)
+        with torch.no_grad():
+            truth = model(normalised(images).float())
+        assert not output.last_hidden_state.requires_grad and output.grid == (h, w)
+        assert relative_error(output.last_hidden_state, truth.last_hidden_state) < 2e-6
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_onednn_is_taken_where_it_takes_the_model(tmp_path):
+    model = load(tmp_path, TINY)
+    assert prepacked_layers(dinov3_lite.compile(model))
+    assert not prepacked_layers(dinov3_lite.compile(model, backend="inductor"))
+    assert not prepacked_layers(dinov3_lite.compile(model.double()))
+    with pytest.raises(ValueError, match=r"backend is 'onednn' and the model is torch.float64 on cpu.*use 'inductor'"):
+        dinov3_lite.compile(model, backend="onednn")
+    with pytest.raises(ValueError, match=r"backend is 'mkl': expected one of auto, onednn, inductor"):
+        dinov3_lite.compile(model, backend="mkl")
+
+
+def test_a_layer_that_somebody_replaced_is_left_as_it_is(tmp_path):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = load(tmp_path, TINY)
+    model.blocks[0].mlp.fc1.__class__ = Doubled
+    images = torch.randn(1, 3, 2 * model.patch_size, 3 * model.patch_size)
+    with torch.no_grad():
+        expected = model(images).last_hidden_state
+    assert relative_error(dinov3_lite.compile(model)(images).last_hidden_state, expected) < 2e-6
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     torch._dynamo.reset()
     counters.clear()
     model = load(tmp_path_factory.mktemp("gated"), TINY_GATED)
-    return model, dinov3_lite.compile(model, PROCESSOR)
+    return model, dinov3_lite.compile(model, PROCESSOR, backend="inductor")
 
 
 def test_two_graphs_serve_every_batch_and_size(compiled):
@@ -125,12 +192,13 @@ def test_images_are_checked_before_anything_is_compiled(compiled):
     assert str(ours.value) == str(expected.value)
 
 
-def test_a_module_around_the_model_is_compiled_whole(tmp_path):
+@pytest.mark.parametrize("backend", ["onednn", "inductor"])
+def test_a_module_around_the_model_is_taken_whole(backend, tmp_path):
     torch._dynamo.reset()
     model = load(tmp_path, TINY)
     backbone = torch.nn.Sequential(DINOv3ViTBackbone(model, out_indices=[0, 1])).eval()
     images = torch.randn(1, 3, 2 * model.patch_size, 3 * model.patch_size)
-    actual = dinov3_lite.compile(backbone, dynamic=False)(images)
+    actual = dinov3_lite.compile(backbone, backend=backend, dynamic=False)(images)
     with torch.no_grad():
         expected = backbone(images)
     for a, b in zip(actual.feature_maps, expected.feature_maps, strict=True):
@@ -149,7 +217,7 @@ def test_a_second_process_takes_the_graph_from_disk(tmp_path):
     code = f"""
 import dinov3_lite
 from torch._dynamo.utils import counters
-fast = dinov3_lite.compile(dinov3_lite.DINOv3ViT.from_pretrained({str(folder)!r}), dynamic=False)
+fast = dinov3_lite.compile(dinov3_lite.DINOv3ViT.from_pretrained({str(folder)!r}), backend="inductor", dynamic=False)
 fast.warm_up(1, {4 * TINY.patch_size}, {5 * TINY.patch_size})
 print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
 """
