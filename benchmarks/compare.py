@@ -8,7 +8,7 @@
 
 A row is a variant, a resolution times a batch, and a dtype, all peers on the same weights. Outputs are checked against
 transformers' before anything is timed; a peer that is missing or fails shows its reason. Rounds are interleaved in
-rotated order. Writes benchmarks/results/NAME.json and .png.
+rotated order, ratios taken round by round. Writes benchmarks/results/NAME.json and .png.
 """
 
 from __future__ import annotations
@@ -172,12 +172,17 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         medians = {name: statistics.median(seconds) for name, seconds in row["seconds"].items()}
         for name, median in medians.items():
-            ratio = f"{median / medians['ours']:.2f}" if "ours" in medians else ""
+            ratio = f"{ratio_to_ours(row['seconds'], name):.2f}" if "ours" in medians else ""
             share = f"{row['gflop'] / median / row['peak GFLOP/s']:.0%}"
             cells = [spread(row["seconds"][name]), ratio, share, f"{row['peak MiB'][name]:.0f}"]
             lines.append(f"| {label(row)}: {name} | " + " | ".join(cells) + " |")
         lines += [f"| {label(row)}: {name} | {reason} | | | |" for name, reason in row["missing"].items()]
     return "\n".join(lines)
+
+
+def ratio_to_ours(seconds: dict[str, list[float]], name: str) -> float:
+    """The median of the rounds' ratios: a machine that slows down for some rounds slows both."""
+    return statistics.median(theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True))
 
 
 def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
