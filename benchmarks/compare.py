@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from environment import RESULTS, environment, headline, peak_gflops, save
 from peers import PEERS, Features, Peer, write_checkpoint
-from timing import in_a_child, interleaved, process_mib, relative_difference, spread
+from timing import in_a_child, interleaved, median_ratio, process_mib, relative_difference, spread
 
 from dinov3_lite import DINOv3Config
 
@@ -172,17 +172,12 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         medians = {name: statistics.median(seconds) for name, seconds in row["seconds"].items()}
         for name, median in medians.items():
-            ratio = f"{ratio_to_ours(row['seconds'], name):.2f}" if "ours" in medians else ""
+            ratio = f"{median_ratio(row['seconds'][name], row['seconds']['ours']):.2f}" if "ours" in medians else ""
             share = f"{row['gflop'] / median / row['peak GFLOP/s']:.0%}"
             cells = [spread(row["seconds"][name]), ratio, share, f"{row['peak MiB'][name]:.0f}"]
             lines.append(f"| {label(row)}: {name} | " + " | ".join(cells) + " |")
         lines += [f"| {label(row)}: {name} | {reason} | | | |" for name, reason in row["missing"].items()]
     return "\n".join(lines)
-
-
-def ratio_to_ours(seconds: dict[str, list[float]], name: str) -> float:
-    """The median of the rounds' ratios: a machine that slows down for some rounds slows both."""
-    return statistics.median(theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True))
 
 
 def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:

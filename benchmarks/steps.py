@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from environment import environment, headline, save
-from timing import interleaved, relative_difference, spread
+from timing import interleaved, median_ratio, relative_difference, spread
 from torch import Tensor, nn
 
 from dinov3_lite import DINOv3Config, DINOv3ViT, attention, compile, layers
@@ -128,10 +128,9 @@ def table(result: dict) -> str:
     """A row a contender and shape: times, the time's ratio to the eager forward as it is, and page faults."""
     lines = ["| | ms (quartiles) | time, ratio to eager | page faults |", "|---" * 4 + "|"]
     for row in result["rows"]:
-        median = {name: sorted(times)[len(times) // 2] for name, times in row["seconds"].items()}
         for name, times in row["seconds"].items():
             label = f"{row['pixels']} px, batch {row['batch']}: {name}"
-            ratio = median[name] / median[NOW]
+            ratio = median_ratio(times, row["seconds"][NOW])
             lines.append(f"| {label} | {spread(times)} | {ratio:.2f} | {row['faults'][name]:,} |")
     return "\n".join(lines)
 

@@ -54,6 +54,11 @@ def once(call: Callable[[], object], repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def median_ratio(seconds: list[float], others: list[float]) -> float:
+    """The median of the rounds' ratios: a machine that slows down for some rounds slows both."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
+
+
 def spread(seconds: list[float]) -> str:
     """Milliseconds: median (quartiles)."""
     low, median, high = (1e3 * t for t in statistics.quantiles(seconds, n=4))
