@@ -15,17 +15,15 @@ from torch import Tensor
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call in each round, the mean of `repeats`; one round before them warms up.
+    """Seconds of each call in each round, the mean of `repeats`.
 
     Each is timed right after a call of its own. After another library's, whose threads and memory are still in the way,
     the same forward took a fifth longer on a CPU, and in a rotation everybody but the first keeps one predecessor.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for i, name in turns(calls, rounds + 1):
+    for _, name in turns(calls, rounds):
         calls[name]()
-        elapsed = once(calls[name], repeats)
-        if i:
-            seconds[name].append(elapsed)
+        seconds[name].append(once(calls[name], repeats))
     return seconds
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,14 +52,11 @@ def compile(
     Raises ValueError for a model in training mode, for one without a DINOv3ViT, for an unknown backend, and for
     "onednn" where it does not take the model.
     """
-    vit = next((module for module in model.modules() if isinstance(module, DINOv3ViT)), None)
-    if vit is None:
-        raise ValueError(f"model is a {type(model).__name__} without a DINOv3ViT inside: there is nothing to fold")
+    weight = vit_inside(model).norm.weight
     if model.training:
         raise ValueError("the model is in training mode, where RoPE coordinates are random: call model.eval() first")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
-    weight = vit.norm.weight
     suits = suits_onednn(weight)
     if backend == "onednn" and not suits:
         raise ValueError(
@@ -68,22 +64,28 @@ def compile(
             "this machine: expected float32, bfloat16 or float16 on a CPU that it supports; use 'inductor'"
         )
     folded = fold(model, processor)
-    pixel_dtype = torch.uint8 if processor else None
-    if backend == "inductor" or not suits:
-        return CompiledModel(folded, torch.compile(folded, fullgraph=True, dynamic=dynamic), pixel_dtype, dynamic)
-    prepack(folded)
-    return CompiledModel(folded, folded, pixel_dtype, dynamic=False)
+    compiled = backend == "inductor" or not suits
+    if compiled:
+        folded.compile(fullgraph=True, dynamic=dynamic)
+    else:
+        prepack(folded)
+    return CompiledModel(folded, torch.uint8 if processor else None, compiled and dynamic)
+
+
+def vit_inside(model: nn.Module) -> DINOv3ViT:
+    """The first DINOv3ViT of a module, which may be it. ValueError where there is none."""
+    for module in model.modules():
+        if isinstance(module, DINOv3ViT):
+            return module
+    raise ValueError(f"model is a {type(model).__name__} without a DINOv3ViT inside: there is nothing to fold")
 
 
 class CompiledModel(nn.Module):
     """What `compile` returns. Runs without gradients; its outputs may be trained on."""
 
-    def __init__(
-        self, folded: nn.Module, run: Callable[[Tensor], Any], pixel_dtype: torch.dtype | None, dynamic: bool
-    ) -> None:
+    def __init__(self, folded: nn.Module, pixel_dtype: torch.dtype | None, dynamic: bool) -> None:
         super().__init__()
         self.folded = folded
-        self._run = run
         self.pixel_dtype = pixel_dtype
         self.dynamic = dynamic
         self._general: set[bool] = set()  # whether the graphs for one image and for more are there
@@ -105,14 +107,14 @@ class CompiledModel(nn.Module):
         self._vit._check_images(images)  # inside a graph, the error would be the compiler's
         if self.dynamic:
             self._generalise(images)
-        return self._run(images)
+        return self.folded(images)
 
     def _generalise(self, images: Tensor) -> None:
         """Let the graph be made from images of unequal sides: from square ones it would hold for squares alone."""
         single = len(images) == 1
         if single not in self._general:
             h, w = (n * self._vit.patch_size for n in EXAMPLE)
-            self._run(images.new_zeros(1 if single else 2, images.shape[1], h, w))
+            self.folded(images.new_zeros(1 if single else 2, images.shape[1], h, w))
             self._general.add(single)
 
     def warm_up(self, batch: int, height: int, width: int) -> float:
@@ -125,7 +127,7 @@ class CompiledModel(nn.Module):
 
     @property
     def _vit(self) -> DINOv3ViT:
-        return next(module for module in self.folded.modules() if isinstance(module, DINOv3ViT))
+        return vit_inside(self.folded)
 
 
 def suits_onednn(weight: Tensor) -> bool:

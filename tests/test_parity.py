@@ -21,6 +21,7 @@ from helpers import TINY, TINY_GATED, relative_error, trained_like, write_checkp
 
 from convert import convert
 from dinov3_lite import DINOv3Config, DINOv3ViT, compile
+from dinov3_lite.inference import fold
 from dinov3_lite.layouts import TRANSFORMERS
 
 # Depth is cut so that the whole fits into memory and minutes; widths, heads and MLPs are the released ones.
@@ -49,14 +50,15 @@ def test_every_hidden_state(variant, dtype):
     name, folder, cases = variant
     theirs = reference.load(folder, dtype)
     ours = DINOv3ViT.from_pretrained(folder, dtype=dtype)
+    folded = fold(ours)
     prepared = compile(ours).folded  # and prepacked, where oneDNN takes the dtype
     for size, (images, truth) in cases.items():
         with torch.no_grad():
-            states = [reference.states(model, images) for model in (ours, theirs, prepared)]
+            states = [reference.states(model, images) for model in (ours, theirs, folded, prepared)]
         errors = [tuple(relative_error(x, t) for x in state) for *state, t in zip(*states, truth, strict=True)]
-        record(name, dtype, size, [(our_error, their_error) for our_error, their_error, _ in errors])
-        for i, (our_error, their_error, prepared_error) in enumerate(errors):
-            for error, what in ((our_error, "ours"), (prepared_error, "prepared")):
+        record(name, dtype, size, [(our_error, their_error) for our_error, their_error, *_ in errors])
+        for i, (our_error, their_error, folded_error, prepared_error) in enumerate(errors):
+            for error, what in ((our_error, "ours"), (folded_error, "folded"), (prepared_error, "prepared")):
                 assert error <= BOUND[dtype] * their_error, f"{size}, state {i}: {what} {error:.3g}, {their_error:.3g}"
 
 
