@@ -2,126 +2,100 @@
 
     python benchmarks/steps.py [--variant vitb16] [--rows 224x1 512x1 224x8] [--rounds 7]
 
-One process, interleaved rounds in rotated order, no gradients, float32 on a CPU. Page faults are those of one forward:
-memory that the allocator gave back and had to fetch anew. Writes benchmarks/results/steps.json.
+Times in one process, interleaved rounds in rotated order, no gradients, float32 on a CPU. Page faults, memory that the
+allocator gave back and has to fetch anew, of the third forward of a process of its own: one with a past keeps more.
+Writes benchmarks/results/steps.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from environment import environment, headline, save
-from timing import interleaved, median_ratio, relative_difference, spread
+from timing import in_a_child, interleaved, median_ratio, relative_difference, spread
 from torch import Tensor, nn
 
-from dinov3_lite import DINOv3Config, DINOv3ViT, attention, compile, layers
+from dinov3_lite import DINOv3Config, DINOv3Output, DINOv3ViT, compile, layers
 from dinov3_lite.inference import fold
 from dinov3_lite.sample import made_weights
 
 NOW = "eager"
+Run = Callable[[Tensor], DINOv3Output]
 
 
-def activate_apart(name: str, hidden: Tensor, projection: nn.Module) -> Tensor:
-    return getattr(F, name)(hidden)
+def activations_apart(model: DINOv3ViT) -> Run:
+    def activate(name: str, hidden: Tensor, projection: nn.Module) -> Tensor:
+        return getattr(F, name)(hidden)
+
+    def run(images: Tensor) -> DINOv3Output:
+        with patch.object(layers, "activate", activate):
+            return model(images)
+
+    return run
 
 
-def rope_in_seven_passes(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
-class PackedByMKL(nn.Module):
-    """A Linear whose weight MKL holds in its own layout, for one number of rows."""
-
-    def __init__(self, linear: nn.Linear, rows: int) -> None:
-        super().__init__()
-        self.weight, self.bias, self.rows = linear.weight, linear.bias, rows
-        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(linear.weight, rows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
-
-
-def packed_by_mkl(model: DINOv3ViT, rows: int) -> nn.Module:
-    folded = fold(model)
-    for block in folded.blocks:
-        block.attn.proj = PackedByMKL(block.attn.proj, rows)
-        block.mlp.fc1, block.mlp.fc2 = PackedByMKL(block.mlp.fc1, rows), PackedByMKL(block.mlp.fc2, rows)
-    return folded
-
-
-class Frozen:
+def frozen(model: DINOv3ViT) -> Run:
     """A static graph with inductor's freezing, a switch of the process: on while this compiles."""
+    import torch._inductor.config
 
-    def __init__(self, model: DINOv3ViT) -> None:
-        self.run = torch.compile(fold(model), fullgraph=True, dynamic=False)
+    compiled = torch.compile(fold(model), fullgraph=True, dynamic=False)
 
-    def __call__(self, images: Tensor):
-        import torch._inductor.config
-
+    def run(images: Tensor) -> DINOv3Output:
         with torch._inductor.config.patch(freezing=True):
-            return self.run(images)
+            return compiled(images)
+
+    return run
 
 
-def contenders(model: DINOv3ViT, images: Tensor) -> dict[str, Callable[[Tensor], object]]:
-    def undone(module: object, name: str, before: object) -> Callable[[Tensor], object]:
-        def run(images: Tensor) -> object:
-            with patch.object(module, name, before):
-                return model(images)
-
-        return run
-
-    tokens = model.num_prefix_tokens + (images.shape[-1] // model.patch_size) ** 2
-    return {
-        NOW: model,
-        "eager, activations not in place": undone(layers, "activate", activate_apart),
-        "eager, RoPE in seven passes": undone(attention, "apply_rope", rope_in_seven_passes),
-        "eager, LayerScale folded": fold(model),
-        "eager, folded, packed by MKL for these rows": packed_by_mkl(model, len(images) * tokens),
-        "eager, folded, prepacked by oneDNN": compile(model, backend="onednn"),
-        "compiled for this shape": compile(model, backend="inductor", dynamic=False),
-        "compiled for this shape, frozen": Frozen(model),
-        "compiled for all sizes": compile(model, backend="inductor"),
-    }
+STEPS: dict[str, Callable[[DINOv3ViT], Run]] = {
+    NOW: lambda model: model,
+    "eager, activations not in place": activations_apart,
+    "eager, LayerScale folded": fold,
+    "packed for all sizes": lambda model: compile(model, backend="packed"),
+    "packed for this size": lambda model: compile(model, backend="packed", dynamic=False),
+    "compiled for all sizes": lambda model: compile(model, backend="inductor"),
+    "compiled for this size": lambda model: compile(model, backend="inductor", dynamic=False),
+    "compiled for this size, frozen": frozen,
+}
 
 
-@contextlib.contextmanager
-def faults_counted(into: list[int]) -> Iterator[None]:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    yield
-    into.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def made(variant: str) -> DINOv3ViT:
+    config = DINOv3Config.from_name(variant)
+    model = DINOv3ViT(config).eval()
+    model.load_state_dict(made_weights(config))
+    return model
 
 
-def measure(model: DINOv3ViT, pixels: int, batch: int, rounds: int) -> dict:
+def made_images(pixels: int, batch: int) -> Tensor:
+    return torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
+
+
+def measure(variant: str, pixels: int, batch: int, rounds: int) -> dict:
     torch._dynamo.reset()
-    images = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
-    models = contenders(model, images)
+    model, images = made(variant), made_images(pixels, batch)
+    runs = {name: step(model) for name, step in STEPS.items()}
     reference = model(images).last_hidden_state
-    faults: dict[str, list[int]] = {name: [] for name in models}
-    for name, run in models.items():
+    for name, run in runs.items():
         assert relative_difference(run(images).last_hidden_state, reference) < 1e-5, name
+    seconds = interleaved({name: lambda run=run: run(images) for name, run in runs.items()}, rounds)
+    words = ("--variant", variant, "--faults-of")
+    faults = {name: int(in_a_child(__file__, *words, name, pixels, batch)) for name in STEPS}
+    return {"pixels": pixels, "batch": batch, "seconds": seconds, "faults": faults}
 
-    def counted(name: str) -> Callable[[], object]:
-        def call() -> object:
-            with faults_counted(faults[name]):
-                return models[name](images)
 
-        return call
-
-    seconds = interleaved({name: counted(name) for name in models}, rounds)
-    return {
-        "pixels": pixels,
-        "batch": batch,
-        "seconds": seconds,
-        "faults": {name: sorted(n)[len(n) // 2] for name, n in faults.items()},
-    }
+def faults_of(variant: str, name: str, pixels: int, batch: int) -> int:
+    """Page faults of the third forward of this process."""
+    run, images = STEPS[name](made(variant)), made_images(pixels, batch)
+    for _ in range(2):
+        run(images)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run(images)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def table(result: dict) -> str:
@@ -140,12 +114,14 @@ def main() -> None:
     parser.add_argument("--variant", default="vitb16")
     parser.add_argument("--rows", nargs="+", default=["224x1", "512x1", "224x8"], metavar="PIXELSxBATCH")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--faults-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    config = DINOv3Config.from_name(args.variant)
-    model = DINOv3ViT(config).eval()
-    model.load_state_dict(made_weights(config))
     with torch.no_grad():
-        rows = [measure(model, *map(int, row.split("x")), args.rounds) for row in args.rows]
+        if args.faults_of:
+            name, pixels, batch = args.faults_of
+            print(faults_of(args.variant, name, int(pixels), int(batch)))
+            return
+        rows = [measure(args.variant, *map(int, row.split("x")), args.rounds) for row in args.rows]
     result = {"environment": environment(), "variant": args.variant, "rows": rows}
     save("steps", result)
     print(headline(result), table(result), sep="\n\n")

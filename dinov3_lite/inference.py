@@ -1,7 +1,8 @@
 """A model made ready for repeated inference: constant factors folded into the weights, then either of two backends.
 
-On a CPU oneDNN, which PyTorch brings along, gets the blocks' weights in its own layout, so that no matrix product packs
-them anew: nothing is compiled, and one layout serves every size. Elsewhere inductor compiles the model.
+On a CPU the blocks' weights are put into the layout of the library that multiplies by them, oneDNN or MKL, both of
+which PyTorch brings along: no matrix product packs them anew, and nothing is compiled. Elsewhere inductor compiles the
+model.
 
 Folding is exact in real arithmetic. With LayerScale's gamma, the branch's last projection W h + b, and a processor that
 maps pixels p to (r p - mean) / std:
@@ -20,16 +21,16 @@ import time
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .image import ImageProcessor
 from .layers import Block, Mlp, PatchEmbed, QKVProjection
 from .model import DINOv3ViT
 
+BACKENDS = ("auto", "packed", "inductor")
 EXAMPLE = (14, 16)  # grid that graphs for all sizes are compiled with: unequal sides, near the usual 224 pixels
-
-
-BACKENDS = ("auto", "onednn", "inductor")
+MANY_ROWS = 300  # of a float32 product: beside more, packing a weight costs nothing to speak of
 
 
 def compile(
@@ -43,14 +44,16 @@ def compile(
     processor: the images are then uint8 pixels (B, 3, H, W) of any size that the model takes, and the processor's
         rescaling and normalisation are part of the patch embedding, in float32 whatever the model's dtype. Its
         resizing is not done.
-    backend: "onednn" holds the blocks' weights once more, in oneDNN's layout, and compiles nothing. "inductor" is
-        torch.compile, at the first call or in `warm_up`; torch keeps what it compiled on disk for later processes.
-        "auto" is onednn for a model on a CPU where oneDNN takes its dtype, else inductor.
-    dynamic: of inductor, one graph for all sizes and batches, and one for single images (a grid of one row or column
-        of patches has its own). False compiles a graph for each new shape, where those are few.
+    backend: "packed" holds the blocks' weights once more, in a library's own layout, and compiles nothing. "inductor"
+        is torch.compile, at the first call or in `warm_up`; torch keeps what it compiled on disk for later processes.
+        "auto" is packed for a model on a CPU where oneDNN takes its dtype, else inductor.
+    dynamic: True prepares for all sizes and batches at once: one packing, oneDNN's; or one graph of inductor's and
+        another for single images (a grid of one row or column of patches has its own). False is faster where one
+        shape follows another of its kind: float32 weights are packed by MKL, anew whenever the number of tokens in
+        a batch changes (half precision stays oneDNN's); or a graph is compiled for each new shape.
 
     Raises ValueError for a model in training mode, for one without a DINOv3ViT, for an unknown backend, and for
-    "onednn" where it does not take the model.
+    "packed" where oneDNN does not take the model.
     """
     weight = vit_inside(model).norm.weight
     if model.training:
@@ -58,9 +61,9 @@ def compile(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
     suits = suits_onednn(weight)
-    if backend == "onednn" and not suits:
+    if backend == "packed" and not suits:
         raise ValueError(
-            f"backend is 'onednn' and the model is {weight.dtype} on {weight.device}, which oneDNN does not take on "
+            f"backend is 'packed' and the model is {weight.dtype} on {weight.device}, which oneDNN does not take on "
             "this machine: expected float32, bfloat16 or float16 on a CPU that it supports; use 'inductor'"
         )
     folded = fold(model, processor)
@@ -68,7 +71,7 @@ def compile(
     if compiled:
         folded.compile(fullgraph=True, dynamic=dynamic)
     else:
-        prepack(folded)
+        pack(folded, dynamic)
     return CompiledModel(folded, torch.uint8 if processor else None, compiled and dynamic)
 
 
@@ -140,30 +143,59 @@ def suits_onednn(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-class PrepackedLinear(nn.Module):
-    """W x + b with W in the layout that oneDNN reads fastest, whatever the number of rows: (.., in) -> (.., out)."""
+class PackedLinear(nn.Module):
+    """W x + b, (.., in) -> (.., out), with W in a library's own layout: opaque, neither to be moved nor saved."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # opaque: neither moved nor saved
         self.bias = linear.fused_bias() if isinstance(linear, QKVProjection) else linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+class PackedByOneDNN(PackedLinear):
+    """In oneDNN's layout, which holds for any number of rows. With many in float32, W as it is is as fast or faster."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.weight = weight if weight.dtype == torch.float32 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not None and x.shape[:-1].numel() > MANY_ROWS:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class PackedByMKL(PackedLinear):
+    """In MKL's layout, float32 alone, which holds for the number of rows of the last call."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.weight = linear.weight.detach()
+        self.packed = (0, self.weight)  # number of rows, layout: replaced as one, since threads may share the model
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        packed_for, packed = self.packed
+        if rows and packed_for != rows:  # MKL divides by zero where there is no row
+            packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+            self.packed = (rows, packed)
+        return torch.ops.mkl._mkl_linear(x, packed, self.weight, self.bias, rows)
+
+
 @torch.no_grad()
-def prepack(folded: nn.Module) -> None:
-    """Put a PrepackedLinear in place of every projection of the blocks, but for those that somebody replaced."""
+def pack(folded: nn.Module, dynamic: bool) -> None:
+    """Put a PackedLinear in place of every projection of the blocks, but for those that somebody replaced."""
     for block in [module for module in folded.modules() if isinstance(module, Block)]:
         for part in (block.attn, block.mlp):
             for name, linear in part.named_children():
                 if isinstance(linear, nn.Linear) and type(linear) in (nn.Linear, QKVProjection):
-                    part.add_module(name, PrepackedLinear(linear))
+                    by_mkl = not dynamic and linear.weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+                    part.add_module(name, (PackedByMKL if by_mkl else PackedByOneDNN)(linear))
 
 
 class Residual(nn.Module):

@@ -41,8 +41,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (.., N, 1, D/2)
     x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
-    rotated = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
-    return torch.cat(rotated, dim=-1).to(x.dtype)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 class RotaryEmbedding2D(nn.Module):

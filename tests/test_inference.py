@@ -1,4 +1,4 @@
-"""Folding and prepacking keep the numbers; two graphs of inductor's serve every size, in later processes from disk."""
+"""Folding and packing keep the numbers; two graphs of inductor's serve every size, in later processes from disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 import dinov3_lite
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, ImageProcessor
 from dinov3_lite.image import SATELLITE_MEAN, SATELLITE_STD
-from dinov3_lite.inference import PrepackedLinear, fold, suits_onednn
+from dinov3_lite.inference import MANY_ROWS, PackedByMKL, PackedByOneDNN, PackedLinear, fold, suits_onednn
 from dinov3_lite.layers import QKVProjection
 
 PROCESSOR = ImageProcessor(size=None, mean=SATELLITE_MEAN, std=SATELLITE_STD)
@@ -86,22 +86,28 @@ def test_pixels_lose_nothing_against_normalised_images(dtype, tmp_path):
 HALVES = [d for d in (torch.bfloat16, torch.float16) if suits_onednn(torch.empty(0, dtype=d))]
 
 
-def prepacked_layers(module) -> list[str]:
-    return [name for name, child in module.named_modules() if isinstance(child, PrepackedLinear)]
+LAYOUTS = [(PackedByOneDNN, dtype) for dtype in (torch.float32, *HALVES)]
+if torch.backends.mkl.is_available():
+    LAYOUTS.append((PackedByMKL, torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def packed_layers(module, layout=PackedLinear) -> list[str]:
+    return [name for name, child in module.named_modules() if isinstance(child, layout)]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=str)
 @pytest.mark.parametrize("layer", ["linear", "linear, no bias", "qkv", "qkv, no biases"])
 @torch.no_grad()
-def test_prepacked_products_are_those_of_the_layer(layer, dtype):
+def test_packed_products_are_those_of_the_layer(layer, layout, dtype):
     config = TINY if layer == "qkv" else replace(TINY, query_bias=False, key_bias=False, value_bias=False)
     linear = QKVProjection(config) if "qkv" in layer else torch.nn.Linear(32, 48, bias=layer == "linear")
     for parameter in linear.parameters():
         torch.nn.init.normal_(parameter)
     linear.to(dtype)
-    packed = PrepackedLinear(linear)
-    wide = torch.randn(3, 9, 2 * linear.in_features, dtype=dtype)
-    for x in (wide[0, :, : linear.in_features], wide[..., linear.in_features :], wide[:0, :, : linear.in_features]):
+    packed = layout(linear)
+    width = linear.in_features
+    wide = torch.randn(3, MANY_ROWS, 2 * width, dtype=dtype)
+    for x in (wide[0, :, :width], wide[..., width:], wide[:1, :1, :width], wide[:0, :, :width], wide[0, :, width:]):
         expected = linear.double()(x.double())
         linear.to(dtype)
         assert packed(x).dtype == dtype and packed(x).shape == expected.shape
@@ -109,12 +115,23 @@ def test_prepacked_products_are_those_of_the_layer(layer, dtype):
             assert relative_error(packed(x), expected) <= 1.1 * relative_error(linear(x), expected) + 1e-7
 
 
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=str)
+@torch.no_grad()
+def test_no_rows_give_no_rows(layout, dtype):
+    """MKL's packing of a layer of this size, for no rows, ends the process."""
+    packed = layout(torch.nn.Linear(768, 2304, dtype=dtype))
+    for rows in (0, 3, 0):
+        assert packed(torch.randn(rows, 768, dtype=dtype)).shape == (rows, 2304)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("config", [TINY, TINY_GATED, NO_BIAS], ids=["mlp", "gated", "no biases"])
-def test_one_packing_serves_every_batch_and_size(config, tmp_path):
+def test_packed_weights_serve_every_batch_and_size(config, dynamic, tmp_path):
     model = load(tmp_path, config)
     counters.clear()
-    fast = dinov3_lite.compile(model, PROCESSOR, backend="onednn")
-    assert len(prepacked_layers(fast.folded)) == 4 * config.num_hidden_layers and not prepacked_layers(model)
+    fast = dinov3_lite.compile(model, PROCESSOR, backend="packed", dynamic=dynamic)
+    layout = LAYOUTS[0 if dynamic else -1][0]
+    assert len(packed_layers(fast.folded, layout)) == 4 * config.num_hidden_layers and not packed_layers(model)
     for batch, h, w in [(1, 4, 4), (1, 1, 9), (4, 4, 2), (16, 7, 8)]:
         images = pixels(batch, h * model.patch_size, w * model.patch_size)
         output = fast(images)
@@ -125,15 +142,32 @@ def test_one_packing_serves_every_batch_and_size(config, tmp_path):
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_onednn_is_taken_where_it_takes_the_model(tmp_path):
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=str)
+@torch.no_grad()
+def test_outputs_are_the_same_bits_whatever_came_before(layout, dtype, tmp_path):
+    model = load(tmp_path, TINY, dtype)
+    fast = dinov3_lite.compile(model, dynamic=layout is PackedByOneDNN)
+    images, others = (torch.randn(1, 3, 8, side * model.patch_size, dtype=dtype) for side in (8, 9))
+    first = fast(images).last_hidden_state
+    fast(others)
+    assert torch.equal(fast(images).last_hidden_state, first)
+
+
+def test_weights_are_packed_where_onednn_takes_the_model(tmp_path):
     model = load(tmp_path, TINY)
-    assert prepacked_layers(dinov3_lite.compile(model))
-    assert not prepacked_layers(dinov3_lite.compile(model, backend="inductor"))
-    assert not prepacked_layers(dinov3_lite.compile(model.double()))
-    with pytest.raises(ValueError, match=r"backend is 'onednn' and the model is torch.float64 on cpu.*use 'inductor'"):
-        dinov3_lite.compile(model, backend="onednn")
-    with pytest.raises(ValueError, match=r"backend is 'mkl': expected one of auto, onednn, inductor"):
+    assert packed_layers(dinov3_lite.compile(model))
+    assert not packed_layers(dinov3_lite.compile(model, backend="inductor"))
+    assert not packed_layers(dinov3_lite.compile(model.double()))
+    with pytest.raises(ValueError, match=r"backend is 'packed' and the model is torch.float64 on cpu.*use 'inductor'"):
+        dinov3_lite.compile(model, backend="packed")
+    with pytest.raises(ValueError, match=r"backend is 'mkl': expected one of auto, packed, inductor"):
         dinov3_lite.compile(model, backend="mkl")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_is_packed_by_onednn_alone(dtype, tmp_path):
+    fast = dinov3_lite.compile(load(tmp_path, TINY, dtype), dynamic=False)
+    assert packed_layers(fast) == packed_layers(fast, PackedByOneDNN) != []
 
 
 def test_a_layer_that_somebody_replaced_is_left_as_it_is(tmp_path):
@@ -192,7 +226,7 @@ def test_images_are_checked_before_anything_is_compiled(compiled):
     assert str(ours.value) == str(expected.value)
 
 
-@pytest.mark.parametrize("backend", ["onednn", "inductor"])
+@pytest.mark.parametrize("backend", ["packed", "inductor"])
 def test_a_module_around_the_model_is_taken_whole(backend, tmp_path):
     torch._dynamo.reset()
     model = load(tmp_path, TINY)

@@ -50,16 +50,21 @@ def test_every_hidden_state(variant, dtype):
     name, folder, cases = variant
     theirs = reference.load(folder, dtype)
     ours = DINOv3ViT.from_pretrained(folder, dtype=dtype)
-    folded = fold(ours)
-    prepared = compile(ours).folded  # and prepacked, where oneDNN takes the dtype
+    prepared = {"ours": ours, "folded": fold(ours)}  # and packed, where oneDNN takes the dtype
+    prepared |= {f"compiled, dynamic={d}": compile(ours, dynamic=d).folded for d in (True, False)}
     for size, (images, truth) in cases.items():
-        with torch.no_grad():
-            states = [reference.states(model, images) for model in (ours, theirs, folded, prepared)]
-        errors = [tuple(relative_error(x, t) for x in state) for *state, t in zip(*states, truth, strict=True)]
-        record(name, dtype, size, [(our_error, their_error) for our_error, their_error, *_ in errors])
-        for i, (our_error, their_error, folded_error, prepared_error) in enumerate(errors):
-            for error, what in ((our_error, "ours"), (folded_error, "folded"), (prepared_error, "prepared")):
-                assert error <= BOUND[dtype] * their_error, f"{size}, state {i}: {what} {error:.3g}, {their_error:.3g}"
+        their_errors = errors_of(theirs, images, truth)
+        our_errors = {what: errors_of(model, images, truth) for what, model in prepared.items()}
+        record(name, dtype, size, list(zip(our_errors["ours"], their_errors, strict=True)))
+        for what, errors in our_errors.items():
+            for i, (error, theirs_here) in enumerate(zip(errors, their_errors, strict=True)):
+                assert error <= BOUND[dtype] * theirs_here, f"{size}, state {i}: {what} {error:.3g}, {theirs_here:.3g}"
+
+
+@torch.no_grad()
+def errors_of(model, images: torch.Tensor, truth: list[torch.Tensor]) -> list[float]:
+    """The relative error of each hidden state."""
+    return [relative_error(x, t) for x, t in zip(reference.states(model, images), truth, strict=True)]
 
 
 @pytest.mark.parametrize("name", ["vits16", "vits16plus"])
