@@ -103,7 +103,7 @@ def convert_opened(
             with out.create(folder / file) as f:
                 f.write((json.dumps(content, indent=2) + "\n").encode())
         out.publish()
-    not_finite = list(dict.fromkeys(name for name, sample in opened.samples() if not sample.isfinite().all()))
+    not_finite = list(dict.fromkeys(name for name, sample in opened.samples if not sample.isfinite().all()))
     if not_finite:
         more = f" (and {len(not_finite) - 1} more)" if len(not_finite) > 1 else ""
         warnings.warn(f"{opened.path}: NaN or infinity in tensor {not_finite[0]!r}{more}: kept as it is", stacklevel=3)

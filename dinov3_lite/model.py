@@ -122,7 +122,10 @@ class DINOv3ViT(nn.Module):
         """Truncated normal (std `config.initializer_range`) for weights and tokens, zero for biases and mask token.
 
         LayerNorm starts as the identity, LayerScale at `config.layerscale_value`: every parameter and buffer is set.
+        A model without storage, on the meta device, stays so.
         """
+        if self.norm.weight.is_meta:
+            return
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or name == "mask_token":
@@ -133,8 +136,7 @@ class DINOv3ViT(nn.Module):
                 nn.init.ones_(parameter)
             else:
                 nn.init.trunc_normal_(parameter, std=std)
-        if not self.rope_embed.periods.is_meta:
-            self.rope_embed.periods.copy_(rope_periods(self.config))
+        self.rope_embed.periods.copy_(rope_periods(self.config))
 
     @classmethod
     def from_name(cls, name: str, **config_changes: Any) -> DINOv3ViT:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,28 @@ class Piece:
 
     def load(self) -> Tensor:
         """The elements in memory of their own, which goes when they do: a mapping keeps what it has touched."""
+        return self._load([(self.start, self.stop)])
+
+    def sample(self) -> Tensor:
+        """64 elements at each of five places, likewise."""
+        quarters = (self.size * quarter // 4 for quarter in range(4))
+        starts = [self.start + offset for offset in (*quarters, max(0, self.size - 64))]
+        return self._load([(start, min(start + 64, self.stop)) for start in starts])
+
+    def _load(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
         stored = self.stored
         if stored.offset is None or not self.size:
-            return self.read()
+            flat = stored.read().reshape(-1)
+            return flat[slice(*ranges[0])] if len(ranges) == 1 else torch.cat([flat[a:b] for a, b in ranges])
         itemsize = stored.dtype.itemsize
-        data = bytearray(self.size * itemsize)
+        data = bytearray(sum(stop - start for start, stop in ranges) * itemsize)
+        rest = memoryview(data)
         with stored.file.open("rb", buffering=0) as file:
-            file.seek(stored.offset + self.start * itemsize)
-            read_into(file, memoryview(data))
+            for start, stop in ranges:
+                size = (stop - start) * itemsize
+                file.seek(stored.offset + start * itemsize)
+                read_into(file, rest[:size])
+                rest = rest[size:]
         return torch.frombuffer(data, dtype=stored.dtype)
 
 
@@ -148,19 +163,20 @@ class Checkpoint:
         a few by hand may go unseen.
         """
         sha = hashlib.sha256()
-        for name, sample in self.samples():
+        for name, sample in self.samples:
             sample = sample if dtype is None else sample.to(storage_dtype(name, dtype))
             sha.update(sample.view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
-    def samples(self) -> Iterator[tuple[str, Tensor]]:
-        """64 numbers at five places of each tensor, of each of those that are fused in one of ours."""
-        for name, (shape, chunks) in lite_shapes(self.config).items():
-            if name in ("rope_embed.periods", "mask_token"):
-                continue  # not stored in every layout
-            for piece in itertools.chain(*recut(self.pieces[name], [numel(shape) // chunks] * chunks)):
-                for start in (*(piece.size * quarter // 4 for quarter in range(4)), max(0, piece.size - 64)):
-                    yield name, piece.part(start, min(start + 64, piece.size)).load()
+    @cached_property
+    def samples(self) -> list[tuple[str, Tensor]]:
+        """A few numbers of each tensor, of each of those that are fused in one of ours."""
+        return [
+            (name, piece.sample())
+            for name, (shape, chunks) in lite_shapes(self.config).items()
+            if name not in ("rope_embed.periods", "mask_token")  # not stored in every layout
+            for piece in itertools.chain(*recut(self.pieces[name], [numel(shape) // chunks] * chunks))
+        ]
 
     @property
     def weights_id(self) -> str:
