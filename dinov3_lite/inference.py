@@ -48,9 +48,9 @@ def compile(
         is torch.compile, at the first call or in `warm_up`; torch keeps what it compiled on disk for later processes.
         "auto" is packed for a model on a CPU where oneDNN takes its dtype, else inductor.
     dynamic: True prepares for all sizes and batches at once: one packing, oneDNN's; or one graph of inductor's and
-        another for single images (a grid of one row or column of patches has its own). False is faster where one
-        shape follows another of its kind: float32 weights are packed by MKL, anew whenever the number of tokens in
-        a batch changes (half precision stays oneDNN's); or a graph is compiled for each new shape.
+        another for single images (a grid of one row or column of patches has its own). False is faster where shapes
+        seldom change: float32 weights are packed by MKL, anew whenever the number of tokens in a batch changes (0.1 s
+        for a ViT-B; half precision stays oneDNN's); or a graph is compiled for each new shape.
 
     Raises ValueError for a model in training mode, for one without a DINOv3ViT, for an unknown backend, and for
     "packed" where oneDNN does not take the model.
@@ -156,7 +156,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedByOneDNN(PackedLinear):
-    """In oneDNN's layout, which holds for any number of rows. With many in float32, W as it is is as fast or faster."""
+    """In oneDNN's layout, which holds for any number of rows; float32 products of many rows take W as it is."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
