@@ -102,7 +102,7 @@ def import_timm() -> ModuleType:
     if version("timm") == "-" and REFERENCES.exists():
         import transformers.models.dinov3_vit.modeling_dinov3_vit  # noqa: F401  before it can see that torchvision
 
-        sys.path += [str(REFERENCES), str(Path(__file__).parent.parent / "tests")]
+        sys.path += [str(REFERENCES), str(Path(__file__).parent.parent / "tests" / "support")]
         import torchvision_shim  # noqa: F401
     import timm
 

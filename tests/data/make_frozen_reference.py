@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 import reference
 from helpers import TINY, TINY_GATED, trained_like, write_checkpoint
 

@@ -1,6 +1,6 @@
 """Compile every kernel in every configuration for every target, without a GPU, and say what the compiler made of it.
 
-    python tests/kernel_builds.py [--quick] [--json FILE]
+    python tools/kernel_builds.py [--quick] [--json FILE]
 
 Compiles with the installed triton and with each other release that `make` keeps in references/, two processes at a
 time, and prints the table of kernels/README.md. Exit status 1 if a build is not as it must be (`problems`).
@@ -120,15 +120,14 @@ def instructions(ptx: str) -> dict[str, int]:
 
 
 def compile_all(
-    modules: tuple[str, ...] = MODULES, triton: Path | None = None, quick: bool = False
+    modules: tuple[str, ...] = MODULES, triton: Path | None = None, quick: bool = False, path: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Compile what the modules' `builds(target)` list, in fresh processes and an empty cache; triton from that folder.
+    """Compile what the modules' `builds(target)` list, in fresh processes and an empty cache.
 
-    `quick` keeps to what is released: exact float32 products, without tensor cores, take more than half of the time.
+    triton: the folder of another release than the installed one. path: where modules of no package lie. `quick` keeps to what is released: exact float32 products, without tensor cores, take more than half of the time.
     """
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    if triton is not None:
-        environment["PYTHONPATH"] = str(triton)
+    environment["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in (triton, path) if folder is not None)
     with tempfile.TemporaryDirectory() as folder:
         environment["TRITON_CACHE_DIR"] = folder
         command = [sys.executable, __file__, *["--quick"] * quick, "--modules", *modules, "--share"]

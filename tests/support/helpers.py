@@ -19,7 +19,7 @@ from torch import Tensor
 from dinov3_lite import DINOv3Config
 from dinov3_lite.layouts import TRANSFORMERS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 PREPROCESSING = {
     "image_processor_type": "DINOv3ViTImageProcessor",
