@@ -124,7 +124,8 @@ def compile_all(
 ) -> list[dict[str, Any]]:
     """Compile what the modules' `builds(target)` list, in fresh processes and an empty cache.
 
-    triton: the folder of another release than the installed one. path: where modules of no package lie. `quick` keeps to what is released: exact float32 products, without tensor cores, take more than half of the time.
+    triton: the folder of another release than the installed one. path: where modules of no package lie.
+    `quick` keeps to what is released: exact float32 products, without tensor cores, take more than half of the time.
     """
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     environment["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in (triton, path) if folder is not None)
