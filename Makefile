@@ -20,7 +20,7 @@ demo: .venv/installed-demo  ## the main job: make a checkpoint, convert it, feat
 test: export OMP_NUM_THREADS = 1
 test: .venv/installed-dev  ## all tests, then the parity tests once more against an older transformers
 	$(BIN)/pytest -n auto --dist loadfile
-	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest tests/test_parity.py tests/test_layouts.py
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest tests/test_parity.py tests/test_checkpoint_layouts.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import DINOv3ViT, ImageProcessor, picture
+from .checkpoint import DTYPES
 from .export import FORMATS, OPSET, UNCHECKED, export
 from .sample import write_sample
-from .weights import DTYPES
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .attention import fuses_rows, packed_attention, resolve_attention, unpack
-from .config import DINOv3Config
+from .checkpoint import assign, open_checkpoint
+from .checkpoint.hub import locate
+from .config import FLOAT32_UNDER_HALF, DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
 from .packing import Tokens, pack
 from .rope import RotaryEmbedding2D, rope_periods
-from .weights import FLOAT32_UNDER_HALF, assign, open_checkpoint
 
 
 class DINOv3Output(NamedTuple):
@@ -173,7 +174,8 @@ class DINOv3ViT(nn.Module):
         resolve_attention(attention)
         if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
-        opened = open_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        opened = open_checkpoint(path)
         with torch.device("meta"):
             model = cls(opened.config, attention)
         assign(model, opened, dtype=dtype, device=device)
