@@ -3,8 +3,8 @@
     python benchmarks/compare.py [forward] [--variants vitb16] [--rows 224x1 224x8 512x1] [--dtypes float32]
                                  [--rounds 7] [--peers NAME ...] [--device cpu|cuda] [--threads N] [--save NAME]
     python benchmarks/compare.py --compare old.json new.json
-    python benchmarks/compare.py startup | conversion | features | rope_attention | row_kernels | parity | growth
-                                 [options of that script]
+    python benchmarks/compare.py startup | conversion | features | parity | growth | rope_attention | layer_norm
+                                 | swiglu [options of that script]
 
 A row is a variant, a resolution times a batch, and a dtype, all peers on the same weights. Outputs are checked against
 transformers' before anything is timed; a peer that is missing or fails shows its reason. Rounds are interleaved in
@@ -29,7 +29,7 @@ from timing import in_a_child, interleaved, median_ratio, process_mib, relative_
 
 from dinov3_lite import DINOv3Config
 
-OTHERS = ("startup", "conversion", "features", "rope_attention", "row_kernels", "parity", "growth")
+OTHERS = ("startup", "conversion", "features", "rope_attention", "layer_norm", "swiglu", "parity", "growth")
 REFERENCE = "transformers, sdpa"
 # How far outputs may lie from the reference's, relative: a few times what dtypes and other roundings explain.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -153,11 +153,11 @@ def test_charts_are_drawn_from_the_committed_results(page_script):
 def test_every_result_is_on_a_page(page_script):
     """A result that no page shows is a loss that nobody sees."""
     used = set(re.findall(r'"(\w+)"', (ROOT / "benchmarks" / "page.py").read_text()))
-    elsewhere = {"kernel_builds", "rope_attention_cpu", "row_kernels_cpu"}  # in kernels/README.md
+    elsewhere = {"kernel_builds", "rope_attention_cpu", "layer_norm_cpu", "swiglu_cpu"}  # in kernels/README.md
     assert {file.stem for file in page_script.RESULTS.glob("*.json")} <= used | elsewhere
 
 
-@pytest.mark.parametrize("name", ["rope_attention", "row_kernels"])
+@pytest.mark.parametrize("name", ["rope_attention", "layer_norm", "swiglu"])
 def test_the_errors_on_the_page_of_the_kernels_are_the_committed_ones(name, scripts):
     script = scripts(name)
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
