@@ -19,24 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import FLOAT32_UNDER_HALF
 from .containers import cast, read_headers
 from .files import Span, StoredTensor, cut, read_json, read_license, weight_files
 from .layouts import LAYOUTS, LITE, carried_names, detect, model_tensors, own_name, prefix_of, reason_of
 from .layouts.table import Beside, Card, Config, Layout, Shape, Table, masked, numel
+from .layouts.vit import storage_dtype
 
 # What --dtype of the command lines offers.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ONE_MODEL = "weights and config must be of one model"
 CONVERTED = LITE.files[0]
 """The converted copy that may lie beside the weights it was made of."""
-
-
-def storage_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a model of weights in `dtype` holds the tensor of that name."""
-    if name == "rope_embed.periods" or (name in FLOAT32_UNDER_HALF and dtype == torch.float16):
-        return torch.float32
-    return dtype
 
 
 @dataclass(frozen=True)

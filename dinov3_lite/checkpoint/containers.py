@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import Shape, Span, StoredTensor, read_into
+from .files import Shape, Span, StoredTensor, not_whole, read_into
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIGNMENT = 64  # bytes; the data starts on a cache line, as matrix kernels like it
@@ -75,6 +75,8 @@ def read_headers(files: Sequence[Path]) -> tuple[dict[str, StoredTensor], dict[s
             raise ValueError(f"{file}: expected a folder or a file of type {', '.join(CONTAINERS)}")
         tensors, metadata = CONTAINERS[file.suffix].read(file)
         for tensor in tensors:
+            if tensor.problem:
+                raise ValueError(f"{file}: tensor {tensor.name!r} {tensor.problem}")
             if tensor.dtype not in SAFETENSORS_DTYPES.values():
                 expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in SAFETENSORS_DTYPES.values())
                 raise ValueError(f"{file}: tensor {tensor.name!r} is {tensor.dtype}, expected one of {expected}")
@@ -94,7 +96,7 @@ def _read_safetensors(file: Path) -> Headers:
         metadata = handle.metadata() or {}
         header, start = _header(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file}: {_not_whole(file, 'safetensors', error)}: download it again") from error
+        raise ValueError(f"{file}: {not_whole(file, 'safetensors', error)}") from error
     tensors = []
     for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
         entry = header[name]
@@ -155,7 +157,7 @@ def _read_pth(file: Path) -> Headers:
             "save its state dict by itself"
         ) from error
     except Exception as error:  # torch.load raises what its many readers raise
-        raise ValueError(f"{file}: {_not_whole(file, 'PyTorch', error)}: download it again") from error
+        raise ValueError(f"{file}: {not_whole(file, 'PyTorch', error)}") from error
     tensors = _state_dict(content)
     if not tensors:
         raise ValueError(f"{file}: no tensors in it (it holds a {type(content).__name__}): expected a state dict")
@@ -233,13 +235,6 @@ def _write_pth(
                 )
             file.seek(_record_offset(file, record))
             _write_tensor(file, tensor, on_bytes)
-
-
-def _not_whole(file: Path, kind: str, error: Exception) -> str:
-    with file.open("rb") as f:
-        if f.read(32).startswith(b"version https://git-lfs"):
-            return "a git-lfs pointer, not the weights"
-    return f"not a whole {kind} file ({' '.join(str(error).split())[:200]})"
 
 
 CONTAINERS = {

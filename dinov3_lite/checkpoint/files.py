@@ -31,11 +31,22 @@ class StoredTensor:
     file: Path
     offset: int | None = None
     """Where in `file` its bytes start, in order and without gaps; None if they are not there as such."""
+    problem: str = ""
+    """Why it can't be read, as in "is sparse, expected a plain one"; mostly empty."""
 
     @classmethod
     def in_memory(cls, name: str, tensor: Tensor, file: Path | None = None) -> StoredTensor:
         """A tensor that no file holds as it is; `file`: whose tensors it was made of."""
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor, file or Path())
+
+    @classmethod
+    def unreadable(cls, name: str, file: Path, problem: str) -> StoredTensor:
+        """A tensor that has a name and can't be read: `read()` raises ValueError that says why."""
+
+        def read() -> Tensor:
+            raise ValueError(f"{file}: tensor {name!r} {problem}")
+
+        return cls(name, torch.uint8, (), read, file, problem=problem)
 
     def span(self) -> Span:
         """All its elements."""
@@ -117,6 +128,14 @@ def read_into(file: Any, buffer: memoryview) -> None:
         if not count:
             raise OSError(f"{file.name}: ended early: was it changed meanwhile?")
         buffer = buffer[count:]
+
+
+def not_whole(file: Path, kind: str, error: Exception) -> str:
+    """What is wrong with a file that can't be read as one of that kind, and what to do."""
+    with file.open("rb") as f:
+        if f.read(32).startswith(b"version https://git-lfs"):
+            return "a git-lfs pointer, not the weights: download it again"
+    return f"not a whole {kind} file ({' '.join(str(error).split())[:200]}): download it again"
 
 
 # ---- JSON

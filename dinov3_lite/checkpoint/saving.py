@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Checkpoint, storage_dtype
+from . import Checkpoint
 from .containers import CONTAINERS, OnBytes, OutputTensor
 from .files import StoredTensor, cut, whole_files
 from .layouts import reader_config
 from .layouts.table import Layout, numel, pattern
+from .layouts.vit import storage_dtype
 
 
 @dataclass(frozen=True)

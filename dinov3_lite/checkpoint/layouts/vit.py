@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...config import DINOv3Config
+from ...config import FLOAT32_UNDER_HALF, DINOv3Config
 from ...rope import rope_periods
 from .table import Assumed, Family, ModelTensor, Read, Shape, Table, masked
 
@@ -55,6 +55,13 @@ COMPUTED_PERIODS = Assumed(
 )
 NO_MASK_TOKEN = Assumed(lambda config: torch.zeros(1, 1, config.hidden_size, device="cpu"), "it has no mask token")
 NO_KEY_BIAS = Assumed(lambda config: torch.zeros(config.hidden_size, device="cpu"), "it has no key bias")
+
+
+def storage_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a model of weights in `dtype` holds the tensor of that name."""
+    if name == "rope_embed.periods" or (name in FLOAT32_UNDER_HALF and dtype == torch.float16):
+        return torch.float32
+    return dtype
 
 
 def _sizes(config: DINOv3Config) -> dict[str, int]:
