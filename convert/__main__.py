@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(source: Path, output: Path | None, args: argparse.Namespace) -> None:
     """One model: plan, then say what it is, say what would be done, or do it."""
     start = time.perf_counter()
-    opened = open_checkpoint(source, original=True)
+    opened = open_checkpoint(source, original=True, prefix=args.prefix)
     plan = make_plan(opened, output, to=args.to, dtype=DTYPES.get(args.dtype), max_shard_size=args.max_shard_size)
     if args.inspect:
         _say(describe(plan), describe_as_text, args)
@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--inspect", action="store_true", help="say what the source is, and write nothing")
     add("--dry-run", action="store_true", help="say what would be written where, and write nothing")
     add("--json", action="store_true", help="say it as JSON, one object a model")
+    add("--prefix", help="what stands before the names of the backbone that is meant, if the source holds several")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--force", action="store_true", help="replace existing output")
     add("--quiet", action="store_true", help="no progress bar and no summary")

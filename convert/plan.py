@@ -31,8 +31,8 @@ class Plan:
     """What will lie in the folder, by name."""
     lost: dict[str, str]
     """What of the source the layout can't hold, by tensor pattern or config field: a sentence each."""
-    left_out: list[str]
-    """Tensors of the source's files that are not the model's and are not carried along."""
+    left_out: dict[str, str]
+    """Tensors of the source's files that are not the model's and are not carried along, each with the reason."""
 
     @property
     def path(self) -> Path:
@@ -78,7 +78,7 @@ def make_plan(
         folder=folder,
         files=files_of(source, layout, dtype=dtype, name=name, max_shard_size=max_shard_size),
         lost=losses(source, layout),
-        left_out=[item for item in source.left_out if item.split("'")[1] not in kept],
+        left_out={name: reason for name, reason in source.left_out.items() if name not in kept},
     )
 
 

@@ -68,6 +68,24 @@ class QKVProjection(nn.Linear):
         if isinstance(self._parameters.get("bias"), nn.Parameter):
             nn.init.zeros_(self.bias)
 
+    @property
+    def q_bias(self) -> Tensor | None:
+        """(C,), the queries' third of `bias`, a view; None where there is none. `k_bias` and `v_bias` alike."""
+        return self._third("q_bias")
+
+    @property
+    def k_bias(self) -> Tensor | None:
+        """(C,), the keys' third of `bias`."""
+        return self._third("k_bias")
+
+    @property
+    def v_bias(self) -> Tensor | None:
+        """(C,), the values' third of `bias`."""
+        return self._third("v_bias")
+
+    def _third(self, name: str) -> Tensor | None:
+        return self.bias.chunk(3)[list(self.has_bias).index(name)] if self.has_bias[name] else None
+
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias
         if bias is not None and bias.requires_grad and torch.is_grad_enabled() and not all(self.has_bias.values()):

@@ -142,6 +142,7 @@ class DINOv3ViT(features.Sizes):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         attention: str = "auto",
+        prefix: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -153,6 +154,8 @@ class DINOv3ViT(features.Sizes):
             used, and training never writes to the file.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
         device: to load to; None is the CPU. attention: see the class.
+        prefix: what stands before the names of the backbone that is meant, where the checkpoint holds several, such as
+            "teacher.backbone"; None takes an exponential moving average, or a teacher, or the only one.
         revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
@@ -162,7 +165,7 @@ class DINOv3ViT(features.Sizes):
         if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
         path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        opened = open_checkpoint(path)
+        opened = open_checkpoint(path, prefix=prefix)
         with torch.device("meta"):
             model = cls(opened.config, attention)
         assign(model, opened, dtype=dtype, device=device)

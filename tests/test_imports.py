@@ -48,13 +48,18 @@ EDGES = {
     "dinov3_lite/checkpoint/pickles.py": set(),
     "dinov3_lite/checkpoint/pth.py": {"checkpoint.files", "checkpoint.pickles"},
     "dinov3_lite/checkpoint/choose.py": set(),
-    "dinov3_lite/checkpoint/containers.py": {"checkpoint.files"},
+    "dinov3_lite/checkpoint/containers.py": {"checkpoint.files", "checkpoint.pth"},
+    "dinov3_lite/checkpoint/matching.py": {
+        *("checkpoint.containers", "checkpoint.files", "checkpoint.layouts", "checkpoint.layouts.table"),
+    },
     "dinov3_lite/checkpoint/layouts/table.py": set(),
     "dinov3_lite/checkpoint/layouts/vit.py": {"checkpoint.layouts.table", "config", "rope"},
-    "dinov3_lite/checkpoint/layouts/*": {"checkpoint.files", "dinov3_lite/checkpoint/layouts/*", "config"},
+    "dinov3_lite/checkpoint/layouts/*": {
+        *("checkpoint.choose", "checkpoint.files", "dinov3_lite/checkpoint/layouts/*", "config"),
+    },
     "dinov3_lite/checkpoint/hub.py": {"checkpoint.layouts", "checkpoint.layouts.timm"},
     "dinov3_lite/checkpoint/__init__.py": {
-        *("checkpoint.containers", "checkpoint.files"),
+        *("checkpoint.choose", "checkpoint.containers", "checkpoint.files", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
     "dinov3_lite/checkpoint/saving.py": {
@@ -96,7 +101,15 @@ EDGES = {
         "sample",
     },
     "convert/verify.py": {"convert/*", *CHECKPOINT, "dinov3_lite.model"},
-    "convert/describe.py": {"convert/*", "dinov3_lite.checkpoint", "dinov3_lite.image", "dinov3_lite.rope"},
+    "convert/describe.py": {
+        *(
+            "convert/*",
+            "dinov3_lite.checkpoint",
+            "dinov3_lite.checkpoint.files",
+            "dinov3_lite.image",
+            "dinov3_lite.rope",
+        ),
+    },
     "convert/*": {"convert/*", *CHECKPOINT},
 }
 OURS = ("dinov3_lite", "convert", "kernels")

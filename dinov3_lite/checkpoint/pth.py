@@ -131,6 +131,8 @@ def read_content(file: Path) -> tuple[Any, dict[str, Place]]:
             for name, info in members.items()
             if name.startswith(f"{root}data/")
         }
+        if any(place.start + place.nbytes > file.stat().st_size for place in places.values()):
+            raise ValueError("it ends within a tensor")
         content, _ = read_pickle(io.BytesIO(member(f"{root}data.pkl")))
         return content, places
 

@@ -121,7 +121,7 @@ def ungated_copy(repo_id: str) -> str:
 
 TIMM = Layout(
     name="timm",
-    tables={DINOv3Config: Table(VIT, ROWS, assumed=ASSUMED)},
+    tables={DINOv3Config: Table(VIT, ROWS, assumed=ASSUMED, stores_empty=False)},
     container=".safetensors",
     files=(FILE,),
     read_card=read_card,
