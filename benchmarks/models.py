@@ -166,8 +166,10 @@ def training(row: Row) -> float:
 
 
 def parameters(variant: str) -> int:
+    """How many numbers a checkpoint of the variant holds: zeros that stand for absent key biases are not among them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in DINOv3ViT(DINOv3Config.from_name(variant)).parameters())
+        tensors = DINOv3ViT(DINOv3Config.from_name(variant)).state_dict()
+    return sum(tensor.numel() for name, tensor in tensors.items() if not name.startswith("rope_embed."))
 
 
 def available_mib() -> float:
