@@ -4,6 +4,8 @@ README.md that model hubs show.
 
 from __future__ import annotations
 
+import re
+
 from ...config import DINOv3Config
 from .table import README_MARK, Beside, Card
 
@@ -30,28 +32,36 @@ def read_foreign_card(beside: Beside) -> Card:
 
 META = "dinov3-license"
 META_LINK = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
+KNOWN = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "fair-noncommercial-research-license")
 
 
 def readme(card: Card, library: str, use: str) -> str:
     """The model card of a folder that `library` reads: its front matter is what hubs index, the licence first.
 
-    use: Python that loads the folder. https://huggingface.co/docs/hub/model-cards has the keys of the front matter.
+    use: Python that loads the folder. The keys are those of https://huggingface.co/docs/hub/model-cards.
     """
-    head, licence = _licence(card.license)
+    licence, said = _licence(card.license)
+    head = {**licence, "library_name": library, "pipeline_tag": "image-feature-extraction", "tags": "[dinov3]"}
     name = card.config.name if card.config else "DINOv3"
-    note = f"The weights are {card.note}.\n\n" if card.note else ""
-    return (
-        f"---\n{head}library_name: {library}\npipeline_tag: image-feature-extraction\ntags:\n- dinov3\n---\n\n"
-        f"{README_MARK}\n\n# {name}, for {library}\n\n{note}```python\n{use}\n```\n\n{licence}\n"
-    )
+    note = f"The weights are {' '.join(card.note.split())}." if card.note else ""
+    front = "\n".join(f"{key}: {value}" for key, value in head.items())
+    parts = [f"---\n{front}\n---", README_MARK, f"# {name}, for {library}", note, f"```python\n{use}\n```", said]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _licence(name: str) -> tuple[str, str]:
-    """The lines of the front matter, and a sentence for people."""
+def _licence(name: str) -> tuple[dict[str, str], str]:
+    """What the front matter says of the licence that a card names, and a sentence for people."""
+    if not name:
+        said = (
+            "The source does not say under which licence these weights come. Meta's own come under the DINOv3 licence."
+        )
+        return {"license": "unknown"}, said
     if name == META:
-        said = f"The weights come under Meta's [DINOv3 licence]({META_LINK}), which applies to them in any layout."
-        return f"license: other\nlicense_name: {META}\nlicense_link: {META_LINK}\n", said
-    if name:
-        return f"license: other\nlicense_link: {name}\n", f"The weights come under the licence in [{name}]({name})."
-    said = "The source of these weights does not say under which licence they come: Meta's own have the DINOv3 licence."
-    return "license: unknown\n", said
+        said = f"The weights come under Meta's [DINOv3 licence]({META_LINK}), in any layout."
+        return {"license": "other", "license_name": META, "license_link": META_LINK}, said
+    if name in KNOWN:
+        return {"license": name}, f"The weights come under {name}, as their source says."
+    word = re.sub(r"[^\w.-]+", "-", name)[:80]  # whoever made the source has written it
+    if word.upper().startswith(("LICENSE", "LICENCE")):
+        return {"license": "other", "license_link": word}, f"The weights come under the licence in [{word}]({word})."
+    return {"license": "other", "license_name": word}, f"The weights come under {word}, as their source says."

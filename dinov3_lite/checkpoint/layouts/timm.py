@@ -62,7 +62,7 @@ def _read_images(cfg: Any) -> dict[str, Any] | None:
 
 
 def write_card(card: Card) -> Beside:
-    """Its config.json, with the name of its model where one has these tensors, and the image statistics; a model card."""
+    """Its config.json: the name of its model where one has these tensors, and image statistics. A model card too."""
     config = card.config
     if config is None:
         return Beside(metadata={"format": "pt"}, license=card.license)
