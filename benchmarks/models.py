@@ -267,7 +267,9 @@ def train_gb(result: Row, variant: str, batch: int) -> float:
     row = find(result, kind="training, checkpointed", variant=variant)
     if row:
         return (row["peak MiB"] + (batch - row["batch"]) * row["MiB a picture"]) * 2**20 / 1e9
-    largest = next(found for found in reversed(result["rows"]) if found["kind"] == "training, checkpointed")
+    largest = next((found for found in reversed(result["rows"]) if found["kind"] == "training, checkpointed"), None)
+    if not largest:
+        return float("inf")
     share = layers_times_width(variant) / layers_times_width(largest["variant"])
     return (18 * parameters(variant) + batch * share * largest["MiB a picture"] * 2**20) / 1e9
 
