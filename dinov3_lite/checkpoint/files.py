@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -257,10 +258,24 @@ def license_files(folder: Path) -> list[Path]:
 
 
 def read_license(folder: Path) -> str:
-    """`dinov3-license` if a licence file says that it is Meta's, the file's name if it is another, or nothing."""
+    """`dinov3-license` if a licence file says that it is Meta's, the file's name if it is another; else what the front
+    matter of a README.md calls it, or nothing.
+    """
     for file in license_files(folder):
-        return "dinov3-license" if "DINOv3" in file.read_text(encoding="utf-8", errors="replace")[:4096] else file.name
-    return ""
+        return "dinov3-license" if "DINOv3" in _start(file) else file.name
+    front = re.match(r"---\n(.*?)\n---", _start(folder / "README.md"), re.DOTALL)
+    said: dict[str, str] = (
+        dict(re.findall(r"^(license|license_name): *['\"]?([\w.-]+)", front[1], re.MULTILINE)) if front else {}
+    )
+    name = said.get("license_name", said.get("license", ""))
+    return "" if name in ("other", "unknown") else name
+
+
+def _start(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        return stream.read(4096)
 
 
 # ---- whole or not at all

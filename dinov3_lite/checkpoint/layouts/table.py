@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+README = "README.md"
+README_MARK = "<!-- written by dinov3-lite: take this line out of a card that is to stay -->"
+
 Shape = tuple[int, ...]
 Letters = tuple[str, ...]
 Config = Any  # a frozen dataclass, one class a model family
@@ -217,6 +220,8 @@ class Beside:
     license: str = ""
     weights: Path = Path()
     """The file of weights, for messages."""
+    readme: str = ""
+    """The model card of its folder, written where nobody has put one; only its licence is ever read."""
 
     def path(self, name: str) -> Path:
         """Where a side file lies, for messages."""

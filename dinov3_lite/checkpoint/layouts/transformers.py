@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...config import MODEL_TYPE, DINOv3Config
-from .cards import CONFIG, NOTE_KEY, PREPROCESSOR, read_config, read_foreign_card
+from .cards import CONFIG, NOTE_KEY, PREPROCESSOR, read_config, read_foreign_card, readme
 from .table import Beside, Card, Layout, Row, Table
 from .vit import COMPUTED_PERIODS, VIT
 
@@ -63,12 +63,15 @@ def read_card(beside: Beside) -> Card:
 
 
 def write_card(card: Card) -> Beside:
-    """Its two JSON files."""
+    """Its two JSON files, and a model card."""
     note = {NOTE_KEY: card.note} if card.note else {}
     files = {CONFIG: {**card.config.to_dict(), **note}} if card.config else {}
     if card.preprocessing is not None:
         files[PREPROCESSOR] = card.preprocessing
-    return Beside(metadata={"format": "pt"}, files=files, license=card.license)
+    use = 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained(".")'
+    return Beside(
+        metadata={"format": "pt"}, files=files, readme=readme(card, "transformers", use), license=card.license
+    )
 
 
 def opens(layout: Layout, path: Path) -> bool:
