@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import DINOv3Config
     from .encoder import build_dinov3_encoder
+    from .extraction.engines import extract
+    from .extraction.store import open_features
     from .finetune import freeze_but_last, parameter_groups, trainable_summary
     from .image import ImageProcessor
     from .inference import compile
@@ -31,7 +33,9 @@ __all__ = [
     "ImageProcessor",
     "build_dinov3_encoder",
     "compile",
+    "extract",
     "freeze_but_last",
+    "open_features",
     "parameter_groups",
     "sliding_window_features",
     "trainable_summary",
@@ -46,7 +50,9 @@ _MODULES = {
     "ImageProcessor": "image",
     "build_dinov3_encoder": "encoder",
     "compile": "inference",
+    "extract": "extraction.engines",
     "freeze_but_last": "finetune",
+    "open_features": "extraction.store",
     "parameter_groups": "finetune",
     "sliding_window_features": "window",
     "trainable_summary": "finetune",

@@ -1,0 +1,96 @@
+"""Is everything there, and as it was written: the index of a complete job, its status, and its verification."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .folder import Folder, read_json, to_json
+from .plan import Plan
+from .writer import write_whole
+
+
+def complete(folder: Folder, total: int) -> None:
+    """Once all markers are there: write the index, which spares a reader all of them, and sweep."""
+    if folder.index.exists() or len(folder.done()) < total:
+        return
+    markers = [read_json(folder.marker(i)) for i in range(total)]
+    index = {"rows": [marker["rows"] for marker in markers], "rejects": [len(marker["rejects"]) for marker in markers]}
+    write_whole(folder.index, to_json(index))
+    for file in folder.path.glob("*/.*.tmp"):  # of processes that died at shards which others did
+        file.unlink(missing_ok=True)
+
+
+def status(path: str | Path) -> dict[str, Any]:
+    """How far a job is: shards, done, pictures (None if not known), rows, rejects, failed (number: reason), at_work."""
+    folder = Folder(path)
+    job, done = folder.read_job(), folder.done()
+    markers = [read_json(folder.marker(i)) for i in done]
+    at_work = len(list(folder.attempts.iterdir())) - sum(map(len, folder.deaths().values()))
+    return {
+        "shards": job["plan"]["shards"],
+        "done": len(done),
+        "pictures": job["plan"]["pictures"],
+        "left_out": job["plan"]["left_out"],
+        "rows": sum(marker["rows"] for marker in markers),
+        "rejects": sum(len(marker["rejects"]) for marker in markers),
+        "failed": folder.failures(),
+        "at_work": at_work,
+    }
+
+
+def verify(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(shard, fault) for all that is not as its marker says: every file is read and hashed.
+
+    Also what no marker says: rows of a shard without one are faults only if they are of no shard of the plan.
+    """
+    folder = Folder(path)
+    job, plan = folder.read_job(), Plan(folder.plan)
+    for shard in folder.done():
+        if shard >= len(plan):
+            yield shard, f"has a marker, and the plan has {len(plan)} shards"
+            continue
+        marker = read_json(folder.marker(shard))
+        yield from ((shard, fault) for fault in _faults(folder, job, plan[shard]["count"], shard, marker))
+
+
+def _faults(
+    folder: Folder, job: dict[str, Any], planned: int | None, shard: int, marker: dict[str, Any]
+) -> Iterator[str]:
+    if marker["rows"] + len(marker["rejects"]) != marker["pictures"] or planned not in (None, marker["pictures"]):
+        yield (
+            f"{marker['rows']} rows and {len(marker['rejects'])} rejects of {marker['pictures']} pictures, "
+            f"{planned} planned"
+        )
+    for name, summary in marker["files"].items():
+        file = folder.path / name
+        if not file.is_file():
+            yield f"{name} is gone"
+        elif file.stat().st_size != summary["bytes"]:
+            yield f"{name} has {file.stat().st_size} bytes, not {summary['bytes']}"
+        elif _sha256(file) != summary["sha256"]:
+            yield f"{name} has changed: its SHA-256 is another than when it was written"
+    for name, shape in job["outputs"].items():
+        file = folder.rows(name, shard)
+        if file.is_file() and None not in shape:
+            found = np.load(file, mmap_mode="r").shape
+            if found != (marker["rows"], *shape):
+                yield f"{file.name} of {name} has shape {found}, expected {(marker['rows'], *shape)}"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return (
+            hashlib.file_digest(opened, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _by_hand(opened)
+        )
+
+
+def _by_hand(opened: Any) -> str:
+    sha = hashlib.sha256()
+    while data := opened.read(1 << 20):
+        sha.update(data)
+    return sha.hexdigest()
