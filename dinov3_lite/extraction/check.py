@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ def complete(folder: Folder, total: int) -> None:
     markers = [read_json(folder.marker(i)) for i in range(total)]
     index = {"rows": [marker["rows"] for marker in markers], "rejects": [len(marker["rejects"]) for marker in markers]}
     write_whole(folder.index, to_json(index))
-    for file in folder.path.glob("*/.*.tmp"):  # of processes that died at shards which others did
-        file.unlink(missing_ok=True)
+    # what processes left that died between a marker and their end, or at a shard that others did
+    for left in [*folder.attempts.iterdir(), *(folder.path / "failed").iterdir(), *folder.path.glob("*/.*.tmp")]:
+        left.unlink(missing_ok=True)
+    for left in folder.path.glob(".*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def status(path: str | Path) -> dict[str, Any]:
@@ -44,10 +48,7 @@ def status(path: str | Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(shard, fault) for all that is not as its marker says: every file is read and hashed.
-
-    Also what no marker says: rows of a shard without one are faults only if they are of no shard of the plan.
-    """
+    """(shard, fault) for all that is not as its marker says: every file is read and hashed."""
     folder = Folder(path)
     job, plan = folder.read_job(), Plan(folder.plan)
     for shard in folder.done():
@@ -74,12 +75,10 @@ def _faults(
             yield f"{name} has {file.stat().st_size} bytes, not {summary['bytes']}"
         elif _sha256(file) != summary["sha256"]:
             yield f"{name} has changed: its SHA-256 is another than when it was written"
-    for name, shape in job["outputs"].items():
-        file = folder.rows(name, shard)
-        if file.is_file() and None not in shape:
-            found = np.load(file, mmap_mode="r").shape
-            if found != (marker["rows"], *shape):
-                yield f"{file.name} of {name} has shape {found}, expected {(marker['rows'], *shape)}"
+        elif file.suffix == ".npy" and None not in (shape := job["outputs"][file.parent.name]):
+            expected, found = (marker["rows"], *shape), np.load(file, mmap_mode="r").shape
+            if found != expected:
+                yield f"{name} has shape {found}, expected {expected}"
 
 
 def _sha256(file: Path) -> str:

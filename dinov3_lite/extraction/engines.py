@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,7 +64,7 @@ def extract(
     """Features of all pictures of `inputs`, in a folder of numpy files; called again, it goes on where it was.
 
     inputs: one or several of: a folder (recursively), a list of paths (.txt, one a line, relative to it), a picture;
-        tar files (as webdataset's) or parquet files, patterns of them (`*`, `{000..099}`); URLs of those that fsspec reads.
+        tar files (as webdataset's) or parquet files, patterns of them (`*`, `{000..099}`); URLs of all those.
     model: a checkpoint folder, a converted file or a hub id. output: the folder, made if need be.
     outputs: of "cls_token" (C,), "patch_mean" (C,), "patch_tokens" (h*w, C) and "register_tokens" (R, C), each after
         the final LayerNorm. blocks: whose; several give each row a first axis of blocks. None is the last.
@@ -88,6 +89,8 @@ def extract(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
+    if not re.fullmatch(r"\d+%?|\d+\.\d+%", str(max_rejects)):
+        raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
     folder = Folder(_local(output))
     request = Request(
         inputs=tuple(os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)),

@@ -66,7 +66,8 @@ class Folder:
 
     def failures(self) -> dict[int, str]:
         """Shards that could not be done, with the reason."""
-        return {i: read_json(self.failure(i))["reason"] for i in numbered(self.path / "failed")}
+        failed = (i for i in numbered(self.path / "failed") if not self.marker(i).exists())
+        return {i: read_json(self.failure(i))["reason"] for i in failed}
 
     @contextmanager
     def attempt(self, shard: int) -> Iterator[None]:

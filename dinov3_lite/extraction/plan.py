@@ -67,7 +67,7 @@ def write_plan(folder: Path, sources: list[Source], shard_size: int, column: str
 
 
 def _write(folder: Path, sources: list[Source], shard_size: int, column: str | None) -> dict[str, Any]:
-    listing, sha = Listing(), hashlib.sha256()
+    listing, sha = Listing(skip=os.path.abspath(folder.parent)), hashlib.sha256()
     shards, total, known = 0, 0, True
     with (folder / ITEMS).open("wb") as items, (folder / SHARDS).open("wb") as lines:
         written = _Hashed(items, sha)

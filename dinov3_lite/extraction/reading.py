@@ -128,11 +128,24 @@ def _open(shard: dict[str, Any]) -> IO[bytes]:
     return file
 
 
+class _Member(tarfile.TarInfo):
+    """Where tarfile takes a damaged header, or none, for the end of the archive, an error: pictures may be missing."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # zeros: a proper end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
+
+
 def _read_tar(shard: dict[str, Any]) -> Iterator[Item]:
     """Members that are named as pictures, one by one. A damaged archive ends in a rejected item of its own name."""
     with _open(shard) as file:
         try:
-            with tarfile.open(fileobj=file, mode="r|*") as tar:
+            with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
                 for member in tar:
                     if not is_picture(member.name):
                         continue

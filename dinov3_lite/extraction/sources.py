@@ -27,6 +27,8 @@ class Listing:
 
     left_out: Counter[str] = field(default_factory=Counter)
     """Files that are not named as pictures: how many of each suffix."""
+    skip: str = ""
+    """A folder that is not looked into: the output may lie within the input."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,8 @@ def _walk(root: str, inside: str, above: tuple[tuple[int, int], ...], listing: L
         path = inside + entry.name
         if entry.name.startswith("."):
             listing.left_out["hidden"] += 1
+        elif entry.path == listing.skip:
+            continue
         elif _is_folder(entry):
             if entry.is_symlink() and _identity(entry.path) in here:
                 yield path
