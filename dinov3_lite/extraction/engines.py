@@ -211,8 +211,8 @@ def _ray_outcomes(
     gpu = setup.device.startswith("cuda")
     workers = min(len(shards), workers or int(resources.get("GPU" if gpu else "CPU", 1)))
     cores = max(1, int(resources.get("CPU", 1)) // workers)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     numbers = ray.data.from_items([{"shard": i} for i in shards], override_num_blocks=len(shards))
     done = numbers.map_batches(
         RayWorker,
