@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .extraction.store import open_features
     from .finetune import freeze_but_last, parameter_groups, trainable_summary
     from .image import ImageProcessor
-    from .inference import compile
+    from .inference import optimize_for_inference
     from .interfaces import DINOv3ViTBackbone, FeaturesOnly
     from .model import DINOv3Output, DINOv3ViT
     from .window import sliding_window_features
@@ -32,10 +32,10 @@ __all__ = [
     "FeaturesOnly",
     "ImageProcessor",
     "build_dinov3_encoder",
-    "compile",
     "extract",
     "freeze_but_last",
     "open_features",
+    "optimize_for_inference",
     "parameter_groups",
     "sliding_window_features",
     "trainable_summary",
@@ -49,10 +49,10 @@ _MODULES = {
     "FeaturesOnly": "interfaces",
     "ImageProcessor": "image",
     "build_dinov3_encoder": "encoder",
-    "compile": "inference",
     "extract": "extraction.engines",
     "freeze_but_last": "finetune",
     "open_features": "extraction.store",
+    "optimize_for_inference": "inference",
     "parameter_groups": "finetune",
     "sliding_window_features": "window",
     "trainable_summary": "finetune",

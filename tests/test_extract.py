@@ -198,29 +198,51 @@ def test_a_large_picture_is_resized_as_the_image_processor_does(shape):
     pixels = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8).permute(2, 0, 1)
     processor = ImageProcessor((48, 64))
     expected = processor(pixels)["pixel_values"][0]
-    assert torch.equal(decode.to_input(pixels, (48, 64), processor, rounded=False), expected)
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=1)
+    picture = decode.decode(file.getvalue())
+    assert torch.equal(decode.Preparation(processor, 8, rounded=False)(picture), expected)
 
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_simplejpegs_pixels_are_pillows(subsampling, progressive):
     pytest.importorskip("simplejpeg")
-    assert decode._simplejpeg() is not None
     for size in ((33, 57), (16, 16), (1, 9), (640, 480)):
         data = picture(3, size=size, subsampling=subsampling, progressive=progressive)
-        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        assert np.array_equal(decode.decode(data).permute(1, 2, 0).numpy(), expected)
+        found = decode.decode(data)
+        assert isinstance(found, torch.Tensor)
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-def test_photographs_are_turned_as_their_exif_says():
+@pytest.mark.parametrize("rounded", [False, True])
+def test_photographs_are_turned_as_their_exif_says(rounded):
+    processor = ImageProcessor((32, 48), mean=0, std=1, rescale_factor=1)
+    prepare = decode.Preparation(processor, 8, rounded)
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
         data = picture(0, size=(400, 240), exif=exif)
-        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
-        assert np.array_equal(decode.decode(data).permute(1, 2, 0).numpy(), expected)
+        expected = processor(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))["pixel_values"][0]
+        assert (prepare(decode.decode(data)).float() - expected).abs().max() < (1.01 if rounded else 1e-4)
         scaled = decode.decode(data, (40, 24) if orientation > 4 else (24, 40))
-        assert scaled.shape == ((3, 100, 60) if orientation > 4 else (3, 60, 100))
+        assert scaled.size == (100, 60)
+        assert (prepare(scaled).float() - expected).abs().max() < 20
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_sixteen_bits_palettes_and_transparency_are_those_of_the_image_processor(rounded):
+    processor = ImageProcessor((16, 24), mean=0, std=1, rescale_factor=1)
+    prepare = decode.Preparation(processor, 8, rounded)
+    rng = np.random.default_rng(0)
+    rgba = Image.fromarray(rng.integers(0, 256, (40, 50, 4), np.uint8))
+    grey = Image.fromarray(rng.integers(0, 65536, (40, 50)).astype(np.uint16))
+    for image in (rgba, rgba.convert("RGB").quantize(16), rgba.convert("L"), rgba.convert("1"), grey):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        expected = processor(Image.open(io.BytesIO(file.getvalue())))["pixel_values"][0]
+        found = prepare(decode.decode(file.getvalue())).float()
+        assert (found - expected).abs().max() < (1.01 if rounded else 1e-4), image.mode
 
 
 # Sources -------------------------------------------------------------------------------------------------------------

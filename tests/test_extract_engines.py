@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from helpers import ROOT, TINY, run_python, write_checkpoint
+from helpers import TINY, run_python, write_checkpoint
 from pictures import PREPROCESSING_48, write_pictures
 
 import dinov3_lite
@@ -95,7 +95,7 @@ def test_parts_one_after_the_other_write_what_one_process_writes(job, tmp_path):
 def test_two_processes_of_torchrun_write_what_one_writes(job, tmp_path):
     words = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone",
-        ROOT / "tests" / "support" / "run_extract.py", job / "in", "--model", job / "model",
+        "-m", "dinov3_lite", "extract", job / "in", "--model", job / "model",
         "--output", tmp_path / "out", "--outputs", "cls_token", "patch_tokens", "--batch-size", 4, "--shard-size", 5,
     ]  # fmt: skip
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=tmp_path)

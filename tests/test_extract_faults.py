@@ -14,11 +14,11 @@ import zlib
 
 import numpy as np
 import pytest
-import run_extract
 from helpers import ROOT, TINY, write_checkpoint
 from pictures import PREPROCESSING_48, picture, write_pictures, write_tar
 
 import dinov3_lite
+from dinov3_lite.__main__ import main
 from dinov3_lite.extraction import check, reading, writer
 from dinov3_lite.extraction.engines import ShardsFailed
 
@@ -221,12 +221,12 @@ def test_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_room(checkpoin
     # the job is there before
     dinov3_lite.extract(tmp_path / "in", checkpoint, tmp_path / "out", shard_size=3, part="2/3")
     monkeypatch.setattr(writer, "_write_all", write)
-    assert run_extract.main(command) == 1
+    assert main(["extract", *command]) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error and str(tmp_path / "out") in error and error.count("\n") == 1, error
     assert not list((tmp_path / "out").rglob("*.tmp"))
     monkeypatch.setattr(writer, "_write_all", real)
-    assert run_extract.main(command) == 0
+    assert main(["extract", *command]) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "undisturbed")
 
 
@@ -239,7 +239,7 @@ def test_what_can_not_be_written_is_said_in_a_line(checkpoint, tmp_path, capsys)
     write_pictures(tmp_path / "in", 2)
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "out", "/proc/out"):
-        assert run_extract.main([str(tmp_path / "in"), "--model", str(checkpoint), "--output", str(output)]) == 1
+        assert main(["extract", str(tmp_path / "in"), "--model", str(checkpoint), "--output", str(output)]) == 1
         error = capsys.readouterr().err
         assert error.startswith("dinov3_lite: ") and error.count("\n") == 1 and str(output).split("/out")[0] in error
 
@@ -255,7 +255,7 @@ def command(checkpoint, tmp_path):
         (tmp_path / "hook").mkdir(exist_ok=True)
         (tmp_path / "hook" / "sitecustomize.py").write_text(hook)
         return subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "support" / "run_extract.py", tmp_path / "in", "--model", checkpoint,
+            [sys.executable, "-m", "dinov3_lite", "extract", tmp_path / "in", "--model", checkpoint,
              "--output", tmp_path / "out", "--quiet", *map(str, words)],
             env={**os.environ, "PYTHONPATH": str(tmp_path / "hook"), **env},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -349,7 +349,7 @@ def test_verify_finds_every_changed_missing_and_shortened_file(checkpoint, tmp_p
     marker.write_text(marker.read_text().replace('"rows": 1', '"rows": 2'))
     faults = dict(check.verify(tmp_path / "out"))
     assert faults.keys() == {0, 1, 2, 3, 4}
-    assert run_extract.main(["--verify", str(tmp_path / "out")]) == 3
+    assert main(["extract", "--verify", str(tmp_path / "out")]) == 3
     out = capsys.readouterr().out
     for words in ("has changed: its SHA-256", "has 254 bytes, not 256", "is gone", "5 of 5 shards are damaged: delete"):
         assert words in out, out
@@ -357,7 +357,7 @@ def test_verify_finds_every_changed_missing_and_shortened_file(checkpoint, tmp_p
         (tmp_path / "out" / "shards" / f"{i:08d}.json").unlink()
     (tmp_path / "out" / "index.json").unlink()
     dinov3_lite.extract(tmp_path / "in", checkpoint, tmp_path / "out", shard_size=2)
-    assert run_extract.main(["--verify", str(tmp_path / "out")]) == 0
+    assert main(["extract", "--verify", str(tmp_path / "out")]) == 0
 
 
 def test_features_that_are_not_finite_are_rejects(tmp_path):

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import re
-import sys
 from pathlib import Path
 
+from ..commands.arguments import MODEL, size
+from ..console import complain, say
 from .folder import Folder
 
 DESCRIPTION = """Features of all pictures of INPUT, in a folder of numpy files. The same command again goes on where it
 was. Exit status: 0 all done, 1 bad input, 2 bad usage, 3 some shards failed (listed), 143 stopped by SIGTERM."""
+EXAMPLE = """examples:
+  %(prog)s photos/ --model checkpoint --output features
+  %(prog)s 'data-{0000..0999}.tar' --model vitl16.safetensors --output features --outputs cls_token patch_mean \\
+      --dtype bfloat16
+  torchrun --nproc-per-node 8 -m dinov3_lite extract photos/ --model checkpoint --output features
+  %(prog)s --status features"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = DESCRIPTION
-    parser.set_defaults(usage_error=parser.error)
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLE
     parser.add_argument(
         "input", nargs="*", metavar="INPUT",
         help="a folder, a list of paths (.txt), pictures, tars, parquet files, patterns ('a-{000..099}.tar') or URLs",
     )  # fmt: skip
-    parser.add_argument("--model", help="a converted file, a checkpoint folder or a hub id")
+    parser.add_argument("--model", help=MODEL)
     parser.add_argument("--output", type=Path, metavar="OUT", help="the folder to fill")
 
     what = parser.add_argument_group("what is computed")
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.to is not None:
         return _convert(args)
     if not args.input or not args.model or not args.output:
-        args.usage_error("give INPUT, --model and --output, or one of --status, --verify and --to")
+        raise argparse.ArgumentError(None, "give INPUT, --model and --output, or one of --status, --verify and --to")
     return _extract(args)
 
 
@@ -91,40 +96,37 @@ def _extract(args: argparse.Namespace) -> int:
             workers=args.workers, progress=False if args.quiet else None,
         )  # fmt: skip
     except ShardsFailed as error:
-        print(f"dinov3_lite: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(f"dinov3_lite: {' '.join(str(error).split())}")
         _status(args.output)
         return 3
     except Stopped as error:
-        print(f"dinov3_lite: {error}", file=sys.stderr)
+        complain(f"dinov3_lite: {error}")
         return 143
-    except KeyboardInterrupt:
-        print(f"dinov3_lite: {args.output}: stopped: the same command goes on from there", file=sys.stderr)
-        return 130
-    print(store)
+    say(repr(store))
     if count := len(store.rejects):
         first = store.rejects[0]
-        print(f"{count} pictures have no row, the first {first['key']!r}: {first['reason']}; see store.rejects")
+        say(f"{count} pictures have no row, the first {first['key']!r}: {first['reason']}; see store.rejects")
     return 0
 
 
 def _folder(args: argparse.Namespace, named: str) -> Path:
     folder = named or args.output or (args.input[0] if len(args.input) == 1 else None)
     if not folder:
-        args.usage_error("name the folder: --status OUT, --verify OUT")
-    return Path(str(folder))
+        raise argparse.ArgumentError(None, "name the folder: --status OUT, --verify OUT")
+    return Path(folder)
 
 
 def _status(path: Path) -> int:
     from .check import status
 
     found = status(path)
-    print(f"{path}: {found['done']} of {found['shards']} shards, {found['at_work']} being worked on")
+    say(f"{path}: {found['done']} of {found['shards']} shards, {found['at_work']} being worked on")
     of = f" of {found['pictures']} pictures" if found["pictures"] else ""
-    print(f"{found['rows']} rows and {found['rejects']} rejects{of}")
+    say(f"{found['rows']} rows and {found['rejects']} rejects{of}")
     if found["left_out"]:
-        print("not named as pictures: " + ", ".join(f"{count} {what}" for what, count in found["left_out"].items()))
+        say("not named as pictures: " + ", ".join(f"{count} {what}" for what, count in found["left_out"].items()))
     for shard, reason in found["failed"].items():
-        print(f"shard {shard} failed: {reason}")
+        say(f"shard {shard} failed: {reason}")
     return 3 if found["failed"] else 0
 
 
@@ -133,14 +135,14 @@ def _verify(path: Path) -> int:
 
     faulty: dict[int, str] = {}
     for shard, fault in verify(path):
-        print(f"shard {shard}: {fault}")
+        say(f"shard {shard}: {fault}")
         faulty.setdefault(shard, fault)
     done = len(Folder(path).done())
     if faulty:
         markers = "shards/" + ", shards/".join(f"{shard:08d}.json" for shard in faulty)
-        print(f"{path}: {len(faulty)} of {done} shards are damaged: delete {markers} and index.json, and extract again")
+        say(f"{path}: {len(faulty)} of {done} shards are damaged: delete {markers} and index.json, and extract again")
         return 3
-    print(f"{path}: {done} shards are as they were written")
+    say(f"{path}: {done} shards are as they were written")
     return 0
 
 
@@ -149,15 +151,10 @@ def _convert(args: argparse.Namespace) -> int:
 
     folders = [*([args.output] if args.output and len(args.input) == 1 else []), *map(Path, args.input)]
     if len(folders) != 2:
-        args.usage_error(f"--to {args.to} takes two folders: OUT and DEST")
-    print(convert(folders[0], folders[1], args.to))
+        raise argparse.ArgumentError(None, f"--to {args.to} takes two folders: OUT and DEST")
+    say(convert(folders[0], folders[1], args.to))
     return 0
 
 
 def _size(text: str) -> tuple[int, int] | str:
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if text == "native":
-        return text
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not N, HEIGHTxWIDTH or native")
-    return int(match[1]), int(match[2] or match[1])
+    return text if text == "native" else size(text)

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..attention import unpack
 from ..image import ImageProcessor
-from ..inference import compile as optimize_for_inference
+from ..inference import optimize_for_inference
 from ..model import DINOv3ViT
-from ..packing import pack
 from ..weights import Checkpoint
 
 OUTPUTS = ("cls_token", "patch_mean", "patch_tokens", "register_tokens")
@@ -31,30 +29,42 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     return sha.hexdigest()
 
 
-class Features(nn.Module):
-    """Images to the outputs that are stored: a tuple of tensors, one an output, in the dtype of the files."""
+class Network:
+    """A prepared model on its device. On a GPU, copies to and from it overlap with the forward of another batch."""
 
-    def __init__(self, vit: DINOv3ViT, outputs: Sequence[str], blocks: Sequence[int] | None, store: torch.dtype):
-        super().__init__()
-        self.vit = vit
-        self.outputs = tuple(outputs)
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        outputs: Sequence[str],
+        blocks: Sequence[int] | None,
+        store: torch.dtype,
+        pixels: ImageProcessor | None,
+    ) -> None:
+        """outputs: names in OUTPUTS. blocks: ascending indices. pixels: makes the model take uint8 images."""
+        vit = DINOv3ViT.from_pretrained(source, dtype=dtype, device=device)
+        self.vit = optimize_for_inference(vit, pixels)
+        self.outputs, self.store, self.device = tuple(outputs), store, device
         self.blocks = [vit.depth - 1] if blocks is None else list(blocks)
-        self.store = store
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) -> for each output (B, ..) or, of K > 1 blocks, (B, K, ..)."""
+    def run(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, h, w) -> for each output (B, ..) or, of K > 1 blocks, (B, K, ..), in the dtype of the files."""
         tokens, _ = self.vit.embed(images)
         return self._pick(self.vit.run_blocks(tokens, self.blocks))
 
-    def packed(self, images: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """Images of different sizes as one sequence without padding: for each what `forward` gives for it alone."""
-        batches = [self.vit.embed(image.unsqueeze(0))[0] for image in images]
-        tokens = pack(batches)
-        assert tokens.shapes is not None
-        states = [unpack(state.squeeze(0), tokens.shapes) for state in self.vit.run_blocks(tokens, self.blocks)]
-        return [self._pick([of_block[i] for of_block in states]) for i in range(len(images))]
+    @torch.no_grad()
+    def run_packed(self, images: Sequence[Tensor]) -> list[list[Any]]:
+        """Images (3, h, w) of different sizes as one sequence without padding: for each its outputs."""
+        batches = [self.vit.embed(image.to(self.device)[None])[0] for image in images]
+        states = self.vit.run_packed(batches, self.blocks)
+        picked = (self._pick([of_block[i] for of_block in states]) for i in range(len(images)))
+        return [[output[0].cpu().numpy() for output in of_image] for of_image in picked]
 
+    @torch.no_grad()
     def _pick(self, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs of the blocks' states (B, N, C)."""
         prefix = self.vit.num_prefix_tokens
         normed = [self.vit.norm(state) for state in states]
         pick = {
@@ -65,28 +75,6 @@ class Features(nn.Module):
         }
         picked = ([pick[output](x) for x in normed] for output in self.outputs)
         return tuple((xs[0] if len(xs) == 1 else torch.stack(xs, dim=1)).to(self.store) for xs in picked)
-
-
-class Network:
-    """The prepared model on its device. On a GPU, copies to and from it overlap with the forward of another batch."""
-
-    def __init__(
-        self,
-        source: str | os.PathLike[str],
-        device: torch.device,
-        dtype: torch.dtype | None,
-        outputs: Sequence[str],
-        blocks: Sequence[int] | None,
-        store: torch.dtype,
-        pixels: ImageProcessor | None,
-    ) -> None:
-        """pixels: the processor whose normalisation the model does itself, on uint8 images."""
-        vit = DINOv3ViT.from_pretrained(source, dtype=dtype, device=device)
-        self.patch_size = vit.patch_size
-        self.run = optimize_for_inference(Features(vit, outputs, blocks, store).eval(), pixels)
-        self._packed: Any = self.run.folded.packed
-        self.device = device
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def submit(self, images: Tensor) -> Any:
         """Start on a batch (B, 3, h, w), in pinned memory for a GPU: a call that waits for the outputs."""
@@ -110,9 +98,3 @@ class Network:
             return [host.numpy() for host in hosts]
 
         return wait
-
-    def run_packed(self, images: Sequence[Tensor]) -> list[list[Any]]:
-        """For each of some (3, h, w) images of different sizes its outputs."""
-        with torch.no_grad():
-            outputs = self._packed([image.to(self.device).float() for image in images])
-        return [[output[0].cpu().numpy() for output in of_image] for of_image in outputs]

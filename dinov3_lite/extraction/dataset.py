@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from .store import FeatureStore
-
 
 class FeatureDataset(Dataset[tuple[Any, ...]]):
-    """Item i is the tensors of row i, one an output, and its key. Each worker of a DataLoader maps the files itself."""
+    """Item i is the tensors of row i, one an output, and its key.
 
-    def __init__(self, store: FeatureStore, outputs: Sequence[str]) -> None:
+    store: a FeatureStore. Each worker of a DataLoader maps the files itself.
+    """
+
+    def __init__(self, store: Any, outputs: Sequence[str]) -> None:
         self.store, self.outputs = store, tuple(outputs)
         self._rows = [store[name] for name in self.outputs]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..image import ImageProcessor, to_tensor
+from ..image import ImageProcessor
+from ..pixels import ORIENTATION_TAG, opened
 from .reading import Rejected
 
 MOST_PIXELS = 178_956_970  # what Pillow refuses as a decompression bomb
-LARGE = 1 << 20  # pixels from which a picture is resized in strips
-STRIP = 32  # rows
-ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange height and width
 
 
 def decoders() -> dict[str, str]:
@@ -29,46 +30,63 @@ def decoders() -> dict[str, str]:
     return {"pillow": PIL.__version__, "libjpeg_turbo": features.version("libjpeg_turbo") or "none"}
 
 
-def decode(data: bytes, wanted: tuple[int, int] | None = None) -> Tensor:
-    """The picture, (3, H, W) uint8, in RGB and turned as its EXIF says; of an animation, the first frame.
+def decode(data: bytes, wanted: tuple[int, int] | None = None) -> Any:
+    """The decoded picture: a PIL image that is loaded or, where that is faster, its pixels (3, H, W) uint8.
 
     wanted: (height, width) that it will be resized to: a JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, as
         long as that is at least twice what is wanted.
 
     Raises Rejected for anything but a whole picture of bearable size.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
     if not data:
         raise Rejected("an empty file")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MOST_PIXELS:
-                raise Rejected(f"{width} x {height} pixels: more than {MOST_PIXELS}")
-            turned = image.getexif().get(ORIENTATION, 1)
+    with _rejecting():
+        image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise Rejected(f"{width} x {height} pixels: more than {MOST_PIXELS}")
+        if image.format == "JPEG":
+            turned = _turned(image)
             if wanted is not None:
                 h, w = wanted if turned < 5 else wanted[::-1]
                 image.draft("RGB", (2 * w, 2 * h))
             elif turned == 1 and (pixels := _decode_fast(image, data)) is not None:
                 return pixels
-            return to_tensor(ImageOps.exif_transpose(image))
-    except Rejected:
+        image.load()
+        return image
+
+
+@contextmanager
+def _rejecting() -> Iterator[None]:
+    """Whatever Pillow finds wrong is a reason, in the same words in every run."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        yield
+    except (Rejected, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise Rejected("not an image") from error
     except Image.DecompressionBombError as error:
         raise Rejected(f"a decompression bomb: more than {MOST_PIXELS} pixels") from error
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's many readers raise what they like
-        reason = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))  # the same words in every run
+        reason = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split())).removeprefix("image: ")
         raise Rejected(f"damaged ({reason or type(error).__name__})") from error
+
+
+def _turned(image: Any) -> int:
+    """The EXIF orientation of a JPEG: 1 is upright, from 5 on height and width change places."""
+    try:
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # a damaged EXIF block says nothing
+        return 1
 
 
 def _decode_fast(image: Any, data: bytes) -> Tensor | None:
     """By simplejpeg, whose pixels are Pillow's; None where it can't, or refuses: Pillow then has the last word."""
-    plain = image.format == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
+    plain = image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
     if not plain or (decode_jpeg := _simplejpeg()) is None:
         return None
     try:
@@ -97,38 +115,35 @@ def _simplejpeg() -> Any:
     return decode_jpeg
 
 
-def native_size(pixels: Tensor, patch_size: int) -> tuple[int, int]:
-    """The picture's own (height, width), each to the nearest multiple of the patch size."""
-    height, width = (max(patch_size, round(n / patch_size) * patch_size) for n in pixels.shape[1:])
-    return height, width
+class Preparation:
+    """From what `decode` gives to the model's input, by an image processor; `processor.size` None is the native size.
 
-
-def to_input(pixels: Tensor, size: tuple[int, int], processor: ImageProcessor, rounded: bool) -> Tensor:
-    """What the model is given: (3, h, w) float32 as `processor` makes it or, rounded, uint8 pixels of that size."""
-    if rounded:
-        return _resize(pixels, size)
-    values = resize(pixels, size, processor.rescale_factor)
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (processor.mean, processor.std))
-    return values.sub_(mean).div_(std)
-
-
-def resize(pixels: Tensor, size: tuple[int, int], factor: float) -> Tensor:
-    """(3, H, W) uint8 -> (3, h, w) float32: times `factor`, then resized (bilinear, antialiased).
-
-    Both passes of a resize are independent in rows or columns: a large picture is first narrowed strip by strip, with
-    the same result bit for bit in a third of the time, since its float32 copy never leaves the processor's cache.
+    rounded: resized pixels as uint8, for a model that normalises them itself; otherwise float32, normalised.
     """
-    _, H, W = pixels.shape
-    if H * W < LARGE:
-        return _resize(pixels.to(torch.float32) * factor, size)
-    narrow = torch.empty(3, H, size[1])
-    for top in range(0, H, STRIP):
-        strip = pixels[:, top : top + STRIP].to(torch.float32, memory_format=torch.contiguous_format) * factor
-        narrow[:, top : top + STRIP] = _resize(strip, (strip.shape[1], size[1]))
-    return _resize(narrow, size)
 
+    def __init__(self, processor: ImageProcessor, patch_size: int, rounded: bool) -> None:
+        self.processor, self.patch_size, self.rounded = processor, patch_size, rounded
+        self.dtype = torch.uint8 if rounded else torch.float32
 
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    if x.shape[1:] == size:
-        return x
-    return F.interpolate(x[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+    def __call__(self, picture: Any) -> Tensor:
+        """(C, h, w). Raises Rejected for pictures that the processor does not take."""
+        with _rejecting():
+            size = self.processor.size or self._native_size(picture)
+            if self.rounded:
+                return self._rounded(picture, size)
+            return replace(self.processor, size=size)(picture)["pixel_values"][0]
+
+    def _native_size(self, picture: Any) -> tuple[int, int]:
+        """The picture's own (height, width), each to the nearest multiple of the patch size."""
+        p = self.patch_size
+        with opened(picture, self.processor.num_channels, self.processor.exif) as rows:
+            return max(p, round(rows.height / p) * p), max(p, round(rows.width / p) * p)
+
+    def _rounded(self, picture: Any, size: tuple[int, int]) -> Tensor:
+        with opened(picture, self.processor.num_channels, self.processor.exif) as rows:
+            pixels = rows.rows(0, rows.height)
+        if pixels.dtype != torch.uint8:  # of 16 bits
+            pixels = pixels.round().to(torch.uint8)
+        if pixels.shape[1:] == size:
+            return pixels
+        return F.interpolate(pixels[None], size, mode="bilinear", antialias=True, align_corners=False)[0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..image import ImageProcessor
@@ -95,7 +96,6 @@ def describe(request: Request) -> dict[str, Any]:
             raise ValueError(f"{request.model}: its preprocessing does not resize: give a size, or {NATIVE!r}")
         if any(n % config.patch_size for n in size):
             raise ValueError(f"size {size[0]} x {size[1]}: expected multiples of the patch size {config.patch_size}")
-    processor = replace(processor, size=None)
     blocks = _blocks(request.blocks, config.num_hidden_layers)
     dense = "patch_tokens" in request.outputs
     return {
@@ -109,15 +109,10 @@ def describe(request: Request) -> dict[str, Any]:
         },
         "dtype": request.dtype or str(checkpoint.dtype).removeprefix("torch."),
         "preprocessing": {
+            **json.loads(json.dumps(asdict(processor))),
             "size": NATIVE if size is None else list(size),
-            **{
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in asdict(processor).items()
-                if name != "size"
-            },
             "resize": request.resize,
             "scaled_decoding": request.scaled_decoding,
-            "orientation": "exif",
         },
         "decoder": decoders(),
         "outputs": _shapes(request, config, size, blocks),

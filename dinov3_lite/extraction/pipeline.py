@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .decode import decode
+from .decode import Preparation, decode
 from .reading import Item, NotThere, Rejected
 
 AHEAD = 2  # batches under way beside the one that the model has
-Prepare = Callable[[Tensor], Tensor]
 
 
 class ReadFailed(Exception):
@@ -69,22 +68,21 @@ class Batch:
 
 
 class Pipeline:
-    """Decodes in `threads` threads. size: (h, w) of all pictures, or None where each keeps its own."""
+    """Decodes in `threads` threads."""
 
     def __init__(
         self,
         threads: int,
         batch_size: int,
-        size: tuple[int, int] | None,
-        prepare: Prepare,
+        prepare: Preparation,
         *,
         scaled: bool = False,
-        dtype: torch.dtype = torch.float32,
         pin: bool = False,
     ) -> None:
-        """prepare: from decoded pixels to the model's input, (3, h, w) of `dtype`."""
-        self.batch_size, self.size, self.prepare, self.dtype, self.pin = batch_size, size, prepare, dtype, pin
-        self.wanted = size if scaled else None
+        """scaled: JPEGs may be decoded at a fraction of their size. pin: batches are made in pinned memory."""
+        self.batch_size, self.prepare, self.pin = batch_size, prepare, pin
+        self.size = prepare.processor.size
+        self.wanted = self.size if scaled else None
         own = torch.get_num_threads()
         # in these threads every operation of torch is to run in one thread
         self.pool = ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
@@ -114,7 +112,8 @@ class Pipeline:
     def _start(self, group: list[Item], seen: set[str]) -> tuple[list[str], list[Future[Outcome]], Tensor | None]:
         images = None
         if self.size is not None:
-            images = torch.empty(len(group), 3, *self.size, dtype=self.dtype, pin_memory=self.pin)
+            channels = self.prepare.processor.num_channels
+            images = torch.empty(len(group), channels, *self.size, dtype=self.prepare.dtype, pin_memory=self.pin)
         futures = []
         for i, item in enumerate(group):
             again = item.key in seen
@@ -134,9 +133,9 @@ class Pipeline:
                 raise Rejected("its key is that of an earlier picture of the shard")
             data = item.read()
             times.append(time.perf_counter())
-            pixels = decode(data, self.wanted)
+            picture = decode(data, self.wanted)
             times.append(time.perf_counter())
-            ready = self.prepare(pixels)
+            ready = self.prepare(picture)
             if image is None:
                 outcome.pixels = ready
             else:

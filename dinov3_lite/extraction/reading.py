@@ -132,12 +132,12 @@ class _Member(tarfile.TarInfo):
     """Where tarfile takes a damaged header, or none, for the end of the archive, an error: pictures may be missing."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # zeros: a proper end
-            raise
         except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined] # zeros: a proper end
+                raise
             raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
 
 

@@ -25,7 +25,7 @@ from ..image import ImageProcessor
 from ..weights import open_checkpoint
 from .commit import GRID, ShardFailed, ShardFiles
 from .compute import STORES, Network, weights_digest
-from .decode import native_size, to_input
+from .decode import Preparation
 from .folder import Folder, to_json
 from .job import NATIVE
 from .pipeline import Batch, Pipeline, ReadFailed, Seconds
@@ -65,9 +65,8 @@ class Worker:
                 f"{setup.model}: other weights than those of the job in {setup.folder}: name the same model"
             )
         preprocessing = job["preprocessing"]
-        processor = ImageProcessor(
-            None, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), preprocessing["rescale_factor"]
-        )
+        size = None if preprocessing["size"] == NATIVE else tuple(preprocessing["size"])
+        processor = ImageProcessor(size, *(preprocessing[name] for name in ("mean", "std", "rescale_factor", "exif")))
         rounded = preprocessing["resize"] == "uint8"
         device = torch.device(setup.device)
         names = [name for name in job["outputs"] if name != GRID]
@@ -75,15 +74,11 @@ class Worker:
             setup.model, device, getattr(torch, job["dtype"]), names, job["blocks"], STORES[job["store"]],
             processor if rounded else None,
         )  # fmt: skip
-        size = None if preprocessing["size"] == NATIVE else tuple(preprocessing["size"])
-        patch_size = self.network.patch_size
         self.pipeline = Pipeline(
             setup.decode_threads,
             job["batch_size"],
-            size,
-            lambda pixels: to_input(pixels, size or native_size(pixels, patch_size), processor, rounded),
+            Preparation(processor, self.network.vit.patch_size, rounded),
             scaled=preprocessing["scaled_decoding"],
-            dtype=torch.uint8 if rounded else torch.float32,
             pin=device.type == "cuda",
         )
 
@@ -97,7 +92,7 @@ class Worker:
 
     def _submit_packed(self, batch: Batch, names: list[str]) -> Callable[[], Features]:
         """The pictures of a batch in packs of bearable length."""
-        p, most = self.network.patch_size, PACK * self.job["batch_size"]
+        p, most = self.network.vit.patch_size, PACK * self.job["batch_size"]
         grids = [None if o.pixels is None else (o.pixels.shape[1] // p, o.pixels.shape[2] // p) for o in batch.outcomes]
         packs: list[list[int]] = []
         tokens = most
