@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 
 import dinov3_lite.extraction.engines
 from dinov3_lite import DINOv3Config, DINOv3ViT
-from dinov3_lite.extraction import check, commit, compute, folder, job, pipeline, plan, reading, writer
+from dinov3_lite.checkpoint.layouts import TRANSFORMERS, rename
+from dinov3_lite.extraction import commit, compute, folder, job, pipeline, plan, reading, writer
 
 SHARD, BATCH = 6, 4
 
@@ -48,14 +49,7 @@ def write_input(root: Path, pictures: int) -> None:
     (root / "model").mkdir()
     (root / "model" / "config.json").write_text(json.dumps(config.to_dict()))
     (root / "model" / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 32, "width": 32}}))
-    from dinov3_lite.layouts import TRANSFORMERS
-
-    rng = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(shape, generator=rng) * 0.3
-        for equation in TRANSFORMERS.equations(model.config)
-        for name, shape in equation.theirs
-    }
+    weights = {name: t.contiguous() for name, t in rename(model.state_dict(), TRANSFORMERS, config).items()}
     save_file(weights, root / "model" / "model.safetensors")
     (root / "in").mkdir()
     noise = np.random.default_rng(0)
@@ -89,10 +83,10 @@ STEPS: dict[str, tuple[Any, str, Callable[..., object] | None]] = {
     "forward": (compute.Network, "submit", None),
     "rows half written": (writer, "_write_all", half_written),
     "rows appended": (commit.ShardFiles, "append", None),
-    "before a rename": (writer.os, "replace", None),
-    "after a rename": (writer.os, "replace", writer.os.replace),
-    "all renamed": (writer.os, "fsync", None),
-    "index": (check, "write_whole", None),
+    "before a rename": (os, "replace", None),
+    "after a rename": (os, "replace", os.replace),
+    "all renamed": (os, "fsync", None),
+    "index": (commit, "write_whole", None),
 }
 
 
@@ -174,7 +168,7 @@ def kill_local(root: Path, kills: int, expected: str, rng: random.Random, parts:
             assert before <= markers(output), "a shard that was done is lost"
             redone = max(redone, len(folder.Folder(output).deaths()) - dead)
         elif len(markers(output)) == len(plan.Plan(output / "plan")):
-            check.complete(folder.Folder(output), len(plan.Plan(output / "plan")))
+            commit.complete(folder.Folder(output), len(plan.Plan(output / "plan")))
             found = digest(output)
             if found != expected:
                 names = {str(file.relative_to(output)) for file in output.rglob("*")}

@@ -1,32 +1,16 @@
-"""Is everything there, and as it was written: the index of a complete job, its status, and its verification."""
+"""Is everything there, and as it was written."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .folder import Folder, read_json, to_json
+from .folder import Folder, read_json
 from .plan import Plan
-from .writer import write_whole
-
-
-def complete(folder: Folder, total: int) -> None:
-    """Once all markers are there: write the index, which spares a reader all of them, and sweep."""
-    if folder.index.exists() or len(folder.done()) < total:
-        return
-    markers = [read_json(folder.marker(i)) for i in range(total)]
-    index = {"rows": [marker["rows"] for marker in markers], "rejects": [len(marker["rejects"]) for marker in markers]}
-    write_whole(folder.index, to_json(index))
-    # what processes left that died between a marker and their end, or at a shard that others did
-    for left in [*folder.attempts.iterdir(), *(folder.path / "failed").iterdir(), *folder.path.glob("*/.*.tmp")]:
-        left.unlink(missing_ok=True)
-    for left in folder.path.glob(".*.tmp"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def status(path: str | Path) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from .folder import Folder
 
 DESCRIPTION = """Features of all pictures of INPUT, in a folder of numpy files. The same command again goes on where it
 was. Exit status: 0 all done, 1 bad input, 2 bad usage, 3 some shards failed (listed), 143 stopped by SIGTERM."""
-EXAMPLE = """examples:
-  %(prog)s photos/ --model checkpoint --output features
-  %(prog)s 'data-{0000..0999}.tar' --model vitl16.safetensors --output features --outputs cls_token patch_mean \\
-      --dtype bfloat16
-  torchrun --nproc-per-node 8 -m dinov3_lite extract photos/ --model checkpoint --output features
-  %(prog)s --status features"""
+EXAMPLE = """example:
+  %(prog)s photos/ --model checkpoint --output features --outputs cls_token patch_mean --dtype bfloat16
+
+on 8 GPUs: torchrun --nproc-per-node 8 -m dinov3_lite extract 'data-{000..999}.tar' --model checkpoint --output out
+how far it is: %(prog)s --status features"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from .folder import Folder, to_json, to_line
+from ..checkpoint.files import WholeFiles
+from .folder import Folder, read_json, to_json, to_line
 from .pipeline import Batch, ReadFailed
-from .writer import Hashed, Output, Rows
+from .writer import Hashed, Rows, write_whole
 
 GRID = "grid"  # a further output where pictures keep their own sizes: rows and columns of patches
 FEW = 10  # rejects of a shard that a percentage always allows
@@ -30,11 +32,11 @@ class ShardFiles:
         self.folder, self.job, self.shard, self.planned = folder, job, shard, planned
         self.pictures = self.kept = self.missing = 0
         self.rejects: list[dict[str, Any]] = []
-        self._output, self._open = Output(), ExitStack()
+        self._files, self._open = WholeFiles(), ExitStack()
         self._rows: dict[str, Rows] = {}
 
     def _create(self, path: Path) -> Any:
-        return self._open.enter_context(self._output.create(path))
+        return self._open.enter_context(self._files.create(path))
 
     def __enter__(self) -> ShardFiles:
         try:
@@ -53,7 +55,7 @@ class ShardFiles:
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
-        self._output.__exit__(*error)
+        self._files.discard()
 
     def append(self, batch: Batch, features: dict[str, Sequence[np.ndarray]]) -> None:
         """features: for each output as many rows as the batch has pictures; those of rejected ones don't count."""
@@ -101,5 +103,19 @@ class ShardFiles:
         }
         Hashed(self._create(self.folder.marker(self.shard))).write(to_json(marker))
         self._open.close()  # and so flush each of them to disk
-        self._output.publish()
+        self._files.publish()
         return marker
+
+
+def complete(folder: Folder, total: int) -> None:
+    """Once all markers are there: write the index, which spares a reader all of them, and sweep."""
+    if folder.index.exists() or len(folder.done()) < total:
+        return
+    markers = [read_json(folder.marker(i)) for i in range(total)]
+    index = {"rows": [marker["rows"] for marker in markers], "rejects": [len(marker["rejects"]) for marker in markers]}
+    write_whole(folder.index, to_json(index))
+    # what processes left that died between a marker and their end, or at a shard that others did
+    for left in [*folder.attempts.iterdir(), *(folder.path / "failed").iterdir(), *folder.path.glob("*/.*.tmp")]:
+        left.unlink(missing_ok=True)
+    for left in folder.path.glob(".*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import Checkpoint
 from ..image import ImageProcessor
 from ..inference import optimize_for_inference
 from ..model import DINOv3ViT
-from ..weights import Checkpoint
 
 OUTPUTS = ("cls_token", "patch_mean", "patch_tokens", "register_tokens")
 STORES = {"float16": torch.float16, "float32": torch.float32}

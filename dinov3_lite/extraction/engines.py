@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from .check import complete
+from .commit import complete
 from .folder import Folder
 from .job import Request, prepare
 from .parts import Part, local_device, local_threads, parse_part, part_from_environment

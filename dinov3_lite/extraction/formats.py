@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.files import whole_files
 from .store import FeatureStore, open_features
-from .writer import Output
 
 READERS = "float32"  # in tables: neither Spark nor polars reads halves from both formats
 
@@ -44,10 +44,8 @@ def _to_parquet(store: FeatureStore, destination: Path) -> None:
 
     destination.mkdir(exist_ok=True)
     for shard, table in _tables(store):
-        with Output() as output:
-            with output.create(destination / f"{shard:08d}.parquet") as file:
-                write_table(table, file, compression="zstd")
-            output.publish()
+        with whole_files() as files, files.create(destination / f"{shard:08d}.parquet") as file:
+            write_table(table, file, compression="zstd")
 
 
 def _to_lance(store: FeatureStore, destination: Path) -> None:
@@ -70,15 +68,14 @@ def _to_lance(store: FeatureStore, destination: Path) -> None:
 def _to_webdataset(store: FeatureStore, destination: Path) -> None:
     destination.mkdir(exist_ok=True)
     for shard, first, keys, rows in _shards(store):
-        with Output() as output:
-            with output.create(destination / f"{shard:08d}.tar") as file, tarfile.open(fileobj=file, mode="w|") as tar:
-                for i, key in enumerate(keys):
-                    _add(tar, f"{first + i:012d}.key.txt", key.encode("utf-8", "surrogateescape"))
-                    for name, values in rows.items():
-                        content = io.BytesIO()
-                        np.save(content, values[i])
-                        _add(tar, f"{first + i:012d}.{name}.npy", content.getvalue())
-            output.publish()
+        path = destination / f"{shard:08d}.tar"
+        with whole_files() as files, files.create(path) as file, tarfile.open(fileobj=file, mode="w|") as tar:
+            for i, key in enumerate(keys):
+                _add(tar, f"{first + i:012d}.key.txt", key.encode("utf-8", "surrogateescape"))
+                for name, values in rows.items():
+                    content = io.BytesIO()
+                    np.save(content, values[i])
+                    _add(tar, f"{first + i:012d}.{name}.npy", content.getvalue())
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

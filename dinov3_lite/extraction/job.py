@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..checkpoint import DTYPES, open_checkpoint
+from ..checkpoint.hub import locate
 from ..image import ImageProcessor
-from ..weights import DTYPES, open_checkpoint
 from .commit import GRID
 from .compute import OUTPUTS, STORES, weights_digest
 from .decode import decoders
@@ -86,7 +87,7 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
 
 def describe(request: Request) -> dict[str, Any]:
     """The job of a request, but for its plan."""
-    checkpoint = open_checkpoint(request.model)
+    checkpoint = open_checkpoint(locate(request.model))
     config, processor = checkpoint.config, ImageProcessor.from_pretrained(request.model)
     if request.size == NATIVE:
         size = None

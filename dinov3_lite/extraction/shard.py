@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checkpoint import open_checkpoint
+from ..checkpoint.hub import locate
 from ..image import ImageProcessor
-from ..weights import open_checkpoint
 from .commit import GRID, ShardFailed, ShardFiles
 from .compute import STORES, Network, weights_digest
 from .decode import Preparation
@@ -60,7 +61,7 @@ class Worker:
         self.setup, self.folder, self.on_pictures = setup, Folder(setup.folder), on_pictures
         self.job = job = self.folder.read_job()
         self.plan = Plan(self.folder.plan)
-        if (digest or weights_digest(open_checkpoint(setup.model))) != job["model"]["weights"]:
+        if (digest or weights_digest(open_checkpoint(locate(setup.model)))) != job["model"]["weights"]:
             raise ValueError(
                 f"{setup.model}: other weights than those of the job in {setup.folder}: name the same model"
             )

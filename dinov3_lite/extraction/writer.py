@@ -1,59 +1,22 @@
-"""Files that appear under their names whole or not at all."""
+"""Files of a shard as they are written: counted, hashed, growing by rows."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
-import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-
-class Output:
-    """Some files of one unit: temporary ones beside their final names, renamed together at the end."""
-
-    def __init__(self) -> None:
-        self.files: dict[Path, Path] = {}  # final name: temporary name, in the order of renaming
-
-    @contextmanager
-    def create(self, path: Path) -> Iterator[IO[bytes]]:
-        """A new file that will be `path`, flushed to disk when the block ends."""
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        with temporary.open("x+b", buffering=0) as file:
-            self.files[path] = temporary
-            yield file
-            os.fsync(file.fileno())
-
-    def publish(self) -> None:
-        """Rename all, in the order of their creation, and flush their folders."""
-        for path, temporary in self.files.items():
-            os.replace(temporary, path)
-        for folder in dict.fromkeys(path.parent for path in self.files):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for temporary in self.files.values():
-            temporary.unlink(missing_ok=True)
+from ..checkpoint.files import whole_files
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """A small file, at once."""
-    with Output() as output:
-        with output.create(path) as file:
-            _write_all(file, data)
-        output.publish()
+    with whole_files() as files, files.create(path) as file:
+        _write_all(file, data)
 
 
 class Hashed:
