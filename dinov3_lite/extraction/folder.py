@@ -129,12 +129,9 @@ def to_json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-_ESCAPES = {"\\": r"\\", "\n": r"\n", "\r": r"\r"}
-
-
 def to_line(text: str) -> bytes:
     """A key or path as a line of a file: as it is, but for backslashes and ends of lines."""
-    return "".join(_ESCAPES.get(c, c) for c in text).encode(**ENCODING) + b"\n"
+    return text.replace("\\", r"\\").replace("\n", r"\n").replace("\r", r"\r").encode(**ENCODING) + b"\n"
 
 
 def from_line(line: bytes) -> str:

@@ -222,7 +222,7 @@ def _log(worker: Worker, marker: dict[str, Any], seconds: Seconds, whole: float)
         "seconds": {"whole": round(whole, 3), **{name: round(value, 3) for name, value in asdict(seconds).items()}},
         "device": str(worker.network.device),
         "torch": torch.__version__,
-        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "at": round(time.time(), 3),  # seconds since 1970, at its end
     }
     with (worker.folder.log / f"{socket.gethostname()}-{os.getpid()}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
