@@ -2,7 +2,8 @@
 
 A command is a module with `add_arguments(parser)`, which describes it and gives an example, and `run(args)`, which
 returns the exit status (None for 0). It is imported when it is asked for, and imports torch when it runs. Exit status:
-0 all done, 1 bad input (one line on stderr names it), 2 bad usage. `run` may raise argparse.ArgumentError for the last.
+0 all done, 1 bad input (one line on stderr names it), 2 bad usage, for which `run` may raise argparse.ArgumentError;
+`extract` has more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from . import console
 COMMANDS = {
     "features": (".commands.features", "features of pictures, saved and drawn"),
     "export": (".commands.export", "write the model as one file for another runtime, and check it"),
+    "extract": (".extraction.command", "features of whole data sets, resumed where they stopped"),
     "sample": (".commands.sample", "write a made checkpoint to try things with (not trained)"),
 }
 

@@ -86,7 +86,8 @@ EDGES = {
     "dinov3_lite/picture.py": set(),
     "dinov3_lite/sample.py": {"checkpoint.layouts", "checkpoint.layouts.cards", "config", "image", "model"},
     "dinov3_lite/__init__.py": {
-        *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
+        *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window"),
+        *("extraction.engines", "extraction.store"),
     },
     "dinov3_lite/console.py": set(),
     "dinov3_lite/__main__.py": {"console"},
@@ -99,6 +100,40 @@ EDGES = {
         "model",
         "picture",
         "sample",
+    },
+    **{  # reading features stands on folder alone, writing them on the model; engines on all
+        f"dinov3_lite/extraction/{name}.py": {f"extraction.{own}" for own in own} | others
+        for name, own, others in (
+            ("folder", (), set()),
+            ("store", ("dataset", "folder"), set()),
+            ("dataset", (), set()),
+            ("writer", (), {"checkpoint.files"}),
+            ("sources", (), set()),
+            ("parquet", ("sources",), set()),
+            ("plan", ("folder", "parquet", "sources"), set()),
+            ("reading", ("parquet", "plan", "sources"), set()),
+            ("decode", ("reading",), {"image", "pixels"}),
+            ("pipeline", ("decode", "reading"), set()),
+            ("commit", ("folder", "pipeline", "writer"), {"checkpoint.files"}),
+            ("compute", (), {"checkpoint", "image", "inference", "model"}),
+            (
+                "job",
+                ("commit", "compute", "decode", "folder", "plan", "sources", "writer"),
+                {"checkpoint", "checkpoint.hub", "image"},
+            ),
+            (
+                "shard",
+                ("commit", "compute", "decode", "folder", "job", "pipeline", "plan", "reading", "writer"),
+                {"checkpoint", "checkpoint.hub", "image"},
+            ),
+            ("check", ("folder", "plan"), set()),
+            ("parts", (), set()),
+            ("progress", ("folder",), set()),
+            ("engines", ("commit", "folder", "job", "parts", "plan", "progress", "shard", "sources", "store"), set()),
+            ("formats", ("store",), {"checkpoint.files"}),
+            ("command", ("check", "engines", "folder", "formats"), {"commands.arguments", "console"}),
+            ("__init__", ("engines", "store"), {"extraction"}),
+        )
     },
     "convert/verify.py": {"convert/*", *CHECKPOINT, "dinov3_lite.model"},
     "convert/describe.py": {

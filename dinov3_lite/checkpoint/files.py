@@ -308,11 +308,23 @@ class WholeFiles:
             list(self._temporary)[-1].unlink(missing_ok=True)
         for path, temporary in self._temporary.items():
             os.replace(temporary, path)
+        for folder in {path.parent for path in self._temporary}:
+            _flush_folder(folder)
 
     def discard(self) -> None:
         """Remove what has not got its name."""
         for temporary in self._temporary.values():
             temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have a folder's names on the disk, where the system lets folders be opened: a rename may be lost otherwise."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
