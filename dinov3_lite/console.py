@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 # Errors whose message is a sentence, ours or the system's; of others the type is told too.
@@ -39,8 +40,14 @@ def exit_status(name: str, work: Callable[[], int | None]) -> int:
     except Exception as error:
         if sys.flags.dev_mode:
             raise
-        complain(f"{name}: {_sentence(error)}")
+        complain(f"{name}: {sentence(error)}")
         return 1
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, in one line; with its type where that may be no sentence."""
+    message = _one_line(error)
+    return message if message and isinstance(error, SENTENCES) else f"{type(error).__name__}: {message}"
 
 
 def say(line: str) -> None:
@@ -63,6 +70,19 @@ def progress(items: Iterable[Any] | None = None, *, total: int | None = None, un
     total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
     watched = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(items, total=total, unit=unit, disable=not watched or total == 1, **options)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Errors while `file` is written name it: libraries say that a disk is full, but not where."""
+    try:
+        yield
+    except (ValueError, ImportError):  # not of writing
+        raise
+    except Exception as error:
+        if str(file) in str(error):
+            raise
+        raise OSError(f"{file}: can't be written: {getattr(error, 'strerror', None) or sentence(error)}") from error
 
 
 def flush() -> None:
@@ -129,11 +149,6 @@ def _warnings_as_lines(name: str) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *where: complain(f"{name}: warning: {_one_line(message)}")
         yield
-
-
-def _sentence(error: Exception) -> str:
-    message = _one_line(error)
-    return message if message and isinstance(error, SENTENCES) else f"{type(error).__name__}: {message}"
 
 
 def _one_line(message: object) -> str:

@@ -314,6 +314,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         == 0
     )
     assert "images 3 x 3 x 24 x 40" in capsys.readouterr().out
+    (tmp_path / "c.pt2.notes").write_text("not of the export")
+    assert main(["export", str(folder), "--format", "pt2", "--output", "c.pt2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["output"] == "c.pt2" and told["files"] == ["c.pt2"] and told["format"] == "pt2"
+    assert told["bytes"] == (tmp_path / "c.pt2").stat().st_size and told["model"] == "vit-c32-d1-h2"
+    assert [c["images"] for c in told["checked"]] == [[1, 3, 16, 56], [3, 3, 48, 32]]
+    assert all(c["relative_error"] < 5e-5 for c in told["checked"])
     for arguments in ([], ["--format", "tensorrt"], ["--format", "pt2", "--size", "x"]):
         with pytest.raises(SystemExit) as caught:
             main(["export", str(folder), *arguments])

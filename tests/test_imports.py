@@ -38,7 +38,7 @@ EDGES = {
     "dinov3_lite/window.py": {"model"},
     "dinov3_lite/export.py": {"model"},
     "dinov3_lite/inference.py": {"image", "layers", "model"},
-    "dinov3_lite/picture.py": set(),
+    "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {"config", "image", "layouts", "model", "weights"},
     "dinov3_lite/__init__.py": {
         *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
@@ -51,8 +51,9 @@ EDGES = {
         "export",
         "image",
         "model",
-        "picture",
+        "pixels",
         "sample",
+        "visualize",
         "weights",
     },
     "convert/verify.py": {"convert/*", "dinov3_lite.layouts", "dinov3_lite.model", "dinov3_lite.weights"},
