@@ -80,9 +80,10 @@ def naming(file: Path) -> Iterator[None]:
     except (ValueError, ImportError):  # not of writing
         raise
     except Exception as error:
-        if str(file) in str(error):
+        reason = getattr(error, "strerror", None)  # the system's
+        if not reason and str(file) in str(error):
             raise
-        raise OSError(f"{file}: can't be written: {getattr(error, 'strerror', None) or sentence(error)}") from error
+        raise OSError(f"{file}: can't be written: {reason or sentence(error)}") from error
 
 
 def flush() -> None:
