@@ -21,6 +21,11 @@ from typing import Any, TextIO
 SENTENCES = (OSError, ValueError, RuntimeError, ImportError, AssertionError)
 
 
+def called_as(script: str, module: str) -> str:
+    """How the running command was called, for its usage: by its installed script, or by `python -m`."""
+    return script if Path(sys.argv[0]).stem == script else f"python -m {module}"
+
+
 def exit_status(name: str, work: Callable[[], int | None]) -> int:
     """Run a command's work: 0 (or the status that it returns), or 1 and its error as one line on stderr.
 
@@ -60,16 +65,19 @@ def complain(line: str) -> None:
     _print(line, sys.stderr)
 
 
-def progress(items: Iterable[Any] | None = None, *, total: int | None = None, unit: str, **options: Any) -> Any:
+def progress(
+    items: Iterable[Any] | None = None, *, unit: str, total: int | None = None, shown: bool = True, **options: Any
+) -> Any:
     """A bar of tqdm's over `items`, drawn on stderr where that is a terminal and there is more than one item.
 
-    total: the number of items, where `items` has no length, or is None and the caller counts by `.update()`.
+    total: the number of items, where `items` has no length, or is None and the caller counts by `.update()`. shown:
+    False for a caller who wants none.
     """
     from tqdm import tqdm
 
     total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
     watched = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(items, total=total, unit=unit, disable=not watched or total == 1, **options)
+    return tqdm(items, total=total, unit=unit, disable=not (shown and watched) or total == 1, **options)
 
 
 @contextmanager

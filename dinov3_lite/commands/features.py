@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from ..checkpoint import DTYPES
     from ..model import DINOv3ViT
-    from ..weights import DTYPES
     from .rows import RowWriter
 
     model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
@@ -145,8 +145,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _processor(args: argparse.Namespace) -> ImageProcessor:
+    from ..checkpoint import read_preprocessing
+    from ..checkpoint.hub import locate
     from ..image import ImageProcessor, is_satellite
-    from ..weights import locate, read_preprocessing
 
     path = locate(args.model)
     if read_preprocessing(path) is None:

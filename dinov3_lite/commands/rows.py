@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.containers import SAFETENSORS_DTYPES
+from ..checkpoint.files import whole_files
 from ..console import naming
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class RowWriter:
@@ -68,16 +69,14 @@ class RowWriter:
         end = 0
         for name, (dtype, _) in self.kinds.items():
             start, end = end, end + self.spools[name].tell()
-            header[name] = {"dtype": DTYPES[dtype], "shape": self.shapes[name], "data_offsets": (start, end)}
+            header[name] = {"dtype": CODES[dtype], "shape": self.shapes[name], "data_offsets": (start, end)}
         content = json.dumps(header).encode()
         content += b" " * (-len(content) % 8)
         whole = Path(self.folder.name) / self.file.name
-        with naming(self.file):
+        with naming(self.file), whole_files() as out:
             with open(whole, "xb") as output:
                 output.write(len(content).to_bytes(8, "little") + content)
                 for spool in self.spools.values():
                     spool.seek(0)
                     shutil.copyfileobj(spool, output, 2**20)
-                output.flush()
-                os.fsync(output.fileno())
-            os.replace(whole, self.file)
+            out.adopt(whole, self.file)
