@@ -1,6 +1,8 @@
 """Time and peak memory of preparing one large photograph, each contender in a process of its own.
 
-python benchmarks/pictures.py [--megapixels 36] [--size 224] [--rounds 5]
+python benchmarks/pictures.py [--megapixels 36] [--size 224] [--rounds 5]    # on Linux, from the repository's root
+
+transformers needs torchvision: PYTHONPATH=.venv/references/torchvision after `make test`.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import tempfile
 from pathlib import Path
 
 MEASURE = """
-import json, resource, statistics, sys, time
+import json, re, statistics, sys, time
 from pathlib import Path
 from PIL import Image
 Image.MAX_IMAGE_PIXELS = None
 small, large, size, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 {prepare}
 run(small)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this program, in MiB: getrusage counts what the process was before it, too
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+before = peak()
 run(large)
-growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+growth = peak() - before
 seconds = []
 for _ in range(rounds):
     start = time.perf_counter()
@@ -36,13 +40,11 @@ CONTENDERS = {
 from dinov3_lite import ImageProcessor
 run = ImageProcessor(size)
 """,
-    "dinov3-lite, an array": """
-import numpy as np
-from dinov3_lite import ImageProcessor
-processor, arrays = ImageProcessor(size), {name: np.asarray(Image.open(name)) for name in (small, large)}
-def run(file): processor(arrays[file])
-""",
     "transformers": """
+from contextlib import suppress
+sys.path.append("tests/support")  # for a torchvision that was built for another torch
+with suppress(ImportError):
+    import torchvision_shim
 from transformers import DINOv3ViTImageProcessor
 processor = DINOv3ViTImageProcessor(size={"height": size, "width": size})
 def run(file): processor(Image.open(file), return_tensors="pt")

@@ -95,31 +95,26 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def flush() -> None:
-    """Write out what was printed, now: at the interpreter's end a failure would change the exit status."""
+    """Write out what was printed, now: at the interpreter's end a failure would change the exit status.
+
+    A stream that can't be written becomes /dev/null, so that what its buffer still holds does not fail again.
+    """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             try:
                 stream.flush()
-            except (OSError, ValueError):
-                _silence(stream)
+            except (OSError, ValueError):  # a full disk, a closed pipe; a closed file
+                with suppress(OSError, ValueError):
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, stream.fileno())
+                    os.close(null)
 
 
 def _print(line: str, stream: TextIO | None) -> None:
-    if stream is None:
-        return
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except (OSError, ValueError):  # a full disk, a closed pipe, a closed file
-        _silence(stream)
-
-
-def _silence(stream: TextIO) -> None:
-    """Let the stream's file be /dev/null, so that what its buffer still holds does not fail again."""
-    with suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+    if stream is not None:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        with suppress(OSError, ValueError):
+            print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def _occupy_closed_streams() -> None:

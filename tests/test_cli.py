@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from convert import convert
-from dinov3_lite import DINOv3Config, DINOv3ViT, ImageProcessor, visualize
+from dinov3_lite import DINOv3Config, DINOv3ViT, ImageProcessor, console, visualize
 from dinov3_lite.__main__ import COMMANDS, main
 from dinov3_lite.checkpoint import DTYPES
 from dinov3_lite.commands import arguments as shared
@@ -455,3 +456,43 @@ def test_errors_of_other_libraries_are_one_line_with_their_type(monkeypatch, tmp
     monkeypatch.setattr("dinov3_lite.sample.write_sample", fail)
     assert main(["sample", str(tmp_path / "x")]) == 1
     assert re.fullmatch("dinov3_lite: .*SafetensorError: something happened\n", capsys.readouterr().err)
+
+
+def test_features_are_on_the_disk_before_they_have_their_name(tiny, monkeypatch):
+    done = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append("fsync"), fsync(number))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"rename to {Path(b).name}"), rename(a, b))[1])
+    encode(tiny / "p.png", "--model", tiny / "model", "--output", tiny / "f.safetensors", "--size", "16")
+    assert done == ["fsync", "rename to f.safetensors"]
+
+
+def test_what_libraries_print_to_a_closed_stderr_does_not_reach_the_next_file(tiny):
+    """A C library writes to number 2, which the next file opened would get."""
+    code = """
+import os, sys
+from dinov3_lite import console
+def work():
+    file = open("f.bin", "wb")
+    os.write(2, b"warning of a C library")
+    file.close()
+sys.exit(console.exit_status("x", work))
+"""
+    (tiny / "x.py").write_text(code)
+    assert run_command("$PYTHON x.py 2>&-", cwd=tiny).returncode == 0
+    assert (tiny / "f.bin").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("count", "shown", "terminal", "drawn"),
+    [(2, True, True, True), (1, True, True, False), (2, False, True, False), (2, True, False, False)],
+)
+def test_a_bar_is_drawn_on_a_terminal_for_more_than_one_item(count, shown, terminal, drawn, monkeypatch):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    stream = Stream()
+    monkeypatch.setattr("sys.stderr", stream)
+    assert list(console.progress(range(count), unit="photo", shown=shown)) == list(range(count))
+    assert ("photo" in stream.getvalue()) == drawn
