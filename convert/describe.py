@@ -9,7 +9,7 @@ import torch
 
 from dinov3_lite.checkpoint import Checkpoint
 from dinov3_lite.checkpoint.files import short
-from dinov3_lite.image import IMAGENET_MEAN
+from dinov3_lite.image import satellite_warning
 from dinov3_lite.rope import rope_periods
 
 from .plan import Plan
@@ -21,8 +21,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     processing = opened.card.preprocessing or {}
     warnings = []
     mean = processing.get("image_mean")
-    if "sat493m" in str(opened.path.resolve()) and mean in (IMAGENET_MEAN, list(IMAGENET_MEAN)):
-        warnings.append("a satellite model with ImageNet's image statistics: expected mean 0.430, 0.411, 0.296")
+    if warning := satellite_warning(opened.path, mean or ()):
+        warnings.append(warning)
     not_finite = [
         name for name, spans in opened.spans.items() if not all(span.load().isfinite().all() for span in spans)
     ]

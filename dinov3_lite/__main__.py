@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from pathlib import Path
 
 from . import console
 
@@ -34,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="dinov3-lite" if Path(sys.argv[0]).stem == "dinov3-lite" else "python -m dinov3_lite",
+        prog=console.called_as("dinov3-lite", "dinov3_lite"),
         description="DINOv3 features from the command line.",
         epilog="`%(prog)s COMMAND --help` tells of a command and gives an example.",
     )

@@ -77,13 +77,13 @@ EDGES = {
     "dinov3_lite/encoder.py": {"model"},
     "dinov3_lite/interfaces.py": {"features", "model"},
     "dinov3_lite/finetune.py": {"model"},
-    "dinov3_lite/window.py": {"model"},
+    "dinov3_lite/window.py": {"console", "model"},
     "dinov3_lite/export.py": {"model"},
     "dinov3_lite/prepacked.py": set(),
     "dinov3_lite/folding.py": {"image", "layers", "prepacked"},
     "dinov3_lite/graphs.py": {"packing"},
     "dinov3_lite/inference.py": {*("checks", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")},
-    "dinov3_lite/picture.py": set(),
+    "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {"checkpoint.layouts", "checkpoint.layouts.cards", "config", "image", "model"},
     "dinov3_lite/__init__.py": {
         *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window"),
@@ -92,14 +92,8 @@ EDGES = {
     "dinov3_lite/console.py": set(),
     "dinov3_lite/__main__.py": {"console"},
     "dinov3_lite/commands/*": {
-        "dinov3_lite/commands/*",
-        "checkpoint",
-        "console",
-        "export",
-        "image",
-        "model",
-        "picture",
-        "sample",
+        *("dinov3_lite/commands/*", "checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.hub"),
+        *("console", "export", "image", "model", "pixels", "sample", "visualize"),
     },
     **{  # reading features stands on folder alone, writing them on the model; engines on all
         f"dinov3_lite/extraction/{name}.py": {f"extraction.{own}" for own in own} | others
@@ -145,7 +139,7 @@ EDGES = {
             "dinov3_lite.rope",
         ),
     },
-    "convert/*": {"convert/*", *CHECKPOINT},
+    "convert/*": {"convert/*", *CHECKPOINT, "dinov3_lite.console"},
 }
 OURS = ("dinov3_lite", "convert", "kernels")
 

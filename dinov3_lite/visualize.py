@@ -11,7 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-PANEL_HEIGHT, MARGIN, CAPTION_HEIGHT = 448, 8, 24
+PANEL_HEIGHT, MARGIN, CAPTION_HEIGHT = 448, 8, 24  # pixels
+NEAREST = 0  # Pillow's number for it
 
 
 def pca_colours(feature_maps: Tensor) -> Tensor:
@@ -34,18 +35,17 @@ def similarity(feature_map: Tensor, row: int, column: int) -> Tensor:
     return torch.einsum("chw,c->hw", directions, directions[:, row, column])
 
 
-def draw(rows: list[list[tuple[Image.Image | Tensor, str]]]) -> Image.Image:
-    """A sheet of panels with captions: photos, (h, w, 3) colours or (h, w) values in [0, 1].
+def draw(rows: list[list[tuple[Tensor, str]]]) -> Image.Image:
+    """A sheet of panels with captions: (h, w, 3) colours or (h, w) values, in [0, 1].
 
-    Each row starts with a photo of PANEL_HEIGHT pixels, and its other panels take the photo's size.
+    Each row starts with a photo of PANEL_HEIGHT pixels, and its other panels are enlarged to the photo's size.
     """
     from PIL import Image, ImageDraw
 
     sheet_rows = []
     for row in rows:
-        photo = row[0][0]
-        assert isinstance(photo, Image.Image)
-        sheet_rows.append([(_panel(content, photo.size), caption) for content, caption in row])
+        height, width = row[0][0].shape[:2]
+        sheet_rows.append([(_panel(content).resize((width, height), NEAREST), caption) for content, caption in row])
     width = max(sum(panel.width + MARGIN for panel, _ in row) for row in sheet_rows) + MARGIN
     height = len(rows) * (PANEL_HEIGHT + CAPTION_HEIGHT + MARGIN) + MARGIN
     sheet = Image.new("RGB", (width, height), "white")
@@ -61,12 +61,8 @@ def draw(rows: list[list[tuple[Image.Image | Tensor, str]]]) -> Image.Image:
     return sheet
 
 
-def _panel(content: Image.Image | Tensor, size: tuple[int, int]) -> Image.Image:
+def _panel(content: Tensor) -> Image.Image:
     from PIL import Image, ImageOps
 
-    if isinstance(content, Tensor):
-        pixels = Image.fromarray((content * 255).round().to(torch.uint8).cpu().numpy())
-        if content.ndim == 2:
-            pixels = ImageOps.colorize(pixels, black="#0b0724", mid="#b63679", white="#fcfdbf")
-        return pixels.resize(size, Image.Resampling.NEAREST)
-    return content
+    pixels = Image.fromarray((content * 255).round().to(torch.uint8).cpu().numpy())
+    return pixels if content.ndim == 3 else ImageOps.colorize(pixels, black="#0b0724", mid="#b63679", white="#fcfdbf")
