@@ -71,7 +71,7 @@ def builds(arch: int) -> Iterator[Build]:
 
 
 TYPES = {
-    **dict.fromkeys(("cos_ptr", "sin_ptr", "lse_ptr", "delta_ptr", "partials_ptr"), "*fp32"),
+    **dict.fromkeys(("cos_ptr", "sin_ptr", "maximum_ptr", "total_ptr", "delta_ptr", "partials_ptr"), "*fp32"),
     "cu_seqlens_ptr": "*i32",
     **dict.fromkeys(("scale", "scale_log2", "eps"), "fp32"),
 }

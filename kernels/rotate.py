@@ -7,16 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tuning
-from .availability import interpreted, require
+from . import plain, tuning
+from .availability import interpreted, interpreter_knows_bfloat16, require
+from .first_use import Checked, sample
 from .operators import define
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """R(q) and R(k), or R^-1 of both, as one (2, B, N, heads, D): q and k themselves belong to the caller.
 
-    q, k: (B, N, heads, D), any strides but the last. cos, sin: (P, D/2) of the last P tokens. Nothing is checked.
+    q, k: (B, N, heads, D), any strides but the last. cos, sin: (P, D/2) of the last P tokens. Nothing is validated.
     """
+    return _checked((q.device, q.dtype, q.shape[-1], inverse), q, k, cos, sin, inverse)
+
+
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     from .rotate_triton import rotate_kernel
 
     B, N, heads, D = q.shape
@@ -43,6 +48,16 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = Fals
             INVERSE=inverse,
         )
     return out
+
+
+def _sample(device: torch.device, dtype: torch.dtype, D: int, inverse: bool) -> tuple[Any, ...]:
+    """Two images of 70 tokens, 5 of them not rotated: more rows than a program takes."""
+    q, k, _ = sample(device, dtype, 2, 70, 3, 2, D).unbind(2)
+    angles = 6 * sample(device, torch.float32, 65, D // 2, seed=1)
+    return q, k, angles.cos(), angles.sin(), inverse
+
+
+_checked = Checked("rotate", _launch, plain.rotated, _sample)
 
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -82,7 +97,7 @@ def check_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, longest: int)
         raise ValueError(f"q has head dim {D}: expected a multiple of 16 from 16 to 256")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"q is {q.dtype}: expected torch.float16, torch.bfloat16 or torch.float32")
-    if q.dtype == torch.bfloat16 and interpreted():
+    if q.dtype == torch.bfloat16 and interpreted() and not interpreter_knows_bfloat16():
         raise ValueError("q is torch.bfloat16: expected torch.float16 or torch.float32 under triton's interpreter")
     check_like_q("q", q, q, longest)
     check_like_q("k", k, q, longest)

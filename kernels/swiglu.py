@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tuning
+from . import plain, tuning
 from .availability import require
+from .first_use import Checked, sample
 from .operators import check_rows, define
+from .reference import swiglu_reference
 
 
 def swiglu(gate_value: Tensor) -> Tensor:
@@ -32,6 +34,19 @@ def swiglu(gate_value: Tensor) -> Tensor:
 
 def _swiglu(gate_value: Tensor) -> Tensor:
     require("swiglu", "gate_value", gate_value)
+    return _forward(_kind(gate_value), gate_value)
+
+
+def _swiglu_backward(gate_value: Tensor, grad_out: Tensor) -> Tensor:
+    return _backward(_kind(gate_value), gate_value, grad_out.contiguous())
+
+
+def _kind(gate_value: Tensor) -> tuple[Any, ...]:
+    """What a kernel is compiled for, and so checked for."""
+    return (gate_value.device, gate_value.dtype, gate_value.shape[-1] // 2)
+
+
+def _launch_forward(gate_value: Tensor) -> Tensor:
     from .swiglu_triton import swiglu_forward_kernel
 
     out = _half(gate_value)
@@ -41,7 +56,7 @@ def _swiglu(gate_value: Tensor) -> Tensor:
     return out
 
 
-def _swiglu_backward(gate_value: Tensor, grad_out: Tensor) -> Tensor:
+def _launch_backward(gate_value: Tensor, grad_out: Tensor) -> Tensor:
     from .swiglu_triton import swiglu_backward_kernel
 
     grad_gate_value = torch.empty_like(gate_value)
@@ -49,7 +64,7 @@ def _swiglu_backward(gate_value: Tensor, grad_out: Tensor) -> Tensor:
     with torch.cuda.device_of(gate_value):
         swiglu_backward_kernel[_grid(grad_out, launch)](
             gate_value_ptr=gate_value,
-            grad_out_ptr=grad_out.contiguous(),
+            grad_out_ptr=grad_out,
             grad_gate_value_ptr=grad_gate_value,
             **launch,
         )
@@ -64,6 +79,18 @@ def _grid(out: Tensor, launch: dict[str, int]) -> tuple[int, int]:
     """A program for each row and block of its channels."""
     F = out.shape[-1]
     return out.numel() // F, -(-F // launch["BLOCK_F"])
+
+
+def _forward_sample(device: torch.device, dtype: torch.dtype, F: int) -> tuple[Tensor]:
+    return (2 * sample(device, dtype, 3, 2 * F),)
+
+
+def _backward_sample(device: torch.device, dtype: torch.dtype, F: int) -> tuple[Tensor, Tensor]:
+    return *_forward_sample(device, dtype, F), sample(device, dtype, 3, F, seed=1)
+
+
+_forward = Checked("swiglu", _launch_forward, swiglu_reference, _forward_sample)
+_backward = Checked("swiglu_backward", _launch_backward, plain.swiglu_gradient, _backward_sample)
 
 
 def _save_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

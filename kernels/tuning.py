@@ -73,6 +73,27 @@ def architecture(device: torch.device) -> int:
     return max(arch for arch in ARCHITECTURES if arch <= 10 * major + minor)
 
 
+def is_measured(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether kernels of this width and dtype ran on this architecture when the table was made, by the same triton."""
+    return False
+
+
+def fused_up_to(device: torch.device) -> int:
+    """The most tokens of a sequence whose keys are rotated in the attention loop."""
+    return FUSED_UP_TO[architecture(device)]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tensor cores may take float32: exactly, unless PyTorch's own switch, by its new or old name, allows tf32."""
+    if dtype.itemsize != 4:
+        return "ieee"
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
 def attention_launch(table: Table, arch: int, D: int, itemsize: int) -> dict[str, int]:
     """What a kernel of attention takes by keyword for an architecture, a head dim and the bytes of an element."""
     block_m, block_n, num_warps, num_stages = tiles(table, arch, D, itemsize)

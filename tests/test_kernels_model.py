@@ -71,6 +71,33 @@ def test_model_runs_the_row_kernels_beside_attention(config, row_kernels, images
         assert launches.ops == expected
 
 
+@pytest.mark.parametrize("act", ["gelu", "silu"])
+def test_a_gated_model_of_another_activation_is_not_swiglu(act, images):
+    model = DINOv3ViT(replace(SWIGLU, hidden_act=act), attention="triton").to(DEVICE).eval()
+    model.load_state_dict({k: 4 * v for k, v in model.state_dict().items()})  # GELU and SiLU are one near zero
+    with torch.no_grad():
+        ours = model(images).last_hidden_state
+        model.attention = "eager"
+        assert relative_error(ours, model(images).last_hidden_state) < 1e-5
+        for block in model.blocks:
+            block.mlp.act = {"gelu": "silu", "silu": "gelu"}[act]
+        assert relative_error(ours, model(images).last_hidden_state) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(8, 8), (72, 80)], [(72, 80), (8, 8), (80, 72)]], ids=["short first", "long first"]
+)
+def test_a_pack_whose_sequences_take_several_tiles(shapes):
+    """95 tokens beside 6: programs are launched for the longest sequence, wherever it lies."""
+    model = DINOv3ViT(TINY, attention="triton").to(DEVICE).eval()
+    pictures = [torch.randn(3, *shape, device=DEVICE) for shape in shapes]
+    with torch.no_grad():
+        packed = model.forward_packed(pictures)
+        model.attention = "eager"
+        for picture, out in zip(pictures, packed, strict=True):
+            assert relative_error(out.last_hidden_state, model(picture[None]).last_hidden_state) < 2e-6
+
+
 class Launches(TorchDispatchMode):
     """Which of our ops run."""
 
