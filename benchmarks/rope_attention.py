@@ -59,7 +59,7 @@ def strategy(name: str) -> Iterator[None]:
     """Have every number of tokens go one way: the rotation inside, apart, or apart and then PyTorch's attention."""
     before = tuning.FUSED_UP_TO, tuning.prefers_sdpa
     tuning.FUSED_UP_TO = dict.fromkeys(tuning.ARCHITECTURES, sys.maxsize if name == "fused" else 0)
-    tuning.prefers_sdpa = lambda tokens, head_dim: name == "rotation, then sdpa"
+    tuning.prefers_sdpa = lambda tokens, head_dim, device: name == "rotation, then sdpa"
     try:
         yield
     finally:

@@ -59,7 +59,7 @@ class Checked:
             )
         with LOCK:
             if kind not in self.verdicts:
-                measured = tuning.is_measured(device, dtype, width)
+                measured = tuning.is_measured(self.operation, device, dtype, width)
                 problem = None if measured else self._problem(kind)
                 if problem is not None:
                     self._warn(problem, device, dtype, width)

@@ -50,7 +50,7 @@ def add_layer_norm(
     for name, tensor in (("branch", branch), ("gamma", gamma), ("weight", weight), ("bias", bias)):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}: expected {x.device}, the device of x")
-    x_new, normed = torch.ops.dinov3_lite.add_layer_norm(x, branch, gamma, weight, bias, eps)
+    x_new, normed = torch.ops.dinov3_lite.add_layer_norm.default(x, branch, gamma, weight, bias, eps)
     return x_new, normed
 
 
@@ -91,7 +91,7 @@ def _launch_forward(
             x_new_ptr=x_new,
             normed_ptr=normed,
             eps=eps,
-            **tuning.layer_norm_launch(C),
+            **tuning.layer_norm_launch(tuning.architecture(x.device), C),
         )
     return x_new, normed
 
@@ -103,7 +103,7 @@ def _launch_backward(
 
     C = x_new.shape[-1]
     T = x_new.numel() // C
-    launch = tuning.layer_norm_launch(C)
+    launch = tuning.layer_norm_launch(tuning.architecture(x_new.device), C)
     grad_x, grad_branch = torch.empty_like(x_new), torch.empty_like(branch)
     partials = x_new.new_empty((_num_programs(T, launch["num_warps"], x_new.device), 3, C), dtype=torch.float32)
     with torch.cuda.device_of(x_new):
@@ -164,7 +164,7 @@ def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _add_layer_norm_gradients(ctx: Any, grad_x_new: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
     x_new, branch, gamma, weight = ctx.saved_tensors
-    grad_x, grad_branch, vectors = torch.ops.dinov3_lite.add_layer_norm_backward(
+    grad_x, grad_branch, vectors = torch.ops.dinov3_lite.add_layer_norm_backward.default(
         x_new, branch, gamma, weight, grad_x_new, grad_normed, ctx.eps
     )
     grad_gamma, (grad_weight, grad_bias) = vectors[0].to(gamma.dtype), vectors[1:].to(weight.dtype)

@@ -34,12 +34,12 @@ def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sc
     Raises ValueError for any other input, RuntimeError where the kernels can't run (see `unavailable_reason`).
     """
     training = _needs_gradients(q, k, v)
-    prefers_sdpa = q.ndim == 4 and tuning.prefers_sdpa(q.shape[1], q.shape[3])
-    if training and prefers_sdpa and not torch.are_deterministic_algorithms_enabled():
+    own = not training or q.ndim != 4 or torch.are_deterministic_algorithms_enabled()
+    if not own and tuning.prefers_sdpa(q.shape[1], q.shape[3], q.device):
         check_like_q("v", v, q, q.shape[1])
-        _check_scale(scale)
-        return _sdpa(torch.ops.dinov3_lite.rotate(q, k, cos, sin), v, scale)
-    out, _, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, None, None, scale, training)
+        _check_scale(_scale(scale, q))
+        return _sdpa(torch.ops.dinov3_lite.rotate.default(q, k, cos, sin), v, _scale(scale, q))
+    out, _, _ = torch.ops.dinov3_lite.rope_attention.default(q, k, v, cos, sin, None, None, _scale(scale, q), training)
     return out
 
 
@@ -65,7 +65,8 @@ def rope_attention_packed(
     """
     training = _needs_gradients(q, k, v)
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    out, _, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, training)
+    scale = _scale(scale, q)
+    out, _, _ = torch.ops.dinov3_lite.rope_attention.default(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, training)
     return out.squeeze(0)
 
 
@@ -77,7 +78,7 @@ def _attention(
     sin: Tensor,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
-    scale: float | None,
+    scale: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output (B, N, heads, D) and, in training, each row's maximum and total (B, heads, N), else empty.
@@ -86,13 +87,13 @@ def _attention(
     """
     _check_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)
     _, N, _, D = q.shape
-    if cu_seqlens is None and not training and tuning.prefers_sdpa(N, D):
+    if cu_seqlens is None and not training and tuning.prefers_sdpa(N, D, q.device):
         return _sdpa(rotated(q, k, cos, sin), v, scale).contiguous(), *outputs(q, training)[1:]
     fused = (N if max_seqlen is None else max_seqlen) <= tuning.fused_up_to(q.device)
     if not fused:
         q, k = rotated(q, k, cos, sin).unbind()
     use = kind(q, fused, training, cu_seqlens is not None)
-    return forward(use, q, k, v, cos, sin, cu_seqlens, max_seqlen, _scale(scale, D), training, fused)
+    return forward(use, q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, training, fused)
 
 
 def _attention_backward(
@@ -104,14 +105,13 @@ def _attention_backward(
     sin: Tensor,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
-    scale: float | None,
+    scale: float,
     out: Tensor,
     maximum: Tensor,
     total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, (B, N, heads, D) each. q and k are rotated once more, so that nobody keeps them."""
     q, k = rotated(q, k, cos, sin).unbind()
-    scale = _scale(scale, q.shape[-1])
     statistics = (out, maximum, total)
     use = kind(q, cu_seqlens is not None)
     return backward(use, dout.contiguous(), q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, *statistics)
@@ -126,7 +126,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _attention_gradients(ctx: Any, dout: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, out, maximum, total = ctx.saved_tensors
-    gradients = torch.ops.dinov3_lite.rope_attention_backward(
+    gradients = torch.ops.dinov3_lite.rope_attention_backward.default(
         dout, *inputs, ctx.max_seqlen, ctx.scale, out, maximum, total
     )
     return (*gradients, None, None, None, None, None, None)
@@ -134,7 +134,7 @@ def _attention_gradients(ctx: Any, dout: Tensor, *others: Tensor) -> tuple[Tenso
 
 define(
     "rope_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, float? scale, "
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, float scale, "
     "bool training) -> (Tensor, Tensor, Tensor)",
     _attention,
     fake=lambda q, *others: outputs(q, training=others[-1]),
@@ -144,19 +144,15 @@ define(
 define(
     "rope_attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, "
-    "float? scale, Tensor out, Tensor maximum, Tensor total) -> (Tensor, Tensor, Tensor)",
+    "float scale, Tensor out, Tensor maximum, Tensor total) -> (Tensor, Tensor, Tensor)",
     _attention_backward,
     fake=lambda dout, q, *others: tuple(q.new_empty(q.shape) for _ in range(3)),
 )
 
 
-def _sdpa(rotated: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _sdpa(rotated: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k = rotated.transpose(2, 3).unbind()
     return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), scale=scale).transpose(1, 2)
-
-
-def _scale(scale: float | None, D: int) -> float:
-    return D**-0.5 if scale is None else scale
 
 
 def _needs_gradients(*tensors: Tensor) -> bool:
@@ -171,7 +167,7 @@ def _check_attention(
     sin: Tensor,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
-    scale: float | None,
+    scale: float,
 ) -> None:
     """One sentence for whatever the attention kernels would read or write wrongly."""
     if q.ndim != 4 and cu_seqlens is None:
@@ -197,6 +193,11 @@ def _check_attention(
         raise ValueError(f"max_seqlen is {longest}: expected the length of the longest sequence")
 
 
-def _check_scale(scale: float | None) -> None:
-    if scale is not None and not 0 < scale < math.inf:
+def _scale(scale: float | None, q: Tensor) -> float:
+    """The default is a number of the head dim; the op refuses a head dim of none in its own words."""
+    return max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+
+
+def _check_scale(scale: float) -> None:
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}: expected a positive number")

@@ -34,7 +34,8 @@ def _launch_forward(
 
     _, N, heads, D = q.shape
     out, maximum, total = outputs(q, training)
-    launch = tuning.attention_launch(tuning.FORWARD, tuning.architecture(q.device), D, q.itemsize)
+    stride_q, stride_k, stride_v = q.stride(), k.stride(), v.stride()
+    launch = tuning.attention_launch("forward", tuning.architecture(q.device), D, q.itemsize)
     tiles = -(-(N if max_seqlen is None else max_seqlen) // launch["BLOCK_M"])
     with torch.cuda.device_of(q):
         rope_attention_forward_kernel[_programs(tiles, q, cu_seqlens)](
@@ -47,15 +48,15 @@ def _launch_forward(
             maximum_ptr=maximum if training else None,
             total_ptr=total if training else None,
             cu_seqlens_ptr=cu_seqlens,
-            stride_qb=q.stride(0),
-            stride_qn=q.stride(1),
-            stride_qh=q.stride(2),
-            stride_kb=k.stride(0),
-            stride_kn=k.stride(1),
-            stride_kh=k.stride(2),
-            stride_vb=v.stride(0),
-            stride_vn=v.stride(1),
-            stride_vh=v.stride(2),
+            stride_qb=stride_q[0],
+            stride_qn=stride_q[1],
+            stride_qh=stride_q[2],
+            stride_kb=stride_k[0],
+            stride_kn=stride_k[1],
+            stride_kh=stride_k[2],
+            stride_vb=stride_v[0],
+            stride_vn=stride_v[1],
+            stride_vh=stride_v[2],
             N=N,
             prefix=N - cos.shape[0],
             heads=heads,
@@ -89,9 +90,9 @@ def _launch_backward(
     longest = N if max_seqlen is None else max_seqlen
     arch = tuning.architecture(q.device)
     dq, dk, dv = (torch.empty_like(dout) for _ in range(3))
-    delta = torch.empty_like(total)
+    delta, stride_v = torch.empty_like(total), v.stride()
     with torch.cuda.device_of(q):
-        launch = tuning.attention_launch(tuning.BACKWARD_Q, arch, D, q.itemsize)
+        launch = tuning.attention_launch("backward_q", arch, D, q.itemsize)
         tiles = -(-longest // launch["BLOCK_M"])
         rope_attention_backward_q_kernel[_programs(tiles, q, cu_seqlens)](
             q_ptr=q,
@@ -106,9 +107,9 @@ def _launch_backward(
             delta_ptr=delta,
             dq_ptr=dq,
             cu_seqlens_ptr=cu_seqlens,
-            stride_vb=v.stride(0),
-            stride_vn=v.stride(1),
-            stride_vh=v.stride(2),
+            stride_vb=stride_v[0],
+            stride_vn=stride_v[1],
+            stride_vh=stride_v[2],
             N=N,
             prefix=N - cos.shape[0],
             heads=heads,
@@ -118,7 +119,7 @@ def _launch_backward(
             **launch,
             PRECISION=tuning.precision(q.dtype),
         )
-        launch = tuning.attention_launch(tuning.BACKWARD_KV, arch, D, q.itemsize)
+        launch = tuning.attention_launch("backward_kv", arch, D, q.itemsize)
         tiles = -(-longest // launch["BLOCK_N"])
         rope_attention_backward_kv_kernel[_programs(tiles, q, cu_seqlens)](
             q_ptr=q,
@@ -133,9 +134,9 @@ def _launch_backward(
             dk_ptr=dk,
             dv_ptr=dv,
             cu_seqlens_ptr=cu_seqlens,
-            stride_vb=v.stride(0),
-            stride_vn=v.stride(1),
-            stride_vh=v.stride(2),
+            stride_vb=stride_v[0],
+            stride_vn=stride_v[1],
+            stride_vh=stride_v[2],
             N=N,
             prefix=N - cos.shape[0],
             heads=heads,

@@ -29,7 +29,7 @@ def swiglu(gate_value: Tensor) -> Tensor:
     check_rows("gate_value", gate_value)
     if gate_value.shape[-1] % 2:
         raise ValueError(f"gate_value has {gate_value.shape[-1]} channels: expected an even number, gates and values")
-    return torch.ops.dinov3_lite.swiglu(gate_value)
+    return torch.ops.dinov3_lite.swiglu.default(gate_value)
 
 
 def _swiglu(gate_value: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _launch_forward(gate_value: Tensor) -> Tensor:
     from .swiglu_triton import swiglu_forward_kernel
 
     out = _half(gate_value)
-    launch = tuning.swiglu_launch(out.shape[-1])
+    launch = tuning.swiglu_launch(tuning.architecture(out.device), out.shape[-1])
     with torch.cuda.device_of(gate_value):
         swiglu_forward_kernel[_grid(out, launch)](gate_value_ptr=gate_value, out_ptr=out, **launch)
     return out
@@ -60,7 +60,7 @@ def _launch_backward(gate_value: Tensor, grad_out: Tensor) -> Tensor:
     from .swiglu_triton import swiglu_backward_kernel
 
     grad_gate_value = torch.empty_like(gate_value)
-    launch = tuning.swiglu_launch(grad_out.shape[-1])
+    launch = tuning.swiglu_launch(tuning.architecture(grad_out.device), grad_out.shape[-1])
     with torch.cuda.device_of(gate_value):
         swiglu_backward_kernel[_grid(grad_out, launch)](
             gate_value_ptr=gate_value,
@@ -98,7 +98,7 @@ def _save_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _swiglu_gradient(ctx: Any, grad_out: Tensor) -> Tensor:
-    return torch.ops.dinov3_lite.swiglu_backward(*ctx.saved_tensors, grad_out)
+    return torch.ops.dinov3_lite.swiglu_backward.default(*ctx.saved_tensors, grad_out)
 
 
 define(

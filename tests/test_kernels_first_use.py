@@ -256,7 +256,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch):
 
 
 def test_what_was_measured_here_is_not_checked(monkeypatch):
-    monkeypatch.setattr(tuning, "is_measured", lambda device, dtype, width: True)
+    monkeypatch.setattr(tuning, "is_measured", lambda operation, device, dtype, width: True)
     checked = Checked("op", lambda x: x + 1, lambda x: x, None)
     assert torch.equal(checked((torch.device("cpu"), torch.float32, 3), torch.zeros(3)), torch.ones(3))
 

@@ -163,7 +163,7 @@ def test_scores_of_thousands(strategy, dtype):
     qkv = qkv.to(dtype)
     truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
     yardstick = attention_with_gradients(sdpa_attention, qkv, *whole_table(cos, sin, 133))
-    _, maximum, _ = OPS.rope_attention(*qkv.unbind(2), cos, sin, None, None, None, True)
+    _, maximum, _ = OPS.rope_attention(*qkv.unbind(2), cos, sin, None, None, 0.125, True)
     assert maximum.max() > 1000
     ours = attention_with_gradients(rope_attention, qkv, cos, sin)
     assert_no_worse_than(yardstick, ours, truth, "out dq dk dv")
@@ -190,7 +190,7 @@ def test_rows_of_very_negative_scores():
     qkv[:, :, 0], qkv[:, :, 1] = qkv[:, :, 0].abs() - 10, qkv[:, :, 1].abs() + 10
     truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
     ours = attention_with_gradients(rope_attention, qkv, cos, sin)
-    _, maximum, _ = OPS.rope_attention(*qkv.unbind(2), cos, sin, None, None, None, True)
+    _, maximum, _ = OPS.rope_attention(*qkv.unbind(2), cos, sin, None, None, 0.125, True)
     assert maximum.max() < -200
     yardstick = attention_with_gradients(sdpa_attention, qkv, *whole_table(cos, sin, 69))
     assert_no_worse_than(yardstick, ours, truth, "out dq dk dv")

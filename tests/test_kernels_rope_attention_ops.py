@@ -72,7 +72,7 @@ def test_strategies(monkeypatch, launches, limit, training, deterministic, expec
     """The rotation inside, up to a number of tokens; beyond, a pass of its own and PyTorch's attention where it may."""
     torch.use_deterministic_algorithms(deterministic)
     monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, limit))
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim: tokens > limit)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: tokens > limit)
     qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
     truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
     for _ in range(2):  # a kernel's first use is checked: launches of its own
@@ -89,7 +89,7 @@ def test_strategies(monkeypatch, launches, limit, training, deterministic, expec
 
 def test_a_scale_reaches_pytorchs_attention(monkeypatch):
     torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim: True)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: True)
     qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
     truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double(), 0.4)
     ours = attention_with_gradients(rope_attention, qkv, cos, sin, 0.4)
@@ -100,7 +100,7 @@ def test_a_scale_reaches_pytorchs_attention(monkeypatch):
 def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):
     """Many short sequences are rotated inside, and never given to PyTorch's attention, however many tokens they are."""
     monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, 8))
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim: tokens > 8)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: tokens > 8)
     qkv, cos, sin = (x.squeeze(0) for x in attention_inputs(1, 24, 2, 32, 24, torch.float32))
     for borders, longest, expected in [
         ((0, 8, 16, 24), 8, ["rope_attention_forward"]),
@@ -116,7 +116,7 @@ def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):
 
 @pytest.mark.parametrize("N, D, expected", [(450, 64, False), (600, 64, False), (601, 64, True), (451, 128, True)])
 def test_where_pytorch_takes_over(N, D, expected):
-    assert tuning.prefers_sdpa(N, D) == expected
+    assert tuning.prefers_sdpa(N, D, torch.device("cpu")) == expected
 
 
 def test_opcheck():
@@ -124,13 +124,13 @@ def test_opcheck():
     q, k, v = (x.clone().requires_grad_() for x in qkv.unbind(2))
     cu_seqlens = torch.tensor([0, 5, 6], dtype=torch.int32, device=DEVICE)
     tables = whole_table(cos, sin, 6)
-    torch.library.opcheck(OPS.rope_attention.default, (q, k, v, cos, sin, None, None, None, True))
+    torch.library.opcheck(OPS.rope_attention.default, (q, k, v, cos, sin, None, None, 0.125, True))
     torch.library.opcheck(OPS.rope_attention.default, (*qkv.unbind(2), cos, sin, None, None, 0.3, False))
-    torch.library.opcheck(OPS.rope_attention.default, (q, k, v, *tables, cu_seqlens, 5, None, True))
+    torch.library.opcheck(OPS.rope_attention.default, (q, k, v, *tables, cu_seqlens, 5, 0.125, True))
     torch.library.opcheck(OPS.rotate.default, (q, k, cos, sin, False))
     with torch.no_grad():
-        out, maximum, total = OPS.rope_attention(q, k, v, cos, sin, None, None, None, True)
-    saved = (*qkv.unbind(2), cos, sin, None, None, None, out, maximum, total)
+        out, maximum, total = OPS.rope_attention(q, k, v, cos, sin, None, None, 0.125, True)
+    saved = (*qkv.unbind(2), cos, sin, None, None, 0.125, out, maximum, total)
     torch.library.opcheck(OPS.rope_attention_backward.default, (torch.randn_like(out), *saved))
 
 

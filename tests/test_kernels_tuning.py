@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ pytest.importorskip("triton")
     ],
 )
 def test_a_gpu_takes_the_newest_table_that_it_can_run(monkeypatch, capability, arch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    major, minor = capability
+    properties = SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     device = torch.device("cuda", 0)
     assert tuning.architecture.__wrapped__(device) == arch
     monkeypatch.setattr(tuning, "architecture", tuning.architecture.__wrapped__)
@@ -42,8 +45,8 @@ def test_a_gpu_takes_the_newest_table_that_it_can_run(monkeypatch, capability, a
     ],
 )
 def test_tiles_are_those_of_the_next_head_dim(arch, D, itemsize, cores, entry):
-    for table in (tuning.FORWARD, tuning.BACKWARD_Q, tuning.BACKWARD_KV):
-        launch = tuning.attention_launch(table, arch, D, itemsize)
+    for kernel, table in tuning.TABLES.items():
+        launch = tuning.attention_launch(kernel, arch, D, itemsize)
         found = tuple(launch[key] for key in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
         assert found == table[cores][entry]
         assert launch["enable_fp_fusion"]
@@ -57,16 +60,15 @@ def test_widths_are_powers_of_two_that_tensor_cores_take(D, half, width):
 
 @pytest.mark.parametrize("C, block, warps", [(128, 128, 1), (384, 512, 2), (1280, 2048, 8), (4096, 4096, 16)])
 def test_a_row_is_a_program_of_8_channels_a_thread(C, block, warps):
-    launch = tuning.layer_norm_launch(C)
+    launch = tuning.layer_norm_launch(90, C)
     assert (launch["C"], launch["BLOCK_C"], launch["num_warps"]) == (C, block, warps)
 
 
 def test_float32_is_exact_unless_pytorch_allows_tf32(monkeypatch):
     assert tuning.precision(torch.float32) == "ieee"
-    matmul = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
-    monkeypatch.setattr(matmul, name, value)
-    assert tuning.precision(torch.float32) == "tf32"
+    for switches in ({"fp32_precision": "tf32"}, {"allow_tf32": True}):  # its name since torch 2.9, and before
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**switches))
+        assert tuning.precision(torch.float32) == "tf32"
     assert tuning.precision(torch.bfloat16) == tuning.precision(torch.float16) == "ieee"
 
 
