@@ -49,11 +49,7 @@ def builds(arch: int) -> Iterator[Build]:
     Left out is float32 attention beyond head dim 128, which spills.
     """
     for D, dtype in ((64, "bf16"), (128, "bf16"), (256, "bf16"), (64, "fp32"), (128, "fp32")):
-        for name, kernel, launched, flags in ATTENTION:
-            if name.startswith("packed") and (D, dtype) != (64, "bf16"):
-                continue  # a pack only adds where its sequences begin: one head dim shows that it compiles
-            launch = tuning.attention_launch(launched, arch, D, itemsize=4 if dtype == "fp32" else 2)
-            yield build(f"{name}, D {D}, {dtype}", kernel, launch | {**flags, "PRECISION": "ieee"}, f"*{dtype}")
+        yield from attention_builds(arch, D, dtype)
         yield build(
             f"rotate, D {D}, {dtype}", rotate_kernel, {**tuning.rotate_launch(D), "INVERSE": False}, f"*{dtype}"
         )
@@ -68,6 +64,17 @@ def builds(arch: int) -> Iterator[Build]:
         for kernel in (swiglu_forward_kernel, swiglu_backward_kernel):
             name = f"{kernel.__name__.removesuffix('_kernel')}, F 5120, {dtype}"
             yield build(name, kernel, tuning.swiglu_launch(arch, 5120), f"*{dtype}")
+
+
+def attention_builds(arch: int, D: int, dtype: str, only: str = "") -> Iterator[Build]:
+    """The kernels of attention, or those of one of tuning's tables."""
+    for name, kernel, launched, flags in ATTENTION:
+        if only and only != launched:
+            continue
+        if name.startswith("packed") and (D, dtype) != (64, "bf16"):
+            continue  # a pack only adds where its sequences begin: one head dim shows that it compiles
+        launch = tuning.attention_launch(launched, arch, D, itemsize=4 if dtype == "fp32" else 2)
+        yield build(f"{name}, D {D}, {dtype}", kernel, launch | {**flags, "PRECISION": "ieee"}, f"*{dtype}")
 
 
 TYPES = {

@@ -60,7 +60,7 @@ class Checked:
         with LOCK:
             if kind not in self.verdicts:
                 measured = tuning.is_measured(self.operation, device, dtype, width)
-                problem = None if measured else self._problem(kind)
+                problem = None if measured else self.problem(kind)
                 if problem is not None:
                     self._warn(problem, device, dtype, width)
                 elif not measured:
@@ -84,7 +84,7 @@ class Checked:
                 stacklevel=2,
             )
 
-    def _problem(self, kind: tuple[Any, ...]) -> str | None:
+    def problem(self, kind: tuple[Any, ...]) -> str | None:
         """What is wrong with the kernel on small arguments, or None."""
         device, dtype, *_ = kind
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
