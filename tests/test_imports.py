@@ -19,8 +19,9 @@ CHECKPOINT = {
 }
 # The floors: a file may import, of ours, only what stands here. `lazily` counts as importing.
 EDGES = {
-    "kernels/availability.py": set(),
-    "kernels/tuning.py": set(),
+    "kernels/availability.py": {"tiles_triton"},
+    "kernels/measured.py": set(),
+    "kernels/tuning.py": {"measured"},
     "kernels/operators.py": set(),
     "kernels/reference.py": set(),
     "kernels/tiles_triton.py": set(),
@@ -29,12 +30,17 @@ EDGES = {
     "kernels/rope_attention_backward_triton.py": {"rope_attention_triton", "tiles_triton"},
     "kernels/layer_norm_triton.py": {"tiles_triton"},
     "kernels/swiglu_triton.py": {"tiles_triton"},
-    "kernels/rotate.py": {"availability", "operators", "rotate_triton", "tuning"},
-    "kernels/rope_attention.py": {
-        *("operators", "rope_attention_backward_triton", "rope_attention_triton", "rotate", "tuning")
+    "kernels/plain.py": {"reference"},
+    "kernels/first_use.py": {"tuning"},
+    "kernels/rotate.py": {"availability", "first_use", "operators", "plain", "rotate_triton", "tuning"},
+    "kernels/rope_attention_launch.py": {
+        *("first_use", "plain", "rope_attention_backward_triton", "rope_attention_triton", "tuning")
     },
-    "kernels/layer_norm.py": {"availability", "layer_norm_triton", "operators", "tuning"},
-    "kernels/swiglu.py": {"availability", "operators", "swiglu_triton", "tuning"},
+    "kernels/rope_attention.py": {"operators", "rope_attention_launch", "rotate", "tuning"},
+    "kernels/layer_norm.py": {
+        *("availability", "first_use", "layer_norm_triton", "operators", "plain", "reference", "tuning")
+    },
+    "kernels/swiglu.py": {"availability", "first_use", "operators", "plain", "reference", "swiglu_triton", "tuning"},
     "kernels/__init__.py": {"availability", "layer_norm", "reference", "rope_attention", "swiglu"},
     "kernels/builds.py": {  # the offline gate's: nothing of the library imports it
         *("layer_norm_triton", "rope_attention_backward_triton", "rope_attention_triton", "rotate_triton"),
@@ -43,7 +49,7 @@ EDGES = {
     "dinov3_lite/config.py": set(),
     "dinov3_lite/rope.py": {"config"},
     "dinov3_lite/checks.py": set(),
-    "dinov3_lite/attention.py": {"kernels", "kernels.availability", "rope"},
+    "dinov3_lite/attention.py": {"kernels", "kernels.availability", "kernels.first_use", "rope"},
     "dinov3_lite/checkpoint/files.py": set(),
     "dinov3_lite/checkpoint/pickles.py": set(),
     "dinov3_lite/checkpoint/pth.py": {"checkpoint.files", "checkpoint.pickles"},
