@@ -91,9 +91,9 @@ class QKVProjection(nn.Linear):
             or "has_bias" not in vars(self)
         ):
             return
-        for third, present in zip(bias.chunk(3), self.has_bias.values(), strict=True):
+        for third, present in zip(bias.data.chunk(3), self.has_bias.values(), strict=True):
             if not present:
-                third.zero_()
+                third.zero_()  # through .data: for those who watch its version, nothing has changed
         self._cleared_version = bias._version
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -141,8 +141,9 @@ class SelfAttention(nn.Module):
     def cls_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The weights softmax(scale q k^T) of the CLS token's query: (B, heads, N), in the tables' dtype."""
         q, k, _ = self.qkv(x).to(cos.dtype).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], apply_rope(k, cos, sin))  # a prefix token is not rotated
-        return (scores * q.shape[-1] ** -0.5).softmax(dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], apply_rope(k, cos, sin))  # a prefix token is not rotated
+            return (scores * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 class Mlp(nn.Module):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -330,3 +332,25 @@ def test_the_command_without_onnxruntime(tmp_path, monkeypatch, capsys):
     assert main(["export", str(folder), "--format", "onnx", "--output", str(tmp_path / "model.onnx")]) == 0
     err = capsys.readouterr().err
     assert err.startswith("dinov3_lite: warning: ") and "model.onnx: not checked, which needs onnxruntime: pip" in err
+
+
+def test_the_weights_get_their_name_before_the_file_that_needs_them(tmp_path, monkeypatch):
+    """Both are on the disk before either is renamed; a crash between the renames leaves no file without its weights."""
+    from dinov3_lite import export
+
+    calls = []
+    fsync, replace_ = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+
+    def replace_once(source, target):
+        calls.append(Path(target).name)
+        if calls.count("model.onnx"):
+            raise OSError("killed")
+        replace_(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(OSError, match="killed"), export._whole(tmp_path / "model.onnx") as temporary:
+        temporary.write_bytes(b"graph")
+        temporary.with_name("model.onnx.data").write_bytes(b"weights")
+    assert calls == ["fsync", "model.onnx.data", "fsync", "model.onnx"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx.data"]
