@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,22 +12,63 @@ from packaging.version import Version
 
 import dinov3_lite
 
+# The rooms of the library that know files, for those who may use any of them.
+CHECKPOINT = {
+    f"dinov3_lite.checkpoint{room}"
+    for room in ("", ".containers", ".files", ".hub", ".layouts", ".layouts.table", ".layouts.transformers", ".saving")
+}
 # The floors: a file may import, of ours, only what stands here. `lazily` counts as importing.
 EDGES = {
-    "kernels/*": {"kernels/*"},
+    "kernels/availability.py": set(),
+    "kernels/tuning.py": set(),
+    "kernels/operators.py": set(),
+    "kernels/reference.py": set(),
+    "kernels/tiles_triton.py": set(),
+    "kernels/rotate_triton.py": {"tiles_triton"},
+    "kernels/rope_attention_triton.py": {"tiles_triton"},
+    "kernels/rope_attention_backward_triton.py": {"rope_attention_triton", "tiles_triton"},
+    "kernels/layer_norm_triton.py": {"tiles_triton"},
+    "kernels/swiglu_triton.py": {"tiles_triton"},
+    "kernels/rotate.py": {"availability", "operators", "rotate_triton", "tuning"},
+    "kernels/rope_attention.py": {
+        *("operators", "rope_attention_backward_triton", "rope_attention_triton", "rotate", "tuning")
+    },
+    "kernels/layer_norm.py": {"availability", "layer_norm_triton", "operators", "tuning"},
+    "kernels/swiglu.py": {"availability", "operators", "swiglu_triton", "tuning"},
+    "kernels/__init__.py": {"availability", "layer_norm", "reference", "rope_attention", "swiglu"},
+    "kernels/builds.py": {  # the offline gate's: nothing of the library imports it
+        *("layer_norm_triton", "rope_attention_backward_triton", "rope_attention_triton", "rotate_triton"),
+        *("swiglu_triton", "tuning"),
+    },
     "dinov3_lite/config.py": set(),
     "dinov3_lite/rope.py": {"config"},
     "dinov3_lite/checks.py": set(),
-    "dinov3_lite/attention.py": {"kernels", "kernels.launch", "rope"},
-    "dinov3_lite/files.py": set(),
-    "dinov3_lite/layouts.py": {"config", "files", "rope"},
-    "dinov3_lite/hub.py": set(),
-    "dinov3_lite/weights.py": {"config", "files", "hub", "layouts"},
+    "dinov3_lite/attention.py": {"kernels", "kernels.availability", "rope"},
+    "dinov3_lite/checkpoint/files.py": set(),
+    "dinov3_lite/checkpoint/pickles.py": set(),
+    "dinov3_lite/checkpoint/pth.py": {"checkpoint.files", "checkpoint.pickles"},
+    "dinov3_lite/checkpoint/choose.py": set(),
+    "dinov3_lite/checkpoint/containers.py": {"checkpoint.files"},
+    "dinov3_lite/checkpoint/layouts/table.py": set(),
+    "dinov3_lite/checkpoint/layouts/vit.py": {"checkpoint.layouts.table", "config", "rope"},
+    "dinov3_lite/checkpoint/layouts/*": {"checkpoint.files", "dinov3_lite/checkpoint/layouts/*", "config"},
+    "dinov3_lite/checkpoint/hub.py": {"checkpoint.layouts", "checkpoint.layouts.timm"},
+    "dinov3_lite/checkpoint/__init__.py": {
+        *("checkpoint.containers", "checkpoint.files"),
+        *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
+    },
+    "dinov3_lite/checkpoint/saving.py": {
+        *("checkpoint", "checkpoint.containers", "checkpoint.files"),
+        *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
+    },
     "dinov3_lite/packing.py": {"attention", "kernels"},
     "dinov3_lite/features.py": {"config"},
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
-    "dinov3_lite/model.py": {*("attention", "checks", "config", "features", "layers", "packing", "rope", "weights")},
-    "dinov3_lite/image.py": {"weights"},
+    "dinov3_lite/model.py": {
+        *("attention", "checkpoint", "checkpoint.hub", "checks", "config", "features", "layers", "packing", "rope")
+    },
+    "dinov3_lite/image.py": {"checkpoint", "checkpoint.hub", "pixels"},
+    "dinov3_lite/pixels.py": set(),
     "dinov3_lite/encoder.py": {"model"},
     "dinov3_lite/interfaces.py": {"features", "model"},
     "dinov3_lite/finetune.py": {"model"},
@@ -45,35 +81,50 @@ EDGES = {
         *("checks", "finetune", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")
     },
     "dinov3_lite/picture.py": set(),
-    "dinov3_lite/sample.py": {"config", "image", "layouts", "model", "weights"},
+    "dinov3_lite/sample.py": {"checkpoint.layouts", "checkpoint.layouts.cards", "config", "image", "model"},
     "dinov3_lite/__init__.py": {
         *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
     },
-    "dinov3_lite/__main__.py": {"", "export", "picture", "sample", "weights"},
-    "convert/verify.py": {"convert/*", "dinov3_lite.layouts", "dinov3_lite.model", "dinov3_lite.weights"},
-    "convert/describe.py": {"dinov3_lite.image", "dinov3_lite.rope", "dinov3_lite.weights"},
-    "convert/*": {f"dinov3_lite.{name}" for name in ("config", "files", "hub", "image", "layouts", "weights")}
-    | {"convert/*"},
+    "dinov3_lite/console.py": set(),
+    "dinov3_lite/__main__.py": {"console"},
+    "dinov3_lite/commands/*": {
+        "dinov3_lite/commands/*",
+        "checkpoint",
+        "console",
+        "export",
+        "image",
+        "model",
+        "picture",
+        "sample",
+    },
+    "convert/verify.py": {"convert/*", *CHECKPOINT, "dinov3_lite.model"},
+    "convert/describe.py": {"convert/*", "dinov3_lite.checkpoint", "dinov3_lite.image", "dinov3_lite.rope"},
+    "convert/*": {"convert/*", *CHECKPOINT},
 }
 OURS = ("dinov3_lite", "convert", "kernels")
 
 
 def library_files() -> list[Path]:
-    return sorted(p.relative_to(ROOT) for folder in OURS for p in (ROOT / folder).glob("*.py"))
+    return sorted(p.relative_to(ROOT) for folder in OURS for p in (ROOT / folder).rglob("*.py"))
 
 
 def imports(file: Path) -> set[str]:
-    """Our modules that a file imports, anywhere in it: `config` for one of its own folder, or the dotted name."""
+    """Our modules that a file imports, anywhere in it: `config` or `commands.features` for one of its own package (""
+    for the package's names), or the whole dotted name.
+    """
     found = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.split(".")[0] in OURS}
         elif isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1, f"{file}:{node.lineno}"
-            siblings = {a.name for a in node.names if (ROOT / file.parent / f"{a.name}.py").exists()}
-            found |= siblings if not node.module else {node.module}
-            if not node.module and len(siblings) < len(node.names):
-                found.add("")
+            folders = file.parent.parts[: len(file.parent.parts) - node.level + 1]
+            assert folders, f"{file}:{node.lineno}"
+            if node.module:
+                found.add(".".join((*folders[1:], node.module)))
+            else:
+                modules = {a.name for a in node.names if list(ROOT.joinpath(*folders).glob(f"{a.name}*"))}
+                found |= {".".join((*folders[1:], name)) for name in modules}
+                found |= {".".join(folders[1:])} if len(modules) < len(node.names) else set()
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in OURS:
             found.add(node.module)
     return found
@@ -84,8 +135,21 @@ def test_nothing_imports_upwards(file):
     folder = f"{file.parent}/*"
     allowed = EDGES.get(str(file), EDGES.get(folder))
     assert allowed is not None, f"{file} has no floor yet: add it to EDGES"
-    own = {p.stem for p in (ROOT / file.parent).glob("*.py")} | {""} if folder in allowed else set()
-    assert imports(file) <= allowed | own
+    own = {".".join((*file.parent.parts[1:], p.stem)) for p in (ROOT / file.parent).glob("*.py")} | {""}
+    assert imports(file) <= allowed | (own if folder in allowed else set())
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_nothing_imports_in_a_circle(package):
+    """Every module can stand before all that import it."""
+    files = {file for file in library_files() if file.parts[0] == package}
+    edges = {
+        ".".join(file.with_suffix("").parts[1:]).removesuffix("__init__").rstrip("."): imports(file) for file in files
+    }
+    done: set[str] = set()
+    while ready := {module for module in edges.keys() - done if edges[module] & edges.keys() <= done | {module}}:
+        done |= ready
+    assert not {module: edges[module] for module in edges.keys() - done}
 
 
 def test_the_library_never_names_its_references():
@@ -94,7 +158,7 @@ def test_the_library_never_names_its_references():
             continue  # --verify compares with transformers where it is installed
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             assert not {name.split(".")[0] for name in names} & {"transformers", "timm", "torchvision"}, file
 
 
@@ -117,7 +181,7 @@ except AttributeError as error:
 
 
 def test_no_name_of_the_package_hides_a_module():
-    modules = {file.stem for file in library_files() if file.parent.name == "dinov3_lite"}
+    modules = {file.stem for file in library_files() if file.parent == Path("dinov3_lite")} | {"checkpoint", "kernels"}
     assert not modules & set(dinov3_lite.__all__)
     assert sorted(dinov3_lite._MODULES) == sorted(dinov3_lite.__all__)
 
@@ -168,49 +232,3 @@ print(transformers.DINOv3ViTModel.__name__)
 """
     done = run_python(code, cwd=ROOT)
     assert done.stdout.strip() == "DINOv3ViTModel", done.stderr
-
-
-def test_a_wheel_has_the_kernels_inside_the_package_only(tmp_path):
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
-        pytest.skip("needs the git checkout, to build a wheel of what is tracked")
-    for name in filter(None, tracked.stdout.split("\0")):
-        if (ROOT / name).exists():
-            (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "src" / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
-    done = subprocess.run(command, cwd=tmp_path / "src", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"dinov3_lite", "convert"}
-    assert {"dinov3_lite/kernels/__init__.py", "dinov3_lite/py.typed", "convert/py.typed"} <= set(names)
-
-    # and what is installed from it works where there is no checkout
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(tmp_path / "site"),
-        str(wheel),
-    ]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    code = "import dinov3_lite.kernels as k; print(k.__file__); k.rope_attention_reference"
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.startswith(str(tmp_path / "site" / "dinov3_lite" / "kernels")), done.stderr

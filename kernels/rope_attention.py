@@ -1,0 +1,304 @@
+"""Attention with rotary position embedding as PyTorch ops: the Triton kernels, their gradients, and what they accept.
+
+A pack of sequences is held as one long image, (1, T, heads, D), whose attention stops at the borders in cu_seqlens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import tuning
+from .operators import define
+from .rotate import check_like_q, check_rotation, check_tables_need_no_gradients, rotated
+
+LOG2_E = math.log2(math.e)
+
+
+def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale R(q) R(k)^T) v, where R rotates the last P of the N tokens and leaves the others.
+
+    q, k, v: (B, N, heads, D) float16, bfloat16 or float32, D a multiple of 16 up to 256. The last dimension is
+        contiguous; the others have any strides, so views of one fused projection are taken as they are.
+    cos, sin: (P, D/2) float32, contiguous, P <= N: the pair (i, i + D/2) of every head turns by its token's i-th angle.
+    scale: of the scores, positive; D ** -0.5 unless given.
+
+    Returns (B, N, heads, D) in q's dtype. Rotation and softmax run in float32; products of float32 inputs are exact
+    unless `torch.backends.cuda.matmul` allows tf32. Differentiable in q, k and v, once. The gradients of these kernels
+    are the same bit for bit every time. Those of PyTorch's attention, which takes over at many tokens
+    (`tuning.prefers_sdpa`), need not be: under `torch.use_deterministic_algorithms` it is kept out of training.
+
+    Raises ValueError for any other input, RuntimeError where the kernels can't run (see `unavailable_reason`).
+    """
+    training = _needs_gradients(q, k, v)
+    prefers_sdpa = q.ndim == 4 and tuning.prefers_sdpa(q.shape[1], q.shape[3])
+    if training and prefers_sdpa and not torch.are_deterministic_algorithms_enabled():
+        return _sdpa(torch.ops.dinov3_lite.rotate(q, k, cos, sin), v, scale)
+    out, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, None, None, scale, training)
+    return out
+
+
+def rope_attention_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+) -> Tensor:
+    """`rope_attention` of sequences that lie one behind the other, each attending to itself alone: no padding.
+
+    q, k, v: (T, heads, D), T the tokens of all sequences, otherwise as in `rope_attention`.
+    cos, sin: (T, D/2) float32, contiguous, a row a token; prefix tokens have the identity, cos 1 and sin 0.
+    cu_seqlens: (S + 1,) int32 on q's device, ascending from 0 to T: sequence s is the tokens cu_seqlens[s] up to
+        cu_seqlens[s + 1]. The values stay on the device and are not checked.
+    max_seqlen: the length of the longest sequence, or more. Tokens beyond it, or in no sequence, get anything.
+
+    Returns (T, heads, D). Gradients are the same bit for bit every time. Raises as `rope_attention` does.
+    """
+    training = _needs_gradients(q, k, v)
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    out, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, training)
+    return out.squeeze(0)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    scale: float | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, N, heads, D) and, in training, each row's log2 sum exp2 of the scores (B, heads, N), else empty.
+
+    Checks and the choice of strategy are in here, so that one traced program serves any number of tokens.
+    """
+    _check_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)
+    from .rope_attention_triton import rope_attention_forward_kernel
+
+    _, N, heads, D = q.shape
+    longest = N if max_seqlen is None else max_seqlen
+    out, lse = _outputs(q, training)
+    if cu_seqlens is None and not training and tuning.prefers_sdpa(N, D):
+        return _sdpa(rotated(q, k, cos, sin), v, scale).contiguous(), lse
+    arch = tuning.architecture(q.device)
+    fused = longest <= tuning.FUSED_UP_TO[arch]
+    if not fused:
+        q, k = rotated(q, k, cos, sin).unbind()
+    launch = tuning.attention_launch(tuning.FORWARD, arch, D, q.itemsize)
+    tiles = -(-longest // launch["BLOCK_M"])
+    with torch.cuda.device_of(q):
+        rope_attention_forward_kernel[_programs(tiles, q, cu_seqlens)](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            cos_ptr=cos,
+            sin_ptr=sin,
+            out_ptr=out,
+            lse_ptr=lse if training else None,
+            cu_seqlens_ptr=cu_seqlens,
+            stride_qb=q.stride(0),
+            stride_qn=q.stride(1),
+            stride_qh=q.stride(2),
+            stride_kb=k.stride(0),
+            stride_kn=k.stride(1),
+            stride_kh=k.stride(2),
+            stride_vb=v.stride(0),
+            stride_vn=v.stride(1),
+            stride_vh=v.stride(2),
+            N=N,
+            prefix=N - cos.shape[0],
+            heads=heads,
+            tiles=tiles,
+            scale_log2=_scale(scale, D) * LOG2_E,
+            **launch,
+            ROTATE=fused,
+            PRECISION=_precision(q.dtype),
+        )
+    return out, lse
+
+
+def _outputs(q: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    B, N, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, heads, N) if training else 0, dtype=torch.float32)
+
+
+def _attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    scale: float | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, (B, N, heads, D) each. q and k are rotated once more, so that nobody keeps them."""
+    from .rope_attention_backward_triton import rope_attention_backward_kv_kernel, rope_attention_backward_q_kernel
+
+    _, N, heads, D = q.shape
+    longest = N if max_seqlen is None else max_seqlen
+    arch = tuning.architecture(q.device)
+    rotated_q, rotated_k = rotated(q, k, cos, sin).unbind()
+    dout = dout.contiguous()
+    dq, dk, dv = (torch.empty_like(dout) for _ in range(3))
+    delta = torch.empty_like(lse)
+    scale = _scale(scale, D)
+    with torch.cuda.device_of(q):
+        launch = tuning.attention_launch(tuning.BACKWARD_Q, arch, D, q.itemsize)
+        tiles = -(-longest // launch["BLOCK_M"])
+        rope_attention_backward_q_kernel[_programs(tiles, q, cu_seqlens)](
+            q_ptr=rotated_q,
+            k_ptr=rotated_k,
+            v_ptr=v,
+            cos_ptr=cos,
+            sin_ptr=sin,
+            out_ptr=out,
+            dout_ptr=dout,
+            lse_ptr=lse,
+            delta_ptr=delta,
+            dq_ptr=dq,
+            cu_seqlens_ptr=cu_seqlens,
+            stride_vb=v.stride(0),
+            stride_vn=v.stride(1),
+            stride_vh=v.stride(2),
+            N=N,
+            prefix=N - cos.shape[0],
+            heads=heads,
+            tiles=tiles,
+            scale=scale,
+            scale_log2=scale * LOG2_E,
+            **launch,
+            PRECISION=_precision(q.dtype),
+        )
+        launch = tuning.attention_launch(tuning.BACKWARD_KV, arch, D, q.itemsize)
+        tiles = -(-longest // launch["BLOCK_N"])
+        rope_attention_backward_kv_kernel[_programs(tiles, q, cu_seqlens)](
+            q_ptr=rotated_q,
+            k_ptr=rotated_k,
+            v_ptr=v,
+            cos_ptr=cos,
+            sin_ptr=sin,
+            dout_ptr=dout,
+            lse_ptr=lse,
+            delta_ptr=delta,
+            dk_ptr=dk,
+            dv_ptr=dv,
+            cu_seqlens_ptr=cu_seqlens,
+            stride_vb=v.stride(0),
+            stride_vn=v.stride(1),
+            stride_vh=v.stride(2),
+            N=N,
+            prefix=N - cos.shape[0],
+            heads=heads,
+            tiles=tiles,
+            scale=scale,
+            scale_log2=scale * LOG2_E,
+            **launch,
+            PRECISION=_precision(q.dtype),
+        )
+    return dq, dk, dv
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale, _ = inputs
+    check_tables_need_no_gradients(ctx.needs_input_grad[3:5])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, cos, sin, cu_seqlens, *output)
+
+
+def _attention_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    gradients = torch.ops.dinov3_lite.rope_attention_backward(dout, *tensors, ctx.max_seqlen, ctx.scale, out, lse)
+    return (*gradients, None, None, None, None, None, None)
+
+
+define(
+    "rope_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, float? scale, "
+    "bool training) -> (Tensor, Tensor)",
+    _attention,
+    fake=lambda q, *others: _outputs(q, training=others[-1]),
+    gradients=_attention_gradients,
+    save=_save_attention,
+)
+define(
+    "rope_attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, "
+    "float? scale, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
+    _attention_backward,
+    fake=lambda dout, q, *others: tuple(q.new_empty(q.shape) for _ in range(3)),
+)
+
+
+def _sdpa(rotated: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    q, k = rotated.transpose(2, 3).unbind()
+    return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), scale=scale).transpose(1, 2)
+
+
+def _programs(tiles: int, q: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (tiles * q.shape[2] * sequences,)
+
+
+def _scale(scale: float | None, D: int) -> float:
+    return D**-0.5 if scale is None else scale
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tensor cores may take float32: exactly, unless PyTorch's own switch, by its new or old name, allows tf32."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    scale: float | None,
+) -> None:
+    """One sentence for whatever the attention kernels would read or write wrongly."""
+    if q.ndim != 4 and cu_seqlens is None:
+        raise ValueError(f"q has {q.ndim} dimensions: expected (B, N, heads, D)")
+    if q.ndim != 4:
+        raise ValueError(f"q has {q.ndim - 1} dimensions: expected (T, heads, D)")
+    longest = q.shape[1] if max_seqlen is None else max_seqlen
+    check_rotation(q, k, cos, sin, longest)
+    check_like_q("v", v, q, longest)
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}: expected a positive number")
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
+        found = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens is {found}: expected torch.int32 of shape (S + 1,)")
+    if not cu_seqlens.is_contiguous():
+        raise ValueError(f"cu_seqlens has stride {cu_seqlens.stride(0)}: expected 1")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}: expected q's device, {q.device}")
+    if cos.shape[0] != q.shape[1]:
+        raise ValueError(f"cos has {cos.shape[0]} rows: expected one for each of the {q.shape[1]} tokens")
+    if longest < 0:
+        raise ValueError(f"max_seqlen is {longest}: expected the length of the longest sequence")
