@@ -246,7 +246,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(config.drop_path_rate)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        if fuses_rows(attention, x) and untouched(self.ls1, self.norm2, self.mlp):
+        if fuses_rows(attention, x) and untouched(self.ls1, self.norm2, self.mlp, past_modes=False):
             return self._fused(x, cos, sin, attention)
         x = self.ls1(x, self.drop_path(self.attn(self.norm1(x), cos, sin, attention)))  # adds the branch to x
         return self.ls2(x, self.drop_path(self.mlp(self.norm2(x))))
@@ -268,15 +268,16 @@ OURS = {Block, LayerNorm, SelfAttention, QKVProjection, Mlp, GatedMlp, LayerScal
 OURS |= {nn.Linear, nn.Conv2d}
 
 
-def untouched(*modules: nn.Module) -> bool:
+def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
     """Whether these very modules are ours, plain, and unobserved. Their children are not asked after.
 
     Everything that is not plain eager execution (fused kernels, activations in place, folded and prepacked weights,
     compiled graphs) goes past modules or changes what flows between them. It asks this first, and declines if anybody
-    replaced or wrapped a module, gave it another `forward` or another kind of parameter, put a hook on it or on all
-    modules, or watches PyTorch's functions by a mode.
+    replaced or wrapped a module, gave it another `forward` or another kind of parameter, or put a hook on it or on all
+    modules. past_modes: also if a mode watches PyTorch's functions or operators, which our kernels need not mind: they
+    are operators like others, and overwrite nothing.
     """
-    return not _everything_is_watched() and all(
+    return not (_has_any_global_hook() or (past_modes and _modes_watch())) and all(
         type(module) in OURS
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
@@ -286,9 +287,9 @@ def untouched(*modules: nn.Module) -> bool:
     )
 
 
-def _everything_is_watched() -> bool:
-    """Whether there are hooks on all modules, or modes that see every function or operator called."""
-    if _has_any_global_hook() or torch._C._len_torch_dispatch_stack():
+def _modes_watch() -> bool:
+    """Whether a mode sees every function or operator called, but for those that only choose a device."""
+    if torch._C._len_torch_dispatch_stack():
         return True
     modes = torch.overrides._get_current_function_mode_stack() if torch._C._is_torch_function_mode_enabled() else ()
     return any(not isinstance(mode, DeviceContext) for mode in modes)
