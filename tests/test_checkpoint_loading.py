@@ -101,7 +101,8 @@ def test_loading_a_converted_file_is_zero_copy(folder):
     mapping = next(line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line)
     start, end = (int(address, 16) for address in mapping.split()[0].split("-"))
     for name, tensor in model.state_dict().items():
-        assert start <= tensor.data_ptr() < end or re.search(r"qkv.[qkv]_bias$", name), name
+        if not re.search(r"qkv\.[qkv]_bias", name):  # vectors that the model holds as one
+            assert start <= tensor.data_ptr() < end, name
     model.train()(torch.randn(1, 3, 16, 16)).last_hidden_state.sum().backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     assert path.read_bytes() == before

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,3 +354,25 @@ def test_a_file_that_can_t_be_written(format, tmp_path):
     assert done.returncode == 1, done.stderr
     assert re.fullmatch(f"dinov3_lite: .*x\\.{format}.*File too large.*\n", done.stderr), done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_the_weights_get_their_name_before_the_file_that_needs_them(tmp_path, monkeypatch):
+    """Both are on the disk before either is renamed; a crash between the renames leaves no file without its weights."""
+    from dinov3_lite import export
+
+    calls = []
+    fsync, replace_ = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+
+    def replace_once(source, target):
+        calls.append(Path(target).name)
+        if calls.count("model.onnx"):
+            raise OSError("killed")
+        replace_(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(OSError, match="killed"), export._whole(tmp_path / "model.onnx") as temporary:
+        temporary.write_bytes(b"graph")
+        temporary.with_name("model.onnx.data").write_bytes(b"weights")
+    assert calls == ["fsync", "model.onnx.data", "fsync", "model.onnx"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx.data"]

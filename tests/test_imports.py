@@ -83,12 +83,14 @@ EDGES = {
     "dinov3_lite/encoder.py": {"model"},
     "dinov3_lite/interfaces.py": {"features", "model"},
     "dinov3_lite/finetune.py": {"model"},
-    "dinov3_lite/window.py": {"console", "model"},
+    "dinov3_lite/window.py": {"checks", "console", "model"},
     "dinov3_lite/export.py": {"model"},
     "dinov3_lite/prepacked.py": set(),
     "dinov3_lite/folding.py": {"image", "layers", "prepacked"},
     "dinov3_lite/graphs.py": {"packing"},
-    "dinov3_lite/inference.py": {*("checks", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")},
+    "dinov3_lite/inference.py": {
+        *("checks", "finetune", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")
+    },
     "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {"checkpoint.layouts", "checkpoint.layouts.cards", "config", "image", "model"},
     "dinov3_lite/__init__.py": {
