@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate of the head (default: %(default)s)")
     parser.add_argument(
-        "--classes", type=int, default=1, metavar="K", help="masks hold the numbers of K classes (default: a foreground)"
+        "--classes",
+        type=int,
+        default=1,
+        metavar="K",
+        help="masks hold the numbers of K classes (default: a foreground)",
     )
     parser.add_argument(
         "--unfreeze", type=int, default=0, metavar="N", help="train the backbone's last N blocks too (default: none)"
@@ -49,9 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.unfreeze and args.dtype not in (None, "float32"):
         raise argparse.ArgumentError(None, f"--unfreeze trains in float32: leave out --dtype {args.dtype}")
-    recipe = Recipe(
-        size=args.size, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed
-    )
+    recipe = Recipe(size=args.size, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
     model, processor = load_model_and_processor(args, dtype=torch.float32 if args.unfreeze else None)
     say(f"{model.config.name}  weights {model.weights_id}")
     fitted = fit(

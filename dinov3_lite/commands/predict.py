@@ -46,7 +46,11 @@ def run(args: argparse.Namespace) -> None:
         save_picture(prediction, args.output / f"{stem}.png")
         if args.overlay:
             save_picture(overlay(pixels, prediction, settings.classes), args.output / "overlay" / f"{stem}.png")
-    kind = "255 times the probability of the foreground" if settings.classes == 1 else f"classes 0 to {settings.classes - 1}"
+    kind = (
+        "255 times the probability of the foreground"
+        if settings.classes == 1
+        else f"classes 0 to {settings.classes - 1}"
+    )
     say(f"{args.output}: {len(pictures)} predictions, {kind}")
 
 

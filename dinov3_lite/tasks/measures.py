@@ -103,7 +103,9 @@ def _rows(table: Table) -> list[list[str]]:
         flat: dict[str, str] = {}
         for name, value in measures.items():
             values = {f"IoU {i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-            flat |= {key: "" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for key, v in values.items()}
+            flat |= {
+                key: "" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for key, v in values.items()
+            }
         return flat
 
     rows = {name: cells(measures) for name, measures in table.items()}

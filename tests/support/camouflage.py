@@ -44,7 +44,12 @@ def example(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[np.
     H, W = size
     while True:
         blobs = [
-            lobed(size, min(H, W) * rng.uniform(0.11, 0.24), (H * rng.uniform(0.15, 0.85), W * rng.uniform(0.15, 0.85)), rng)
+            lobed(
+                size,
+                min(H, W) * rng.uniform(0.11, 0.24),
+                (H * rng.uniform(0.15, 0.85), W * rng.uniform(0.15, 0.85)),
+                rng,
+            )
             for _ in range(1 + (rng.random() < 0.3))
         ]
         inside = np.max(blobs, axis=0)
@@ -66,7 +71,9 @@ def example(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[np.
     return picture.clip(0, 255).astype(np.uint8), np.where(inside > 0, 255, 0).astype(np.uint8)
 
 
-def write(folder: Path, count: int, seed: int, size: tuple[int, int] = SIZE, names: tuple[str, str] = ("Image", "GT")) -> Path:
+def write(
+    folder: Path, count: int, seed: int, size: tuple[int, int] = SIZE, names: tuple[str, str] = ("Image", "GT")
+) -> Path:
     """A data set of `count` pairs."""
     rng = np.random.default_rng(seed)
     for name in names:
@@ -101,4 +108,6 @@ if __name__ == "__main__":
     write(root / "TestDataset" / "made", count // 4, seed=1)
     rng = np.random.default_rng(2)
     found = [colour_threshold(*example(rng)) for _ in range(40)]
-    print(f"{root}: {count} pictures to train on, {count // 4} to test on; a colour threshold's IoU {np.mean(found):.3f}")
+    print(
+        f"{root}: {count} pictures to train on, {count // 4} to test on; a colour threshold's IoU {np.mean(found):.3f}"
+    )
