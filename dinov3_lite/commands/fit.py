@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: %(default)s")
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate of the head (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of the head (default: %(default)s)")
     parser.add_argument(
         "--classes",
         type=int,

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..tasks import load_head
-    from ..tasks.predicting import overlay, pictures_of, predict, read_pixels
+    from ..tasks.data import read_picture
+    from ..tasks.predicting import overlay, pictures_of, predict
     from ..tasks.writing import save_picture
     from .loading import load_model_and_processor
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if args.overlay:
         (args.output / "overlay").mkdir(exist_ok=True)
     for stem, file in progress(pictures.items(), unit="picture"):
-        pixels = read_pixels(file)
+        pixels = read_picture(file)
         prediction = predict(network, pixels, settings, sliding=args.sliding)
         save_picture(prediction, args.output / f"{stem}.png")
         if args.overlay:

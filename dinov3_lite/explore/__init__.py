@@ -11,14 +11,14 @@ import base64
 import hashlib
 import html
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,17 +26,16 @@ from torch import Tensor
 from ..image import ImageProcessor
 from ..model import DINOv3ViT
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 ROOM = Path(__file__).parent
 COMFORT, LIMIT = 2_000_000, 100_000_000  # bytes that pages have unless asked for more, and that browsers still open
 PHOTO_SIDE = 1024  # pixels, the longer side of photos in the page
 PHOTO_BYTES = 250_000  # about, of such a photo
 
 
-def grid_of(picture: Image.Image, size: int | tuple[int, int], patch: int) -> tuple[int, int]:
-    """Rows and columns of patches: of a longer side of `size` pixels at the picture's own aspect, or of (height, width).
+def grid_of(pixels: np.ndarray, size: int | tuple[int, int], patch: int) -> tuple[int, int]:
+    """Rows and columns of patches for a picture (H, W, 3).
+
+    size: pixels of the longer side, at the picture's own aspect; or (height, width).
 
     Raises ValueError for a size that is no multiple of the patch size.
     """
@@ -45,8 +44,8 @@ def grid_of(picture: Image.Image, size: int | tuple[int, int], patch: int) -> tu
         raise ValueError(f"size is {' x '.join(map(str, sides))}: expected multiples of the patch size {patch}")
     if not isinstance(size, int):
         return size[0] // patch, size[1] // patch
-    scale = size / max(picture.size)
-    rows, columns = (max(1, round(scale * side / patch)) for side in (picture.height, picture.width))
+    scale = size / max(pixels.shape[:2])
+    rows, columns = (max(1, round(scale * side / patch)) for side in pixels.shape[:2])
     return rows, columns
 
 
@@ -100,7 +99,7 @@ class Quantised:
 
 @torch.no_grad()
 def explore(
-    pictures: Sequence[tuple[str, Image.Image]],
+    pictures: Sequence[tuple[str, np.ndarray]],
     model: DINOv3ViT,
     processor: ImageProcessor,
     grids: Sequence[tuple[int, int]],
@@ -108,14 +107,14 @@ def explore(
 ) -> str:
     """The page, as HTML.
 
-    pictures: names and RGB pictures. grids: rows and columns of patches of each. blocks: indices, ascending; their
-    outputs are taken after the final norm.
+    pictures: names and pictures (H, W, 3) uint8. grids: rows and columns of patches of each. blocks: indices,
+    ascending; their outputs are taken after the final norm.
     """
     packed, error = [], 0.0
-    for (name, picture), (rows, columns) in zip(pictures, grids, strict=True):
+    for (name, pixels), (rows, columns) in zip(pictures, grids, strict=True):
         size = (rows * model.patch_size, columns * model.patch_size)
         prepare = ImageProcessor(size, processor.mean, processor.std, processor.rescale_factor)
-        pixel_values = prepare(picture)["pixel_values"].to(model.norm.weight.device)
+        pixel_values = prepare(pixels)["pixel_values"].to(model.norm.weight.device)
         layers = []
         outputs = model.get_intermediate_layers(pixel_values, n=list(blocks), return_class_token=True)
         for block, (patches, cls) in zip(blocks, outputs, strict=True):
@@ -137,11 +136,11 @@ def explore(
         packed.append(
             {
                 "name": name,
-                "width": picture.width,
-                "height": picture.height,
+                "width": pixels.shape[1],
+                "height": pixels.shape[0],
                 "rows": rows,
                 "columns": columns,
-                "photo": _photo(picture),
+                "photo": _photo(pixels),
                 "layers": layers,
             }
         )
@@ -192,10 +191,12 @@ def _base64(tensor: Tensor) -> str:
     return base64.b64encode(tensor.contiguous().numpy().tobytes()).decode()
 
 
-def _photo(picture: Image.Image) -> str:
+def _photo(pixels: np.ndarray) -> str:
     """A JPEG of the picture as a data URL, its longer side at most PHOTO_SIDE pixels."""
-    scale = min(1.0, PHOTO_SIDE / max(picture.size))
-    small = picture.resize((max(1, math.floor(scale * picture.width)), max(1, math.floor(scale * picture.height))))
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
     buffer = BytesIO()
-    small.save(buffer, "jpeg", quality=80)
+    picture.save(buffer, "jpeg", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -2,8 +2,8 @@
 
     fit("dataset/TrainDataset", DINOv3ViT.from_pretrained("checkpoint"), "head.safetensors")
 
-`train` is the loop alone, for any network that maps pictures to logits: a decoder of one's own on `build_dinov3_encoder`.
-Pictures and masks need the extra `tasks`.
+`train` is the loop alone, for any network that maps pictures to logits, such as a decoder of one's own on
+`build_dinov3_encoder`. Pictures and masks need the extra `tasks`.
 """
 
 from .evaluating import evaluate

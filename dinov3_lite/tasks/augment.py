@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..image import to_tensor
 from .data import Pair, Reading, read_mask, read_picture
 
 
@@ -30,7 +29,7 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
-        picture = to_tensor(read_picture(pair.picture)).float()
+        picture = torch.from_numpy(read_picture(pair.picture)).permute(2, 0, 1).float()
         mask = torch.from_numpy(self.reading(read_mask(pair.mask)).astype(np.int64))
         if not self.augment:
             return resize(picture, mask, self.size)

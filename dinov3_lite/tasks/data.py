@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    from PIL import Image
+from ..pixels import ORIENTATION_TAG, open_file, opened
 
 PICTURE_FOLDERS = ("image", "images", "img", "imgs", "im")
 MASK_FOLDERS = ("gt", "gts", "mask", "masks")
@@ -96,38 +95,36 @@ def _and_more(files: Sequence[object]) -> str:
     return f" (and {len(files) - 1} more)" if len(files) > 1 else ""
 
 
-def read_picture(file: Path) -> Image.Image:
-    """A picture as people see it: RGB, turned as its camera was held. Raises ValueError if it can't be read."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: can't be read as a picture: {error}") from error
+def read_picture(file: Path) -> np.ndarray:
+    """A picture as people see it, turned as its camera was held: (H, W, 3) uint8. ValueError if it is damaged."""
+    with opened(file, channels=3) as picture:
+        rows = picture.rows(0, picture.height)  # (3, H, W), float32 where it was more than 8 bits
+    return rows.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
 def read_mask(file: Path) -> np.ndarray:
     """The values of a mask as they are stored: (H, W) uint8.
 
-    Raises ValueError for a mask that is not 8-bit and for one in colours.
+    Raises ValueError for a mask that is not 8-bit, for one in colours and for a damaged file.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise ValueError(f"{file}: is a mask of more than 8 bits ({image.mode}): save it with values 0 to 255")
-            if image.mode in ("1", "LA"):
-                return np.array(image.convert("L"))
-            values = np.array(image if image.mode in ("L", "P") else image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: can't be read as a mask: {error}") from error
-    if values.ndim == 3:
-        if (values != values[..., :1]).any():
-            raise ValueError(f"{file}: is a mask in colours: expected grey values or classes' numbers in one channel")
-        values = values[..., 0]
+    with open_file(file) as image:
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            raise ValueError(f"is a mask of more than 8 bits ({image.mode}): save it with values 0 to 255")
+        if image.mode in ("1", "LA"):
+            return np.array(image.convert("L"))
+        values = np.array(image if image.mode in ("L", "P") else image.convert("RGB"))
+        if values.ndim == 3:
+            if (values != values[..., :1]).any():
+                raise ValueError("is a mask in colours: expected grey values or classes' numbers in one channel")
+            values = values[..., 0]
     return values
+
+
+def picture_size(file: Path) -> tuple[int, int]:
+    """(height, width) of a picture as it is shown; its pixels are not read."""
+    with open_file(file) as image:
+        turned = image.getexif().get(ORIENTATION_TAG) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 @dataclass(frozen=True)
@@ -159,17 +156,17 @@ def read_masks(files: Sequence[Path], classes: int, masks: Iterable[np.ndarray] 
         raise ValueError(f"{files[0].parent}: every pixel of every mask is {values[0]}: there is one class only")
     if len(values) == 2:
         return Reading(1, above=values[0])
+    if values[-1] <= THRESHOLD:
+        raise ValueError(
+            f"{files[0].parent}: the masks hold the values {_listed(values)}: what is foreground? Write the masks with "
+            f"0 and 255, or give the number of classes, {values[-1] + 1}"
+        )
     two_valued = [file for file, row in zip(files, present, strict=True) if row[1] and not row[2:].any()]
     if two_valued:
         other = files[int(present[:, 2:].any(1).argmax())]
         raise ValueError(
             f"{two_valued[0]}: holds 0 and 1 only, and {other} values up to {values[-1]}: what is foreground? "
             "Write all masks with 0 and 255, or give the number of classes"
-        )
-    if values[-1] <= THRESHOLD:
-        raise ValueError(
-            f"{files[0].parent}: the masks hold the values {_listed(values)}: what is foreground? Write the masks with "
-            f"0 and 255, or give the number of classes, {values[-1] + 1}"
         )
     return Reading(1)
 
@@ -196,22 +193,14 @@ def check_pairs(pairs: Sequence[Pair], classes: int) -> tuple[Reading, list[Path
 
     Raises ValueError as `read_masks` does, and for a mask of another size than its picture.
     """
-    from PIL import Image
 
     def values() -> Iterator[np.ndarray]:
         for pair in pairs:
-            mask = read_mask(pair.mask)
-            try:
-                with Image.open(pair.picture) as picture:
-                    turned = picture.getexif().get(0x0112, 1) >= 5
-                    size = picture.size[::-1] if turned else picture.size
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"{pair.picture}: can't be read as a picture: {error}") from error
-            if mask.shape != (size[1], size[0]):
-                as_seen = ", as its EXIF turns it," if turned else ""
+            mask, size = read_mask(pair.mask), picture_size(pair.picture)
+            if mask.shape != size:
                 raise ValueError(
-                    f"{pair.mask}: is {mask.shape[1]} x {mask.shape[0]} pixels and its picture {pair.picture}{as_seen} "
-                    f"{size[0]} x {size[1]}: a mask must have its picture's size"
+                    f"{pair.mask}: is {mask.shape[0]} x {mask.shape[1]} pixels and its picture {pair.picture}, turned "
+                    f"as EXIF says, {size[0]} x {size[1]}: a mask must have its picture's size"
                 )
             maxima.append(int(mask.max()))
             yield mask

@@ -17,7 +17,7 @@ from .head import DenseHead, HeadSettings, Segmenter, fingerprint, save_head
 from .loop import Fitted, Recipe, train
 
 StrPath = str | os.PathLike[str]
-BACKBONE_RATE = 0.02  # of the head's learning rate, for blocks that train
+BACKBONE_RATE = 0.01  # of the head's learning rate, for blocks that train
 LAYER_DECAY = 0.8
 
 

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from ..image import IMAGENET_MEAN, IMAGENET_STD
 from .augment import Examples
 from .data import Pair, Reading
-from .losses import class_loss, structure_loss
 from .head import sample
+from .losses import class_loss, structure_loss
 from .measures import Measures
 from .writing import write_whole
 
@@ -34,7 +34,7 @@ class Recipe:
     size: tuple[int, int] = (384, 384)
     epochs: int = 20
     batch_size: int = 8
-    lr: float = 5e-4
+    lr: float = 2e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; it then falls to zero as a cosine."""
@@ -95,7 +95,7 @@ def train(
     )
     examples = Examples(list(train_pairs), reading, recipe.size, augment=True, seed=recipe.seed)
     steps = math.ceil(len(examples) / recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(recipe.epochs * steps, recipe.warmup))
+    peaks = [group["lr"] for group in optimizer.param_groups]
     loss = loss or (resized_structure_loss if reading.classes == 1 else resized_class_loss)
     normalise = Normalise(recipe.mean, recipe.std).to(device)
     fitted, best_state = Fitted(), _copy(trained)
@@ -104,7 +104,6 @@ def train(
         state = _read_state(resume, identity)
         _put(trained, state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         fitted, best_state = Fitted(state["history"], state["best"]), state["best_network"]
         report(f"{resume}: going on after epoch {len(fitted.history)}")
 
@@ -116,12 +115,13 @@ def train(
         loader = DataLoader(examples, recipe.batch_size, sampler=order, num_workers=workers)
         network.train()
         total = torch.zeros((), device=device)
-        for pictures, masks in loader:
+        for step, (pictures, masks) in enumerate(loader, start=epoch * steps):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * _warm_cosine(step, recipe.epochs * steps, recipe.warmup)
             value = loss(network(normalise(pictures.to(device))), masks.to(device))
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             optimizer.step()
-            schedule.step()
             total += value.detach() * len(masks)
         mean_loss = total.item() / len(examples)
         if not math.isfinite(mean_loss):
@@ -134,7 +134,7 @@ def train(
             if on_best:
                 on_best(measures)
         if resume is not None:
-            _write_state(resume, identity, trained, optimizer, schedule, fitted, best_state)
+            _write_state(resume, identity, trained, optimizer, fitted, best_state)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in fitted.history[-1].items())
         mark = "  best" if better else ""
         report(f"epoch {epoch + 1}/{recipe.epochs}  {figures}  {time.perf_counter() - start:.0f} s{mark}")
@@ -189,6 +189,9 @@ def resized_class_loss(logits: Tensor, masks: Tensor) -> Tensor:
 class Normalise(nn.Module):
     """Pictures (B, 3, H, W) in 0 to 255 as a backbone takes them."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1))
@@ -212,15 +215,12 @@ def _groups(trained: dict[str, nn.Parameter], weight_decay: float) -> list[dict[
     ]
 
 
-def _warm_cosine(steps: int, warmup: float) -> Callable[[int], float]:
+def _warm_cosine(step: int, steps: int, warmup: float) -> float:
+    """The learning rate at a step, as a share of its peak."""
     rising = max(1, round(warmup * steps))
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-    return factor
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 def _identity(network: nn.Module, *settings: Any) -> str:
@@ -248,7 +248,6 @@ def _write_state(
     identity: str,
     trained: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
     fitted: Fitted,
     best_state: dict[str, Tensor],
 ) -> None:
@@ -257,7 +256,6 @@ def _write_state(
         "identity": identity,
         "network": _copy(trained),
         "optimizer": optimizer.state_dict(),
-        "schedule": {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"},
         "history": fitted.history,
         "best": fitted.best,
         "best_network": best_state,

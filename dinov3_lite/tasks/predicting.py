@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..image import to_tensor
 from ..window import _blend
-from .data import pictures_in, read_picture
+from .data import pictures_in
 from .head import HeadSettings
 from .loop import Normalise, as_bytes, resized
 
@@ -53,7 +52,7 @@ def predict(network: nn.Module, pixels: np.ndarray, settings: HeadSettings, *, s
         """(B, 3, h, w) in 0 to 255 -> (B, K, h, w)."""
         return resized(network(normalise(pictures.to(device))), settings.size)
 
-    picture = to_tensor(pixels).float()[None]
+    picture = torch.from_numpy(pixels).permute(2, 0, 1).float()[None]
     logits = slide(logits_of, picture, settings.size) if sliding else logits_of(_resize(picture, settings.size))
     return as_bytes(resized(logits, pixels.shape[:2]))[0].numpy()
 
@@ -92,8 +91,3 @@ def overlay(pixels: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndar
         tints = np.array(OTHER_TINTS, np.float32)
         tint = tints[(prediction.astype(np.int64) - 1) % len(tints)]
     return ((1 - share) * pixels + share * tint).round().astype(np.uint8)
-
-
-def read_pixels(file: Path) -> np.ndarray:
-    """A picture as (H, W, 3) uint8."""
-    return np.array(read_picture(file))
