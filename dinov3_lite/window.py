@@ -40,12 +40,12 @@ def sliding_window_features(
     """
     p = model.patch_size
     sides = [_side("height", 0, pixel_values, window, stride, p), _side("width", 1, pixel_values, window, stride, p)]
-    (y_starts, y_blends), (x_starts, x_blends) = (_blend(*side) for side in sides)
+    (y_starts, y_blends), (x_starts, x_blends) = (blend(*side) for side in sides)
     h, w = (size for size, _, _ in sides)
     wh, ww = (length for _, length, _ in sides)
 
     device = next(model.parameters()).device
-    dtype = torch.promote_types(model.norm.weight.dtype, torch.float32)
+    dtype = torch.promote_types(model.dtype, torch.float32)
     out = torch.zeros(pixel_values.shape[0], model.embed_dim, h, w, dtype=dtype, device=pixel_values.device)
     places = [(b, i, j) for b in range(len(out)) for i in range(len(y_starts)) for j in range(len(x_starts))]
     for batch in _batches(places, batch_size, progress):
@@ -77,7 +77,7 @@ def _side(
     return size // p, min(length, size) // p, step // p
 
 
-def _blend(size: int, length: int, step: int) -> tuple[list[int], list[Tensor]]:
+def blend(size: int, length: int, step: int) -> tuple[list[int], list[Tensor]]:
     """Where windows start along an axis of `size` patches, and each one's weights, which add up to 1 at every patch."""
     starts = [*range(0, size - length, step), size - length]
     ramp = torch.arange(1, length + 1, dtype=torch.float64)

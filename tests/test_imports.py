@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -42,22 +37,27 @@ EDGES = {
     },
     "dinov3_lite/config.py": set(),
     "dinov3_lite/rope.py": {"config"},
+    "dinov3_lite/checks.py": set(),
     "dinov3_lite/attention.py": {"kernels", "kernels.availability", "rope"},
     "dinov3_lite/files.py": set(),
     "dinov3_lite/layouts.py": {"config", "files", "rope"},
     "dinov3_lite/hub.py": set(),
     "dinov3_lite/weights.py": {"config", "files", "hub", "layouts"},
-    "dinov3_lite/packing.py": set(),
+    "dinov3_lite/packing.py": {"attention", "kernels"},
+    "dinov3_lite/features.py": {"config"},
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
-    "dinov3_lite/model.py": {"attention", "config", "layers", "packing", "rope", "weights"},
+    "dinov3_lite/model.py": {*("attention", "checks", "config", "features", "layers", "packing", "rope", "weights")},
     "dinov3_lite/image.py": {"pixels", "weights"},
     "dinov3_lite/pixels.py": set(),
     "dinov3_lite/encoder.py": {"model"},
-    "dinov3_lite/interfaces.py": {"model"},
+    "dinov3_lite/interfaces.py": {"features", "model"},
     "dinov3_lite/finetune.py": {"model"},
     "dinov3_lite/window.py": {"model"},
     "dinov3_lite/export.py": {"model"},
-    "dinov3_lite/inference.py": {"image", "layers", "model"},
+    "dinov3_lite/prepacked.py": set(),
+    "dinov3_lite/folding.py": {"image", "layers", "prepacked"},
+    "dinov3_lite/graphs.py": {"packing"},
+    "dinov3_lite/inference.py": {*("checks", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")},
     "dinov3_lite/picture.py": set(),
     "dinov3_lite/sample.py": {"config", "image", "layouts", "model", "weights"},
     "dinov3_lite/__init__.py": {
@@ -136,7 +136,7 @@ dinov3_lite.DINOv3Config
 assert "dinov3_lite.config" in sys.modules and "dinov3_lite.model" not in sys.modules
 assert set(dinov3_lite.__all__) <= set(dir(dinov3_lite))
 from dinov3_lite import *
-assert DINOv3ViT is dinov3_lite.DINOv3ViT and compile is dinov3_lite.compile
+assert DINOv3ViT is dinov3_lite.DINOv3ViT and optimize_for_inference is dinov3_lite.optimize_for_inference
 try:
     dinov3_lite.DINOv2
 except AttributeError as error:
@@ -198,49 +198,3 @@ print(transformers.DINOv3ViTModel.__name__)
 """
     done = run_python(code, cwd=ROOT)
     assert done.stdout.strip() == "DINOv3ViTModel", done.stderr
-
-
-def test_a_wheel_has_the_kernels_inside_the_package_only(tmp_path):
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
-        pytest.skip("needs the git checkout, to build a wheel of what is tracked")
-    for name in filter(None, tracked.stdout.split("\0")):
-        if (ROOT / name).exists():
-            (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "src" / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
-    done = subprocess.run(command, cwd=tmp_path / "src", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"dinov3_lite", "convert"}
-    assert {"dinov3_lite/kernels/__init__.py", "dinov3_lite/py.typed", "convert/py.typed"} <= set(names)
-
-    # and what is installed from it works where there is no checkout
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(tmp_path / "site"),
-        str(wheel),
-    ]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    code = "import dinov3_lite.kernels as k; print(k.__file__); k.rope_attention_reference"
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.startswith(str(tmp_path / "site" / "dinov3_lite" / "kernels")), done.stderr

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..finetune import freeze_but_last
-from ..inference import compile as optimize_for_inference
+from ..inference import optimize_for_inference
 from ..model import DINOv3ViT
 from .writing import write_whole
 

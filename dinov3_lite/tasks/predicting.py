@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..window import _blend
+from ..window import blend
 from .data import pictures_in
 from .head import HeadSettings
 from .loop import Normalise, as_bytes, resized
@@ -65,7 +65,7 @@ def slide(run: Callable[[Tensor], Tensor], picture: Tensor, window: tuple[int, i
     scale = max(1.0, h / picture.shape[2], w / picture.shape[3])
     picture = _resize(picture, (max(h, round(scale * picture.shape[2])), max(w, round(scale * picture.shape[3]))))
     H, W = picture.shape[2:]
-    (tops, rows), (lefts, columns) = _blend(H, h, max(1, h // 2)), _blend(W, w, max(1, w // 2))
+    (tops, rows), (lefts, columns) = blend(H, h, max(1, h // 2)), blend(W, w, max(1, w // 2))
     total: Tensor | None = None
     for y, row in zip(tops, rows, strict=True):
         for x, column in zip(lefts, columns, strict=True):
