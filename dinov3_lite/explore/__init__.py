@@ -13,7 +13,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,7 @@ def explore(
     packed, error = [], 0.0
     for (name, pixels), (rows, columns) in zip(pictures, grids, strict=True):
         size = (rows * model.patch_size, columns * model.patch_size)
-        prepare = ImageProcessor(size, processor.mean, processor.std, processor.rescale_factor)
-        pixel_values = prepare(pixels)["pixel_values"].to(model.norm.weight.device)
+        pixel_values = replace(processor, size=size)(pixels)["pixel_values"].to(model.device)
         layers = []
         outputs = model.get_intermediate_layers(pixel_values, n=list(blocks), return_class_token=True)
         for block, (patches, cls) in zip(blocks, outputs, strict=True):

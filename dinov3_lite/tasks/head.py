@@ -85,7 +85,7 @@ class Segmenter(nn.Module):
         super().__init__()
         freeze_but_last(backbone, unfreeze)
         self.maps = NormedQuarters(backbone.eval())
-        self.head = head.to(backbone.norm.weight.device)
+        self.head = head.to(backbone.device)
         self._prepared: list[nn.Module] = []  # in a list, lest its weights count as further ones of this module
 
     @property
@@ -100,7 +100,7 @@ class Segmenter(nn.Module):
         if any(parameter.requires_grad for parameter in self.maps.parameters()):
             self._prepared.clear()
             return self.maps(pixel_values)
-        if self.backbone.norm.weight.device.type != "cpu":  # elsewhere it would be compiled, for a minute
+        if self.backbone.device.type != "cpu":  # elsewhere it would be compiled, for a minute
             with torch.no_grad():
                 return self.maps(pixel_values)
         if not self._prepared:
