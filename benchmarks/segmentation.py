@@ -31,9 +31,9 @@ from dinov3_lite import DINOv3ViT, build_dinov3_encoder
 from dinov3_lite.finetune import parameter_groups
 from dinov3_lite.tasks import DenseHead, Recipe, Segmenter, evaluate, predict, train
 from dinov3_lite.tasks.data import check_pairs, find_pairs, hold_out, read_picture
+from dinov3_lite.tasks.drawing import save_picture
 from dinov3_lite.tasks.fitting import BACKBONE_RATE, LAYER_DECAY
 from dinov3_lite.tasks.head import HeadSettings
-from dinov3_lite.tasks.writing import save_picture
 
 
 class E2NetLike(nn.Module):

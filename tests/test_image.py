@@ -58,7 +58,7 @@ def test_rescale_resize_normalise_in_this_order():
 
 
 def test_do_rescale_false_leaves_values_of_0_to_255():
-    """transformers refuses to normalise uint8, so that statistics tell: those of 0 to 255 give what the usual ones give."""
+    """Transformers refuses to normalise uint8, so that statistics tell: those of 0 to 255 give what the usual ones give."""
     rescaled = ImageProcessor.from_dict(PREPROCESSING)(picture(40, 50))["pixel_values"]
     of_255 = {name: [255 * v for v in PREPROCESSING[name]] for name in ("image_mean", "image_std")}
     processor = ImageProcessor.from_dict({**PREPROCESSING, "do_rescale": False, **of_255})

@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..checkpoint.files import whole_files
     from ..explore import blocks_that_fit, check_size, explore, grid_of
     from ..tasks.data import read_picture
-    from ..tasks.writing import write_whole
     from .loading import load_model_and_processor
 
     if not args.output.parent.is_dir():
@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     blocks = _blocks(args.blocks, model) if args.blocks else blocks_that_fit(grids, model)
     check_size(grids, model, blocks)
     page = explore(pictures, model, processor, grids, blocks)
-    write_whole(args.output, page.encode())
+    with whole_files() as out, out.create(args.output) as file:
+        file.write(page.encode())
     shown = ", ".join(map(str, blocks))
     say(f"{model.config.name}  weights {model.weights_id}")
     say(f"{args.output}: {len(page) / 1e6:.1f} MB, {len(pictures)} pictures, block{'s' * (len(blocks) > 1)} {shown}")

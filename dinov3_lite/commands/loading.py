@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoint import DTYPES
 from ..console import complain
 from ..image import ImageProcessor
 from ..model import DINOv3ViT
-from ..weights import DTYPES
 
 
 def load_model_and_processor(args: argparse.Namespace, dtype: Any = None) -> tuple[DINOv3ViT, ImageProcessor]:

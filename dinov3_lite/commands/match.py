@@ -29,10 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..checkpoint.files import whole_files
     from ..explore import grid_of
     from ..tasks.data import read_picture
-    from ..tasks.matching import draw_matches, match
-    from ..tasks.writing import save_picture, write_whole
+    from ..tasks.drawing import draw_matches, save_picture
+    from ..tasks.matching import match
     from .loading import feature_map, load_model_and_processor
 
     for output in filter(None, (args.output, args.picture)):
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
             {"first": list(p), "second": list(q), "cosine": m.cosine} for (p, q), m in zip(points, matches, strict=True)
         ],
     }
-    write_whole(args.output, (json.dumps(content, indent=1) + "\n").encode())
+    with whole_files() as out, out.create(args.output) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
     say(f"{model.config.name}  weights {model.weights_id}")
     say(f"{args.output}: {len(matches)} matches, x and y in pixels of each picture")
     if args.picture:

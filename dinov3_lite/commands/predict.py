@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..tasks import load_head
     from ..tasks.data import read_picture
-    from ..tasks.predicting import overlay, pictures_of, predict
-    from ..tasks.writing import save_picture
+    from ..tasks.drawing import overlay, save_picture
+    from ..tasks.predicting import pictures_of, predict
     from .loading import load_model_and_processor
 
     pictures = pictures_of(args.pictures)

@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..tasks.data import pictures_in, read_mask
+    from ..tasks.drawing import save_picture
     from ..tasks.tracking import j_and_f, read_frames, track
-    from ..tasks.writing import save_picture
     from .loading import feature_map, load_model_and_processor
 
     mask, palette = read_mask(args.mask), _palette(args.mask)

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..checkpoint.files import whole_files
 from ..finetune import freeze_but_last
 from ..inference import optimize_for_inference
 from ..model import DINOv3ViT
-from .writing import write_whole
 
 FORMAT = "dinov3-lite head 1"
 
@@ -158,7 +158,8 @@ def save_head(network: Segmenter, settings: HeadSettings, path: Path, measures: 
     """Write what was trained, its settings and its measures on the part held out, as one safetensors file."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in network.named_parameters() if p.requires_grad}
     metadata = {"format": FORMAT, "settings": json.dumps(asdict(settings)), "held_out": json.dumps(measures)}
-    write_whole(path, save(tensors, metadata))
+    with whole_files() as out, out.create(path) as file:
+        file.write(save(tensors, metadata))
 
 
 def load_head(path: str | os.PathLike[str], backbone: DINOv3ViT) -> tuple[Segmenter, HeadSettings]:

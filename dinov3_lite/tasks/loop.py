@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..checkpoint.files import whole_files
 from ..image import IMAGENET_MEAN, IMAGENET_STD
 from .augment import Examples
 from .data import Pair, Reading
 from .head import sample
 from .losses import class_loss, structure_loss
 from .measures import Measures
-from .writing import write_whole
 
 Report = Callable[[str], None]
 
@@ -251,7 +250,6 @@ def _write_state(
     fitted: Fitted,
     best_state: dict[str, Tensor],
 ) -> None:
-    buffer = BytesIO()
     state = {
         "identity": identity,
         "network": _copy(trained),
@@ -260,8 +258,8 @@ def _write_state(
         "best": fitted.best,
         "best_network": best_state,
     }
-    torch.save(state, buffer)
-    write_whole(file, buffer.getvalue())
+    with whole_files() as out, out.create(file) as opened:
+        torch.save(state, opened)
 
 
 def _read_state(file: Path, identity: str) -> dict[str, Any]:

@@ -60,29 +60,3 @@ def _spread(matches: list[Match], spacing: float) -> list[Match]:
         ).all():
             kept.append(i)
     return [matches[i] for i in kept]
-
-
-def draw_matches(
-    first: np.ndarray, second: np.ndarray, points: list[tuple[tuple[float, float], tuple[float, float]]]
-) -> np.ndarray:
-    """Two pictures (H, W, 3) uint8 side by side, lines between points ((x, y) in pixels of each)."""
-    from PIL import Image, ImageDraw
-
-    height = 480
-    panels = [
-        Image.fromarray(p).resize((max(1, round(height * p.shape[1] / p.shape[0])), height)) for p in (first, second)
-    ]
-    gap = 12
-    sheet = Image.new("RGB", (panels[0].width + gap + panels[1].width, height), "white")
-    sheet.paste(panels[0], (0, 0))
-    sheet.paste(panels[1], (panels[0].width + gap, 0))
-    pen = ImageDraw.Draw(sheet)
-    scales = [panel.width / pixels.shape[1] for panel, pixels in zip(panels, (first, second), strict=True)]
-    for i, (p, q) in enumerate(points):
-        colour = f"hsl({round(360 * i * 0.618) % 360}, 90%, 55%)"
-        start = (p[0] * scales[0], p[1] * scales[0])
-        end = (q[0] * scales[1] + panels[0].width + gap, q[1] * scales[1])
-        pen.line([start, end], fill=colour, width=2)
-        for x, y in (start, end):
-            pen.ellipse([x - 4, y - 4, x + 4, y + 4], outline=colour, width=2)
-    return np.array(sheet)

@@ -15,9 +15,6 @@ from .data import pictures_in
 from .head import HeadSettings
 from .loop import Normalise, as_bytes, resized
 
-TINT = np.array([255, 40, 90], np.float32)  # of the foreground in an overlay
-OTHER_TINTS = [(255, 40, 90), (40, 170, 255), (255, 190, 30), (60, 200, 90), (170, 90, 255), (255, 120, 200)]
-
 
 def pictures_of(inputs: Sequence[Path]) -> dict[str, Path]:
     """The pictures that a command is given, files or folders of them, by their stems.
@@ -79,15 +76,3 @@ def slide(run: Callable[[Tensor], Tensor], picture: Tensor, window: tuple[int, i
 
 def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(picture, size, mode="bilinear", antialias=True, align_corners=False)
-
-
-def overlay(pixels: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
-    """The picture (H, W, 3) with its foreground, or each class but 0, tinted."""
-    if classes == 1:
-        share = 0.6 * prediction[..., None].astype(np.float32) / 255
-        tint: np.ndarray = TINT
-    else:
-        share = np.where(prediction[..., None] > 0, np.float32(0.6), np.float32(0))
-        tints = np.array(OTHER_TINTS, np.float32)
-        tint = tints[(prediction.astype(np.int64) - 1) % len(tints)]
-    return ((1 - share) * pixels + share * tint).round().astype(np.uint8)
