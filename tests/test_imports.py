@@ -83,17 +83,26 @@ EDGES = {
     "dinov3_lite/__init__.py": {
         *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
     },
+    "dinov3_lite/explore/*": {"image", "model"},
+    "dinov3_lite/tasks/*": {
+        *("dinov3_lite/tasks/*", "checkpoint.files", "finetune", "image", "inference", "model", "pixels", "window")
+    },
     "dinov3_lite/console.py": set(),
     "dinov3_lite/__main__.py": {"console"},
     "dinov3_lite/commands/*": {
         "dinov3_lite/commands/*",
         "checkpoint",
+        "checkpoint.files",
         "console",
+        "explore",
         "export",
         "image",
         "model",
         "picture",
+        "pixels",
         "sample",
+        "tasks",
+        *(f"tasks.{name}" for name in ("data", "drawing", "matching", "measures", "predicting", "probing", "tracking")),
     },
     "convert/verify.py": {"convert/*", *CHECKPOINT, "dinov3_lite.model"},
     "convert/describe.py": {"convert/*", "dinov3_lite.checkpoint", "dinov3_lite.image", "dinov3_lite.rope"},
