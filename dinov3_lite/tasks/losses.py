@@ -20,7 +20,8 @@ def structure_loss(logits: Tensor, masks: Tensor) -> Tensor:
     (F3Net, arXiv 1911.11445, section 3.4). The mean over the batch.
     """
     mask = masks.unsqueeze(1).to(logits.dtype)
-    weight = 1 + 5 * (F.avg_pool2d(mask, 31, stride=1, padding=15) - mask).abs()
+    rows = F.avg_pool2d(mask, (1, 31), stride=1, padding=(0, 15))  # a mean of means: 15 times as fast as 31 x 31
+    weight = 1 + 5 * (F.avg_pool2d(rows, (31, 1), stride=1, padding=(15, 0)) - mask).abs()
     bce = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
     bce = (weight * bce).sum((1, 2, 3)) / weight.sum((1, 2, 3))
     p = torch.sigmoid(logits)
