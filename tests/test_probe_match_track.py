@@ -319,3 +319,28 @@ def test_a_video_that_ends_early_is_said(checkpoint, tmp_path, capsys):
         list(read_frames(tmp_path / "text.mp4"))
     with pytest.raises(FileNotFoundError, match="no such video"):
         list(read_frames(tmp_path / "nowhere"))
+
+
+# ---- the foreground's principal components
+
+
+def test_the_foregrounds_components_are_the_papers_recipe():
+    from dinov3_lite.picture import foreground_pca
+
+    generator = torch.Generator().manual_seed(0)
+    maps = 0.1 * torch.randn(2, 12, 10, 10, generator=generator)
+    inside = torch.zeros(2, 10, 10, dtype=torch.bool)
+    inside[0, 3:7, 2:8] = inside[1, 2:5, 4:9] = True
+    maps[:, 0] += 5 * inside  # what tells foreground from ground
+    maps[:, 1:4] += (
+        inside[:, None] * torch.randn(2, 3, 10, 10, generator=generator) * torch.tensor([3.0, 2.0, 1.0]).view(3, 1, 1)
+    )
+    colours = foreground_pca(maps)
+    assert torch.equal(colours.sum(-1) > 0, inside)
+    vectors = maps.permute(0, 2, 3, 1)[inside]
+    centred = vectors - vectors.mean(0)
+    _, singular, basis = torch.linalg.svd(centred, full_matrices=False)
+    expected = torch.sigmoid(2 * (centred @ basis[:3].T) / (singular[:3] / (len(vectors) - 1) ** 0.5))
+    for c in range(3):
+        shown = colours[inside][:, c]
+        assert min((shown - expected[:, c]).abs().max(), (shown - 1 + expected[:, c]).abs().max()) < 1e-4

@@ -112,12 +112,14 @@ def _draw(args: argparse.Namespace, feature_maps: Tensor, caption: str) -> Image
     from .. import picture
 
     rows: list[list[tuple[Image.Image | Tensor, str]]] = []
-    for file, colours, feature_map in zip(args.photos, picture.pca_colours(feature_maps), feature_maps, strict=True):
+    every, foreground = picture.pca_colours(feature_maps), picture.foreground_pca(feature_maps)
+    for file, colours, front, feature_map in zip(args.photos, every, foreground, feature_maps, strict=True):
         photo = _open(file)
         thumbnail = photo.resize(
             (max(1, round(picture.PANEL_HEIGHT * photo.width / photo.height)), picture.PANEL_HEIGHT)
         )
         row: list[tuple[Image.Image | Tensor, str]] = [(thumbnail, file.name), (colours, f"PCA, {caption}")]
+        row.append((front, "PCA of the foreground, whitened"))
         if args.query:
             x, y = args.query
             _, h, w = feature_map.shape
