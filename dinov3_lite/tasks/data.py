@@ -8,6 +8,7 @@ pysodmetrics has it); for several classes the classes' numbers, with 255 for wha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,12 @@ def folders_of(data: Path) -> tuple[Path, Path] | None:
     return (found[0], found[1]) if len(found) == 2 else None
 
 
-def find_pairs(data: Path) -> list[Pair]:
+def find_pairs(data: str | os.PathLike[str]) -> list[Pair]:
     """The pairs of one data set, in the order of their stems.
 
     Raises FileNotFoundError where there are no such folders, ValueError for a picture or a mask without its partner.
     """
+    data = Path(data)
     if not data.is_dir():
         raise FileNotFoundError(f"{data}: no such folder: expected one with pictures and masks in it")
     folders = folders_of(data)

@@ -62,7 +62,7 @@ def fit(
         mean, std = (tuple(value / scale for value in values) for values in (processor.mean, processor.std))
         recipe = replace(recipe, mean=mean, std=std)
     _check_size(recipe.size, backbone)
-    pairs = [pair for folder in folders for pair in find_pairs(Path(folder))]
+    pairs = [pair for folder in folders for pair in find_pairs(folder)]
     reading, empty = check_pairs(pairs, classes)
     if empty:
         report(
