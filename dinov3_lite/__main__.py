@@ -19,6 +19,13 @@ COMMANDS = {
     "features": (".commands.features", "features of pictures, saved and drawn"),
     "export": (".commands.export", "write the model as one file for another runtime, and check it"),
     "extract": (".extraction.command", "features of whole data sets, resumed where they stopped"),
+    "fit": (".commands.fit", "fit a dense head on a frozen backbone to pictures and masks"),
+    "predict": (".commands.predict", "masks of pictures, by a head that fit wrote"),
+    "evaluate": (".commands.evaluate", "S, weighted F, mean E, F, MAE and IoU of predictions, by data set"),
+    "probe": (".commands.probe", "k-NN and logistic regression on a folder of classes"),
+    "match": (".commands.match", "the same places in two pictures"),
+    "track": (".commands.track", "carry the masks of a first frame through a video"),
+    "explore": (".commands.explore", "a page to look at features with, offline"),
     "sample": (".commands.sample", "write a made checkpoint to try things with (not trained)"),
 }
 

@@ -29,6 +29,48 @@ def pca_colours(feature_maps: Tensor) -> Tensor:
     return ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).view(*tokens.shape[:3], 3)
 
 
+def foreground_pca(feature_maps: Tensor) -> Tensor:
+    """Principal components of the foreground alone, on black: (B, C, h, w) -> (B, h, w, 3), in [0, 1].
+
+    The recipe behind the paper's pictures: three components fitted to the foreground's patches, whitened, times two,
+    through a sigmoid. What is foreground is told without labels: patches fall into two parts by the first component of
+    all of them, at Otsu's threshold, and the part that meets the pictures' borders less is the foreground.
+    """
+    tokens = feature_maps.float().permute(0, 2, 3, 1)  # (B, h, w, C)
+    B, h, w, _ = tokens.shape
+    flat = tokens.flatten(0, 2)
+    first = _components(flat, 1)[:, 0]
+    inside = (first > _otsu(first)).view(B, h, w)
+    border = torch.ones(h, w, dtype=torch.bool, device=tokens.device)
+    border[1:-1, 1:-1] = False
+    if inside[:, border].float().mean() > (~inside)[:, border].float().mean():
+        inside = ~inside
+    chosen = inside.flatten()
+    colours = torch.zeros(len(flat), 3, device=flat.device)
+    if chosen.sum() > 3:
+        components = _components(flat[chosen], 3)
+        colours[chosen] = torch.sigmoid(2 * components / components.std(0).clamp_min(1e-12))
+    return colours.view(B, h, w, 3)
+
+
+def _components(vectors: Tensor, count: int) -> Tensor:
+    """The first principal components of vectors (n, C): (n, count), the largest weight of each positive."""
+    centred = vectors - vectors.mean(0)
+    basis = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(-1)[:, :count]
+    largest = basis.take_along_dim(basis.abs().argmax(0, keepdim=True), dim=0)
+    return centred @ (basis * largest.sign())
+
+
+def _otsu(values: Tensor) -> Tensor:
+    """The threshold that parts values into two with the least variance within each (Otsu, 1979)."""
+    ordered = values.sort().values
+    n = torch.arange(1, len(ordered), device=values.device)
+    low = ordered.cumsum(0)[:-1]
+    between = (low / n - (ordered.sum() - low) / (len(ordered) - n)) ** 2 * n * (len(ordered) - n)
+    cut = between.argmax()
+    return (ordered[cut] + ordered[cut + 1]) / 2
+
+
 def similarity(feature_map: Tensor, row: int, column: int) -> Tensor:
     """Cosine similarity of every patch token to the one at (row, column): (C, h, w) -> (h, w), in [-1, 1]."""
     directions = F.normalize(feature_map.float(), dim=0)

@@ -43,7 +43,7 @@ def sliding_window_features(
     check_count("batch_size", batch_size)
     p = model.patch_size
     sides = [_side("height", 0, pixel_values, window, stride, p), _side("width", 1, pixel_values, window, stride, p)]
-    (y_starts, y_blends), (x_starts, x_blends) = (_blend(*side) for side in sides)
+    (y_starts, y_blends), (x_starts, x_blends) = (blend(*side) for side in sides)
     h, w = (size for size, _, _ in sides)
     wh, ww = (length for _, length, _ in sides)
 
@@ -80,7 +80,7 @@ def _side(
     return size // p, min(length, size) // p, step // p
 
 
-def _blend(size: int, length: int, step: int) -> tuple[list[int], list[Tensor]]:
+def blend(size: int, length: int, step: int) -> tuple[list[int], list[Tensor]]:
     """Where windows start along an axis of `size` patches, and each one's weights, which add up to 1 at every patch."""
     starts = [*range(0, size - length, step), size - length]
     ramp = torch.arange(1, length + 1, dtype=torch.float64)

@@ -47,8 +47,11 @@ def run_blocks(text: str) -> dict:
 def folder(tmp_path_factory) -> Path:
     """What the README's commands leave: a photograph and the made checkpoint in several layouts."""
     Image = pytest.importorskip("PIL.Image")
+    import camouflage
+
     folder = tmp_path_factory.mktemp("readme")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)).save(folder / "photo.jpg")
+    camouflage.write(folder / "dataset" / "TrainDataset", 4, seed=0, size=(64, 64))
     words = commands(PAGES["README.md"])
     assert len(words) == 5
     for command in words:
@@ -69,6 +72,8 @@ def test_a_page_runs(page, folder, monkeypatch):
         pytest.importorskip("peft")
     for name in re.findall("^import (faiss|duckdb)", PAGES[page], re.MULTILINE):
         pytest.importorskip(name)
+    if "dinov3_lite.tasks" in PAGES[page]:
+        pytest.importorskip("py_sod_metrics")
     monkeypatch.chdir(folder)
     session = run_blocks(PAGES[page])
     if page == "extract":

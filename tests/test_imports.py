@@ -97,11 +97,16 @@ EDGES = {
         *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window"),
         *("extraction.engines", "extraction.store"),
     },
+    "dinov3_lite/explore/*": {"image", "model"},
+    "dinov3_lite/tasks/*": {
+        *("dinov3_lite/tasks/*", "checkpoint.files", "finetune", "image", "inference", "model", "pixels", "window")
+    },
     "dinov3_lite/console.py": set(),
     "dinov3_lite/__main__.py": {"console"},
     "dinov3_lite/commands/*": {
         *("dinov3_lite/commands/*", "checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.hub"),
-        *("console", "export", "image", "model", "pixels", "sample", "visualize"),
+        *("console", "explore", "export", "image", "model", "pixels", "sample", "tasks", "visualize"),
+        *(f"tasks.{name}" for name in ("data", "drawing", "matching", "measures", "predicting", "probing", "tracking")),
     },
     **{  # reading features stands on folder alone, writing them on the model; engines on all
         f"dinov3_lite/extraction/{name}.py": {f"extraction.{own}" for own in own} | others

@@ -196,10 +196,12 @@ def _draw(drawn: list[tuple[Photo, Tensor]], query: tuple[int, int] | None, capt
 
     from .. import visualize
 
-    colours = visualize.pca_colours(torch.stack([feature_map for _, feature_map in drawn]))
+    feature_maps = torch.stack([feature_map for _, feature_map in drawn])
+    every, foreground = visualize.pca_colours(feature_maps), visualize.foreground_pca(feature_maps)
     rows = []
-    for (photo, feature_map), colour in zip(drawn, colours, strict=True):
-        row = [(photo.thumbnail, photo.file.name), (colour, f"PCA, {caption}")]
+    for (photo, feature_map), colours, front in zip(drawn, every, foreground, strict=True):
+        row = [(photo.thumbnail, photo.file.name), (colours, f"PCA, {caption}")]
+        row.append((front, "PCA of the foreground, whitened"))
         if query:
             x, y = query
             _, h, w = feature_map.shape
