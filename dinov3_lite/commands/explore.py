@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console import say
-from .arguments import MODEL, add_device_and_dtype, size
+from .arguments import MODEL, add_device_and_dtype, image_size
 
 if TYPE_CHECKING:
     from ..model import DINOv3ViT
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _size(text: str) -> int | tuple[int, int]:
-    return size(text) if "x" in text else size(text)[0]
+    return image_size(text) if "x" in text else image_size(text)[0]
 
 
 def _blocks(text: str, model: DINOv3ViT) -> list[int]:

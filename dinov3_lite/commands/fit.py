@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..console import say
-from .arguments import MODEL, add_device_and_dtype, size
+from .arguments import MODEL, add_device_and_dtype, image_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--output", required=True, type=Path, metavar="HEAD", help="the file to write, .safetensors")
     parser.add_argument(
-        "--size", type=size, default=(384, 384), metavar="N or HxW", help="of pictures in training (default: 384)"
+        "--size", type=image_size, default=(384, 384), metavar="N or HxW", help="of pictures in training (default: 384)"
     )
     parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: %(default)s")

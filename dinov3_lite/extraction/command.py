@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..commands.arguments import MODEL, size
+from ..commands.arguments import MODEL, image_size
 from ..console import complain, say
 from .folder import Folder
 
@@ -156,4 +156,4 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _size(text: str) -> tuple[int, int] | str:
-    return text if text == "native" else size(text)
+    return text if text == "native" else image_size(text)
