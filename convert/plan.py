@@ -13,9 +13,7 @@ from dinov3_lite.checkpoint import Checkpoint
 from dinov3_lite.checkpoint.files import license_files
 from dinov3_lite.checkpoint.layouts import LAYOUTS
 from dinov3_lite.checkpoint.layouts.table import README, README_MARK, Layout
-from dinov3_lite.checkpoint.saving import Files, WeightsFile, carried_into, files_of, losses
-
-MAX_SHARD_SIZE = 5_000_000_000
+from dinov3_lite.checkpoint.saving import MAX_SHARD_SIZE, Files, WeightsFile, carried_into, files_of, losses
 
 
 @dataclass(frozen=True)

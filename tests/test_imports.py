@@ -68,17 +68,20 @@ EDGES = {
         *("checkpoint.choose", "checkpoint.containers", "checkpoint.files", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
+    "dinov3_lite/pretrained.py": {"checkpoint", "checkpoint.saving"},
+    "dinov3_lite/checkpoint/channels.py": {"checkpoint", "checkpoint.files"},
     "dinov3_lite/checkpoint/saving.py": {
-        *("checkpoint", "checkpoint.containers", "checkpoint.files"),
+        *("checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
     "dinov3_lite/packing.py": {"attention", "kernels"},
     "dinov3_lite/features.py": {"config"},
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
     "dinov3_lite/model.py": {
-        *("attention", "checkpoint", "checkpoint.hub", "checks", "config", "features", "layers", "packing", "rope")
+        *("attention", "checkpoint", "checkpoint.channels", "checkpoint.hub", "checks", "config", "features"),
+        *("layers", "packing", "pretrained", "rope"),
     },
-    "dinov3_lite/image.py": {"checkpoint", "checkpoint.hub", "pixels"},
+    "dinov3_lite/image.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "pixels"},
     "dinov3_lite/pixels.py": set(),
     "dinov3_lite/encoder.py": {"model"},
     "dinov3_lite/interfaces.py": {"features", "model"},
