@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .config import DINOv3Config
+    from .config import DINOv3Config, DINOv3ConvNeXtConfig
+    from .convnext import DINOv3ConvNeXt, DINOv3ConvNextBackbone
     from .encoder import build_dinov3_encoder
     from .finetune import freeze_but_last, parameter_groups, trainable_summary
     from .image import ImageProcessor
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DINOv3Config",
+    "DINOv3ConvNeXt",
+    "DINOv3ConvNeXtConfig",
+    "DINOv3ConvNextBackbone",
     "DINOv3Output",
     "DINOv3ViT",
     "DINOv3ViTBackbone",
@@ -39,6 +43,9 @@ __all__ = [
 
 _MODULES = {
     "DINOv3Config": "config",
+    "DINOv3ConvNeXt": "convnext",
+    "DINOv3ConvNeXtConfig": "config",
+    "DINOv3ConvNextBackbone": "convnext",
     "DINOv3Output": "model",
     "DINOv3ViT": "model",
     "DINOv3ViTBackbone": "interfaces",

@@ -13,10 +13,10 @@ from .model import DINOv3ViT
 
 
 class BackboneOutput(NamedTuple):
-    """What `DINOv3ViTBackbone` returns: one entry a stage asked for, in ascending order."""
+    """What a backbone returns: one entry for each stage asked for, in ascending order."""
 
     feature_maps: tuple[Tensor, ...]
-    """(B, C, h, w) each, or (B, h*w, C) without `reshape_hidden_states`."""
+    """(B, C, h, w) each, or (B, h*w, C) of a ViT without `reshape_hidden_states`."""
     cls_tokens: tuple[Tensor, ...] | None
     """(B, C) each, or None without `return_class_token`."""
 
@@ -50,7 +50,7 @@ class DINOv3ViTBackbone(nn.Module):
         self.config = model.config
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, model.depth + 1))]
         self.num_features = [model.embed_dim] * len(self.stage_names)
-        self.out_indices = self._stages(out_indices, out_features)
+        self.out_indices = stages_of(self.stage_names, out_indices, out_features)
         self.out_features = [self.stage_names[i] for i in self.out_indices]
         self.channels = [self.num_features[i] for i in self.out_indices]
         self.apply_layernorm = apply_layernorm
@@ -86,27 +86,26 @@ class DINOv3ViTBackbone(nn.Module):
             cls_tokens.append(prefix[:, 0])
         return BackboneOutput(tuple(maps), tuple(cls_tokens) if self.return_class_token else None)
 
-    def _stages(self, indices: Sequence[int] | None, names: Sequence[str] | None) -> list[int]:
-        """Ascending indices of the stages asked for."""
-        count = len(self.stage_names)
-        if indices is None and names is None:
-            return [count - 1]
-        for name in names or ():
-            if name not in self.stage_names:
-                raise ValueError(f"out_features has {name!r}: expected stem or stage1 to {self.stage_names[-1]}")
-        for i in indices if indices is not None else ():
-            if not -count <= i < count:
-                raise ValueError(f"out_indices has {i}: expected stages from {-count} to {count - 1}, 0 the embeddings")
-        by_index = sorted({int(i) % count for i in indices}) if indices is not None else None
-        by_name = sorted({self.stage_names.index(name) for name in names}) if names is not None else None
-        if by_index is not None and by_name is not None and by_index != by_name:
-            raise ValueError(
-                f"out_indices are {indices} and out_features {names}: expected the same stages, or only one"
-            )
-        stages = by_index if by_index is not None else by_name
-        if not stages:
-            raise ValueError("out_indices and out_features name no stage: expected at least one")
-        return stages
+
+def stages_of(stage_names: Sequence[str], indices: Sequence[int] | None, names: Sequence[str] | None) -> list[int]:
+    """Ascending indices of the stages asked for by index or by name; without either, of the last."""
+    count = len(stage_names)
+    if indices is None and names is None:
+        return [count - 1]
+    for name in names or ():
+        if name not in stage_names:
+            raise ValueError(f"out_features has {name!r}: expected stem or stage1 to {stage_names[-1]}")
+    for i in indices if indices is not None else ():
+        if not -count <= i < count:
+            raise ValueError(f"out_indices has {i}: expected stages from {-count} to {count - 1}, 0 the stem")
+    by_index = sorted({int(i) % count for i in indices}) if indices is not None else None
+    by_name = sorted({stage_names.index(name) for name in names}) if names is not None else None
+    if by_index is not None and by_name is not None and by_index != by_name:
+        raise ValueError(f"out_indices are {indices} and out_features {names}: expected the same stages, or only one")
+    stages = by_index if by_index is not None else by_name
+    if not stages:
+        raise ValueError("out_indices and out_features name no stage: expected at least one")
+    return stages
 
 
 class FeatureInfo(NamedTuple):

@@ -30,6 +30,8 @@ EDGES = {
     "dinov3_lite/packing.py": set(),
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
     "dinov3_lite/model.py": {"attention", "config", "layers", "packing", "rope", "weights"},
+    "dinov3_lite/convnext.py": {"config", "convnext_features", "interfaces", "layers", "model"},
+    "dinov3_lite/convnext_features.py": {"convnext"},  # for type checkers only: the class binds its functions
     "dinov3_lite/image.py": {"weights"},
     "dinov3_lite/encoder.py": {"model"},
     "dinov3_lite/interfaces.py": {"model"},
@@ -40,7 +42,7 @@ EDGES = {
     "dinov3_lite/picture.py": set(),
     "dinov3_lite/sample.py": {"config", "image", "layouts", "model", "weights"},
     "dinov3_lite/__init__.py": {
-        *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
+        *("config", "convnext", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
     },
     "dinov3_lite/__main__.py": {"", "export", "picture", "sample", "weights"},
     "convert/verify.py": {"convert/*", "dinov3_lite.layouts", "dinov3_lite.model", "dinov3_lite.weights"},
