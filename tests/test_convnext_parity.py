@@ -201,29 +201,30 @@ TIMMS_CALLS = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", SIZES)
-def test_timms_methods(size, tmp_path):
-    images = torch.randn(2, 3, *SIZES[size])
+def test_timms_methods(tmp_path):
+    images = {size: torch.randn(2, 3, *sides) for size, sides in SIZES.items()}
     save_file(renamed(trained_like(TINY_CONVNEXT), TIMM), tmp_path / "weights.safetensors")
-    save_file({"images": images}, tmp_path / "images.safetensors")
+    save_file(images, tmp_path / "images.safetensors")
     sizes = {"depths": TINY_CONVNEXT.depths, "dims": TINY_CONVNEXT.hidden_sizes}
     files = [tmp_path / f"{name}.safetensors" for name in ("weights", "images", "out")]
-    printed = run_reference(
-        "reference_timm_convnext.py", *files, json.dumps(sizes), json.dumps(TIMMS_CALLS), cwd=tmp_path
-    )
+    arguments = *files, json.dumps(sizes), json.dumps(TIMMS_CALLS)
+    printed = run_reference("reference_timm_convnext.py", *arguments, cwd=tmp_path)
     described, theirs = json.loads(printed), load_file(files[-1])
 
     model = made()
-    features = FeaturesOnly(model, (0, 2, 3))
+    getter = FeaturesOnly(model, (0, 2, 3))
     assert model.feature_info == described["feature_info"]
-    assert features.feature_info.channels() == described["channels"] == [8, 24, 32]
-    assert features.feature_info.reduction() == described["reduction"] == [4, 16, 32]
-    ours = {"features": [model.forward_intermediates(images)[0]], "pooled": [model(images).pooler_output]}
-    ours["features_only"] = features(images)
-    for i, call in enumerate(TIMMS_CALLS):
-        result = model.forward_intermediates(images, **call)
-        ours[str(i)] = result if call.get("intermediates_only") else [result[0], *result[1]]
-    for name, tensors in ours.items():
-        reference = [[theirs[f"{dtype}/{name}/{i}"] for i in range(len(tensors))] for dtype in ("float32", "float64")]
-        assert f"float32/{name}/{len(tensors)}" not in theirs
-        check(f"timm's {name}", torch.float32, tensors, *reference)
+    assert getter.feature_info.channels() == described["channels"] == [8, 24, 32]
+    assert getter.feature_info.reduction() == described["reduction"] == [4, 16, 32]
+    for size, x in images.items():
+        ours = {"features": [model.forward_intermediates(x)[0]], "pooled": [model(x).pooler_output]}
+        ours["features_only"] = getter(x)
+        for i, call in enumerate(TIMMS_CALLS):
+            result = model.forward_intermediates(x, **call)
+            ours[str(i)] = result if call.get("intermediates_only") else [result[0], *result[1]]
+        for name, tensors in ours.items():
+            assert f"{size}/float32/{name}/{len(tensors)}" not in theirs
+            single, double = (
+                [theirs[f"{size}/{dtype}/{name}/{i}"] for i in range(len(tensors))] for dtype in ("float32", "float64")
+            )
+            check(f"timm's {name}", torch.float32, tensors, single, double)

@@ -1,9 +1,10 @@
-"""Run by test_convnext_parity.py in its own process: timm's own ConvNeXt, loaded strictly, over a batch of images.
+"""Run by test_convnext_parity.py in its own process: timm's own ConvNeXt, loaded strictly, over batches of images.
 
 python reference_timm_convnext.py weights.safetensors images.safetensors out.safetensors '{"depths": ..., "dims": ...}' calls
 
-calls: options of forward_intermediates as JSON; their results come as "{dtype}/{call}/{i}", in float32 and float64, with the
-maps of features_only as call "features_only", forward_features as "features", forward as "pooled".
+images: batches by the name of their size. calls: options of forward_intermediates as JSON; their results come as
+"{size}/{dtype}/{call}/{i}", in float32 and float64, with the maps of features_only as call "features_only", forward_features
+as "features", forward as "pooled".
 """
 
 import json
@@ -16,7 +17,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-weights, images = load_file(sys.argv[1]), load_file(sys.argv[2])["images"]
+weights, images = load_file(sys.argv[1]), load_file(sys.argv[2])
 sizes, calls = json.loads(sys.argv[4]), json.loads(sys.argv[5])
 model = timm.create_model("convnext_tiny", num_classes=0, **sizes).eval()
 model.load_state_dict(weights, strict=True)
@@ -34,14 +35,14 @@ print(json.dumps(described | {"feature_info": model.feature_info}))
 out = {}
 with torch.no_grad():
     for dtype in (torch.float32, torch.float64):
-        model, getter, x = model.to(dtype), getter.to(dtype), images.to(dtype)
-        results = {"features": [model.forward_features(x)], "pooled": [model(x)], "features_only": getter(x)}
-        for i, call in enumerate(calls):
-            result = model.forward_intermediates(x, **call)
-            results[str(i)] = result if call.get("intermediates_only") else [result[0], *result[1]]
-        for name, tensors in results.items():
-            out |= {
-                f"{str(dtype)[6:]}/{name}/{i}": tensor.clone(memory_format=torch.contiguous_format)
-                for i, tensor in enumerate(tensors)
-            }
+        model, getter = model.to(dtype), getter.to(dtype)
+        for size, pixels in images.items():
+            x = pixels.to(dtype)
+            results = {"features": [model.forward_features(x)], "pooled": [model(x)], "features_only": getter(x)}
+            for i, call in enumerate(calls):
+                result = model.forward_intermediates(x, **call)
+                results[str(i)] = result if call.get("intermediates_only") else [result[0], *result[1]]
+            for name, tensors in results.items():
+                where = f"{size}/{str(dtype).removeprefix('torch.')}/{name}"
+                out |= {f"{where}/{i}": t.clone(memory_format=torch.contiguous_format) for i, t in enumerate(tensors)}
 save_file(out, sys.argv[3])
