@@ -1,14 +1,14 @@
-"""Ours beside what people would use instead: one command, one table, one picture.
+"""Ours beside what people would use instead: one command, one table.
 
     python benchmarks/compare.py [forward] [--variants vitb16] [--rows 224x1 224x8 512x1] [--dtypes float32]
                                  [--rounds 7] [--peers NAME ...] [--device cpu|cuda] [--threads N] [--save NAME]
     python benchmarks/compare.py --compare old.json new.json
-    python benchmarks/compare.py startup | conversion | features | rope_attention | row_kernels | parity | growth
-                                 [options of that script]
+    python benchmarks/compare.py startup | conversion | features | parity | growth | rope_attention | layer_norm
+                                 | swiglu [options of that script]
 
 A row is a variant, a resolution times a batch, and a dtype, all peers on the same weights. Outputs are checked against
 transformers' before anything is timed; a peer that is missing or fails shows its reason. Rounds are interleaved in
-rotated order, ratios taken round by round. Writes benchmarks/results/NAME.json and .png.
+rotated order, ratios taken round by round. Writes benchmarks/results/NAME.json; page.py makes tables and charts of it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import RESULTS, environment, headline, peak_gflops, save
+from environment import environment, headline, peak_gflops, save
 from peers import PEERS, Features, Peer, write_checkpoint
 from timing import in_a_child, interleaved, median_ratio, process_mib, relative_difference, spread
 
 from dinov3_lite import DINOv3Config
 
-OTHERS = ("startup", "conversion", "features", "rope_attention", "row_kernels", "parity", "growth")
+OTHERS = ("startup", "conversion", "features", "rope_attention", "layer_norm", "swiglu", "parity", "growth")
 REFERENCE = "transformers, sdpa"
 # How far outputs may lie from the reference's, relative: a few times what dtypes and other roundings explain.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -81,11 +81,10 @@ def forward(args: argparse.Namespace) -> None:
                 for pixels, batch in (map(int, row.split("x")) for row in args.rows):
                     row = measure(peers, checkpoint, variant, pixels, batch, dtype, device, args.rounds)
                     result["rows"].append(row)
-                    print(table({**result, "rows": [row]}), flush=True)
+                    print(table({"rows": [row]}), absent({"rows": [row]}), sep="\n", flush=True)
     result = {"environment": environment(*packages), **result}
     save(args.save, result)
-    chart(result, RESULTS / f"{args.save}.png")
-    print("\n" + headline(result), table(result), sep="\n\n")
+    print("\n" + headline(result), table(result), absent(result), sep="\n\n")
 
 
 def measure(
@@ -159,7 +158,7 @@ def memory_of(name: str, folder: str, pixels: str, batch: str, dtype_name: str, 
     return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else process_mib("VmHWM") - before
 
 
-# ---- tables and picture
+# ---- tables
 
 
 def label(row: dict[str, Any]) -> str:
@@ -176,8 +175,12 @@ def table(result: dict[str, Any]) -> str:
             share = f"{row['gflop'] / median / row['peak GFLOP/s']:.0%}"
             cells = [spread(row["seconds"][name]), ratio, share, f"{row['peak MiB'][name]:.0f}"]
             lines.append(f"| {label(row)}: {name} | " + " | ".join(cells) + " |")
-        lines += [f"| {label(row)}: {name} | {reason} | | | |" for name, reason in row["missing"].items()]
     return "\n".join(lines)
+
+
+def absent(result: dict[str, Any]) -> str:
+    """A line for each row's peer that could not be run, with the reason: for whoever measures, not for the page."""
+    return "\n".join(f"{label(row)}: {name}: {why}" for row in result["rows"] for name, why in row["missing"].items())
 
 
 def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -191,31 +194,6 @@ def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
                 a, b = (1e3 * statistics.median(times) for times in (before, seconds))
                 lines.append(f"| {label(row)}: {name} | {a:.1f} | {b:.1f} | {b / a:.2f} |")
     return "\n".join(lines)
-
-
-def chart(result: dict[str, Any], file: Path) -> None:
-    """Bars of the median times, a picture a row; nothing where matplotlib is missing."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return
-    rows = result["rows"]
-    names = [peer.name for peer in PEERS if any(peer.name in row["seconds"] for row in rows)]
-    figure, axes = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 0.42 * len(names) + 1.4), squeeze=False)
-    for axis, row in zip(axes[0], rows, strict=True):
-        shown = [name for name in names if name in row["seconds"]][::-1]
-        medians = [1e3 * statistics.median(row["seconds"][name]) for name in shown]
-        colours = ["#c44e52" if name.startswith("ours") else "#8c8c8c" for name in shown]
-        axis.barh(shown, medians, color=colours)
-        axis.bar_label(axis.containers[0], fmt="%.0f", padding=3)
-        axis.set(title=label(row), xlabel="ms, median")
-        axis.margins(x=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis is not axes[0][0] and shown == [tick.get_text() for tick in axes[0][0].get_yticklabels()]:
-            axis.set_yticklabels([])
-    figure.suptitle(result["environment"]["machine"], fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from timing import once
 
 RESULTS = Path(__file__).parent / "results"
+INSTRUCTIONS = {"AVX2": "avx2", "AVX-512": "avx512f", "AVX-512 bfloat16": "avx512_bf16", "AMX": "amx_tile"}
 
 
 def environment(*packages: str) -> dict[str, str | int]:
@@ -29,7 +30,10 @@ def environment(*packages: str) -> dict[str, str | int]:
 
 
 def headline(result: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+    """Where and with what a result was measured, in a line: the processor first."""
+    found = dict(result["environment"])
+    date, machine, threads = (found.pop(key) for key in ("date", "machine", "threads"))
+    return f"{machine}, {threads} threads, {date}: " + ", ".join(f"{key} {value}" for key, value in found.items())
 
 
 def save(name: str, result: dict[str, Any]) -> None:
@@ -39,14 +43,20 @@ def save(name: str, result: dict[str, Any]) -> None:
 
 
 def machine() -> str:
-    """The GPU if there is one, else the processor and its cores."""
+    """The GPU if there is one, else the processor, what sets it apart, and its cores.
+
+    A virtual machine often gives no more than a brand: family, model and instruction sets say which one it is.
+    """
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
-    return f"{names[0].split(':')[1].strip() if names else platform.processor()}, {os.cpu_count()} cores"
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    found = dict([part.strip() for part in line.split(":", 1)] for line in lines if ":" in line)
+    name = found.get("model name", platform.processor() or platform.machine())
+    flags = set(found.get("flags", "").split())
+    marks = [f"family {found['cpu family']}, model {found['model']}"] if "cpu family" in found else []
+    marks += [mark for mark, flag in INSTRUCTIONS.items() if flag in flags]
+    return f"{name} ({', '.join(marks)}), {os.cpu_count()} cores" if marks else f"{name}, {os.cpu_count()} cores"
 
 
 def version(package: str) -> str:

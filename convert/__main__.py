@@ -12,10 +12,11 @@ from pathlib import Path
 
 from dinov3_lite.files import checkpoint_files
 from dinov3_lite.layouts import LAYOUTS
-from dinov3_lite.weights import DTYPES, LITE_FILE, locate, open_source
+from dinov3_lite.weights import CARRIED, DTYPES, LITE_FILE, locate, open_source
 
 from . import MAX_SHARD_SIZE, convert_opened
 from .describe import as_text, describe, summary
+from .plan import carried_tensors
 from .verify import verify
 
 
@@ -65,7 +66,8 @@ def _convert(source: Path, args: argparse.Namespace, output: Path | None) -> Non
     verified = f"  {verify(opened, path, dtype)}" if args.verify else ""
     if not args.quiet:
         print(summary(opened, open_source(path), seconds) + verified)
-        for item in opened.left_out:
+        kept = {name.removeprefix(CARRIED) for name in carried_tensors(opened, LAYOUTS[args.to])}
+        for item in (item for item in opened.left_out if item.split("'")[1] not in kept):
             print(f"  left out {item}")
 
 

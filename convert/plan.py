@@ -14,7 +14,7 @@ from dinov3_lite.files import Shape, StoredTensor
 from dinov3_lite.hub import TIMM_SIZES
 from dinov3_lite.image import ImageProcessor
 from dinov3_lite.layouts import LITE, META, TIMM, TRANSFORMERS, Layout, kind, numel
-from dinov3_lite.weights import LITE_VERSION, NOTE_KEY, Checkpoint, Piece, cast, recut, storage_dtype
+from dinov3_lite.weights import CARRIED, LITE_VERSION, NOTE_KEY, Checkpoint, Piece, cast, recut, storage_dtype
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,24 @@ def make_entries(opened: Checkpoint, layout: Layout, dtype: torch.dtype | None) 
         widened = layout is LITE or first == "rope_embed.periods"
         target = storage_dtype(first, weights_dtype) if widened else weights_dtype
         entries += [Entry(name, target, shape, run) for (name, shape), run in zip(equation.theirs, runs, strict=True)]
-    for name, tensor in layout.derived_tensors(config, [entry.name for entry in entries]).items():
+    for name, tensor in layout.masks(config).items():
         entries.append(Entry(name, weights_dtype, tuple(tensor.shape), in_memory(name, tensor)))
+    carried = carried_tensors(opened, layout)
+    for name, stored in carried.items():
+        entries.append(Entry(name, dtype or stored.dtype, stored.shape, [Piece(stored, 0, numel(stored.shape))]))
     if layout is META and config.hidden_size == 4096:
         # Meta's 7B also norms local crops' CLS tokens apart, in pretraining only; its strict loader wants the tensors
         for part in ("weight", "bias"):
-            pieces = opened.pieces[f"norm.{part}"]
-            entries.append(Entry(f"local_cls_norm.{part}", weights_dtype, (config.hidden_size,), pieces))
+            if (name := f"local_cls_norm.{part}") not in carried:
+                entries.append(Entry(name, weights_dtype, (config.hidden_size,), opened.pieces[f"norm.{part}"]))
     return entries
+
+
+def carried_tensors(opened: Checkpoint, layout: Layout) -> dict[str, StoredTensor]:
+    """What is not the model's and is written all the same: our own file keeps all of it, a layout what is its own."""
+    if layout is LITE:
+        return {CARRIED + name: stored for name, stored in opened.carried.items()}
+    return {name: stored for name, stored in opened.carried.items() if name in layout.carried}
 
 
 def zeros(name: str, shape: Shape) -> list[Piece]:
@@ -155,5 +165,7 @@ def output_name(opened: Checkpoint, layout: Layout) -> str:
         return "dinov3_lite.safetensors"
     if layout is META:
         name = variant_ignoring_biases(opened)
+        if name == "vitl16" and "local_cls_norm.weight" in opened.carried:
+            return "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"  # the ViT-L that Meta's hub code gives that norm
         return f"dinov3_{name}_pretrain-{_META_HASHES[name]}.pth" if name in _META_HASHES else f"dinov3_{name}.pth"
     return "model.safetensors"

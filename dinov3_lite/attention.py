@@ -68,7 +68,7 @@ def _on_gpu(x: Tensor) -> bool:
     """A GPU of capability 8.0 or more, with triton installed."""
     if not x.is_cuda:
         return False
-    from .kernels.launch import TRITON_INSTALLED
+    from .kernels.availability import TRITON_INSTALLED
 
     return TRITON_INSTALLED and torch.cuda.get_device_properties(x.device).major >= 8
 

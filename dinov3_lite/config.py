@@ -80,12 +80,14 @@ class DINOv3Config:
 
     @classmethod
     def from_name(cls, name: str) -> DINOv3Config:
-        """A released variant by its short name (`vitb16`) or by a hub id (`facebook/dinov3-vitb16-pretrain-lvd1689m`).
+        """A released variant by its short name (`vitb16`) or by a hub id (`facebook/dinov3-vitb16-pretrain-lvd1689m`,
+        `robbyant/lingbot-vision-vit-base`).
 
         Raises ValueError, with the names that there are, for any other name.
         """
-        parts = name.rsplit("/", 1)[-1].split("-")
-        short = parts[1] if parts[0] == "dinov3" and len(parts) > 1 else name
+        repository = name.rsplit("/", 1)[-1]
+        parts = repository.split("-")
+        short = parts[1] if parts[0] == "dinov3" and len(parts) > 1 else OTHER_SOURCES.get(repository, name)
         if short.startswith("convnext"):
             raise ValueError(f"{name!r} is a ConvNeXt: use DINOv3ConvNeXtConfig, or DINOv3ConvNeXt for the model")
         if short not in VARIANTS:
@@ -155,14 +157,15 @@ class DINOv3ConvNeXtConfig:
     @classmethod
     def from_name(cls, name: str) -> DINOv3ConvNeXtConfig:
         """A released variant by its short name (`convnext-tiny`) or by a hub id
-        (`facebook/dinov3-convnext-tiny-pretrain-lvd1689m`).
+        (`facebook/dinov3-convnext-tiny-pretrain-lvd1689m`, `facebook/EUPE-ConvNeXt-T`).
 
         Raises ValueError, with the names that there are, for any other name.
         """
-        parts = name.rsplit("/", 1)[-1].split("-")
-        short = "-".join(parts[1:3]) if parts[0] == "dinov3" else name
+        repository = name.rsplit("/", 1)[-1]
+        parts = repository.split("-")
+        short = "-".join(parts[1:3]) if parts[0] == "dinov3" else OTHER_SOURCES.get(repository, name)
         if short not in CONVNEXTS:
-            if any(part in VARIANTS for part in parts):
+            if short in VARIANTS or any(part in VARIANTS for part in parts):
                 raise ValueError(f"{name!r} is a vision transformer: use DINOv3Config, or DINOv3ViT for the model")
             raise ValueError(
                 f"unknown DINOv3 ConvNeXt {name!r}: expected one of {', '.join(CONVNEXTS)}, or their hub id"
@@ -250,6 +253,7 @@ _SWIGLU: dict[str, Any] = {"use_gated_mlp": True, "hidden_act": "silu"}
 
 # DINOv3 paper (arXiv 2508.10104), table 1 and appendix; sizes as in the released config.json files.
 VARIANTS: dict[str, DINOv3Config] = {
+    "vitt16": replace(_VITS, hidden_size=192, intermediate_size=768, num_attention_heads=3),
     "vits16": _VITS,
     "vits16plus": replace(_VITS, **_SWIGLU),
     "vitb16": replace(_VITS, hidden_size=768, intermediate_size=3072, num_attention_heads=12),
@@ -270,6 +274,31 @@ VARIANTS: dict[str, DINOv3Config] = {
         value_bias=False,
         **_SWIGLU,
     ),
+    "vitg16": replace(
+        _VITS,
+        hidden_size=1536,
+        intermediate_size=4096,
+        num_attention_heads=24,
+        num_hidden_layers=40,
+        query_bias=False,
+        value_bias=False,
+        **_SWIGLU,
+    ),
+}
+
+# Trained weights of this architecture by others, without a gate: what their repositories are called.
+# LingBot-Vision is arXiv 2607.05247 (the giant is theirs alone), EUPE arXiv 2603.22387 (so is the tiny one).
+OTHER_SOURCES = {
+    "lingbot-vision-vit-small": "vits16",
+    "lingbot-vision-vit-base": "vitb16",
+    "lingbot-vision-vit-large": "vitl16",
+    "lingbot-vision-vit-giant": "vitg16",
+    "EUPE-ViT-T": "vitt16",
+    "EUPE-ViT-S": "vits16",
+    "EUPE-ViT-B": "vitb16",
+    "EUPE-ConvNeXt-T": "convnext-tiny",
+    "EUPE-ConvNeXt-S": "convnext-small",
+    "EUPE-ConvNeXt-B": "convnext-base",
 }
 
 # DINOv3 paper, section 7.2: the ViT-7B distilled into ConvNeXts (arXiv 2201.03545, section 3) for edge devices.

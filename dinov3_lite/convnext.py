@@ -280,8 +280,8 @@ class DINOv3ConvNeXt(nn.Module):
 class DINOv3ConvNextBackbone(nn.Module):
     """Feature maps of chosen stages, by the names of transformers' class of this name.
 
-    Stage 0 ("stem") is the images as given, stage i ("stage{i}") the map of the i-th stage before the final LayerNorm. Nothing
-    runs after the last stage asked for.
+    Stage 0 ("stem") is the images as given, stage i ("stage{i}") the map of the i-th stage before the final LayerNorm.
+    Nothing runs after the last stage asked for.
 
     Attributes: `out_indices`, `out_features` (names), `stage_names`, `channels` of the maps, `num_features` of all
     stages, `model`, `config`.

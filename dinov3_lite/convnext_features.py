@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .convnext import DINOv3ConvNeXt
-
 
 def get_intermediate_layers(
-    model: DINOv3ConvNeXt,
+    model: Any,
     x: Tensor,
     n: int | str | Sequence[int] = 1,
     reshape: bool = False,
@@ -56,7 +53,7 @@ def get_intermediate_layers(
     return tuple(o if return_class_token or return_extra_tokens else o[0] for o in outputs)
 
 
-def forward_features(model: DINOv3ConvNeXt, x: Tensor | list[Tensor], masks: Any = None) -> Any:
+def forward_features(model: Any, x: Tensor | list[Tensor], masks: Any = None) -> Any:
     """Meta's dictionary: x_norm_clstoken (B, C), x_storage_tokens (B, 0, C), x_norm_patchtokens (B, h*w, C),
     x_prenorm, masks.
 
@@ -82,7 +79,7 @@ def forward_features(model: DINOv3ConvNeXt, x: Tensor | list[Tensor], masks: Any
 
 
 def forward_intermediates(
-    model: DINOv3ConvNeXt,
+    model: Any,
     x: Tensor,
     indices: int | str | Sequence[int] | None = None,
     norm: bool = False,
@@ -107,7 +104,7 @@ def forward_intermediates(
     return maps[: len(taps)] if intermediates_only else (maps[-1], maps[: len(taps)])
 
 
-def feature_info(model: DINOv3ConvNeXt) -> list[dict[str, Any]]:
+def feature_info(model: Any) -> list[dict[str, Any]]:
     """Module, num_chs (channels) and reduction (stride) of each stage's map, as timm describes them."""
     return [
         {"num_chs": channels, "reduction": stride, "module": f"stages.{i}"}
@@ -115,7 +112,7 @@ def feature_info(model: DINOv3ConvNeXt) -> list[dict[str, Any]]:
     ]
 
 
-def stage_indices(model: DINOv3ConvNeXt, n: int | str | Sequence[int]) -> list[int]:
+def stage_indices(model: Any, n: int | str | Sequence[int]) -> list[int]:
     """Ascending indices of stages: see n of `get_intermediate_layers`."""
     depth = model.depth
     if isinstance(n, str):

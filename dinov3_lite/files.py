@@ -34,9 +34,11 @@ class StoredTensor:
     """Where in `file` its bytes start, in order and without gaps; None if they are not there as such."""
 
     @classmethod
-    def in_memory(cls, name: str, make: Callable[[], Tensor], shape: Shape, dtype: torch.dtype) -> StoredTensor:
-        """A tensor that no file holds, made when it is read."""
-        return cls(name, dtype, shape, make, Path())
+    def in_memory(
+        cls, name: str, make: Callable[[], Tensor], shape: Shape, dtype: torch.dtype, file: Path | None = None
+    ) -> StoredTensor:
+        """A tensor that no file holds as it is, made when it is read; `file`: whose tensor it was made of."""
+        return cls(name, dtype, shape, make, file or Path())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,39 +13,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pixels import Picture, opened
 from .weights import locate, read_preprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SATELLITE_MEAN, SATELLITE_STD = (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
 BILINEAR = 2  # PIL's number for it, as preprocessor_config.json writes it
+BAND = 2**20  # pixels that are float32 at a time: a picture of 36 megapixels is 430 MB in float32
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
     """Rescale to [0, 1], resize (bilinear, antialiased), normalise per channel.
 
-    size: (height, width) in pixels, each a multiple of the model's patch size, whatever the picture's aspect; None
-        keeps the picture's own size. mean, std: per channel, of values in [0, 1]. rescale_factor: what pixel values
-        are multiplied by.
+    size: (height, width) in pixels, each a multiple of the model's patch size, whatever the picture's aspect; one
+        number for a square; None keeps the picture's own size.
+    mean, std: of values in [0, 1], one number a channel, as a tuple, list, array or tensor. As many as they are, so
+        many channels have the images; a number alone counts for all of them (for three, if both are alone).
+    rescale_factor: what pixel values of 0 to 255 are multiplied by.
+    exif: turn photographs as their EXIF orientation says. transformers does not: give False for its pixels.
+
+    Processors are equal, and have equal hashes, if they process alike, whatever kind of sequence they were made of.
+    Raises ValueError for values that are none of these.
     """
 
     size: tuple[int, int] | None = (224, 224)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     rescale_factor: float = 1 / 255
+    exif: bool = True
 
     def __post_init__(self) -> None:
-        size = self.size
-        if size is not None and not (len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
-            raise ValueError(f"size is {size}: expected (height, width), two whole numbers of pixels")
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            if not isinstance(value, tuple) or len(value) != 3 or not all(map(_is_number, value)):
-                raise ValueError(f"{name} is {value}: expected three numbers, one a channel")
-        if not all(self.std):
-            raise ValueError(f"std is {self.std}: expected three numbers, none of them zero")
-        if not _is_number(self.rescale_factor):
+        size = None if self.size is None else _as_size(self.size)
+        mean, std = _as_statistics("mean", self.mean), _as_statistics("std", self.std)
+        counts = [len(values) for values in (mean, std) if isinstance(values, tuple)] or [3]
+        mean, std = (values if isinstance(values, tuple) else (values,) * counts[0] for values in (mean, std))
+        if len(mean) != len(std):
+            name, values, count = ("std", std, len(mean)) if len(mean) == 3 else ("mean", mean, len(std))
+            raise ValueError(f"{name} is {values}: expected {_numbers(count)}, one a channel as in the other")
+        if min(std) <= 0:
+            raise ValueError(f"std is {std}: expected {_numbers(len(std))}, none of them zero or less")
+        factor = _as_number(self.rescale_factor)
+        if factor is None:
             raise ValueError(f"rescale_factor is {self.rescale_factor}: expected a number")
+        for name, value in {"size": size, "mean": mean, "std": std, "rescale_factor": factor}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.mean)
 
     @classmethod
     def from_pretrained(
@@ -93,62 +109,100 @@ class ImageProcessor:
             size = {"height": size, "width": size}
         if not isinstance(size, dict) or not {"height", "width"} <= size.keys():
             raise ValueError(f"size is {size}: expected a height and a width")
-        normalise = d.get("do_normalize", True)
-        return cls(
+        processor = cls(
             size=(size["height"], size["width"]) if d.get("do_resize", True) else None,
-            mean=_as_tuple(d.get("image_mean", IMAGENET_MEAN)) if normalise else (0.0,) * 3,
-            std=_as_tuple(d.get("image_std", IMAGENET_STD)) if normalise else (1.0,) * 3,
+            mean=d.get("image_mean", IMAGENET_MEAN),
+            std=d.get("image_std", IMAGENET_STD),
             rescale_factor=d.get("rescale_factor", 1 / 255) if d.get("do_rescale", True) else 1.0,
         )
+        if d.get("do_normalize", True):
+            return processor
+        return replace(processor, mean=(0.0,) * processor.num_channels, std=(1.0,) * processor.num_channels)
 
-    def __call__(self, images: Any) -> dict[str, Tensor]:
-        """{"pixel_values": (B, 3, h, w) float32} of a PIL image, an (H, W, 3) uint8 array, a (3, H, W) uint8 tensor,
-        or a list.
+    def __call__(self, images: Any, return_tensors: str | None = "pt") -> dict[str, Tensor]:
+        """{"pixel_values": (B, C, h, w) float32} of one picture, or of each in a list or tuple.
 
-        A PIL image of any mode is converted to RGB. Tensors stay on their device.
-        Raises ValueError for an empty list, for other shapes and dtypes, and for pictures of several sizes if `size`
-        is None.
+        A picture is a file's path, a PIL image, an (H, W, C) array or a (C, H, W) tensor of uint8, uint16 or bool,
+        where C is `num_channels`; the table in pixels.py says what becomes of Pillow's modes. Tensors stay on their
+        device. return_tensors: "pt", as transformers is told; there are no others.
+
+        Raises ValueError for an empty list, for other kinds, shapes and dtypes, for modes without a range, for a file
+        that is damaged (and names it), and for pictures of several sizes if `size` is None; OSError for a file that
+        can't be read.
         """
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
-        if not images:
+        if return_tensors not in ("pt", None):
+            raise ValueError(f"return_tensors is {return_tensors!r}: only 'pt', torch's tensors, is supported")
+        several = isinstance(images, (list, tuple))
+        if several and not images:
             raise ValueError("images is an empty list: expected at least one picture")
-        pixels = [self._prepare(to_tensor(image)) for image in images]
+        pixels = []
+        for i, image in enumerate(images if several else [images]):
+            name = f"images[{i}]" if several and len(images) > 1 else "image"
+            with opened(image, self.num_channels, self.exif, name) as picture:
+                pixels.append(self._prepare(picture))
         if len({p.shape for p in pixels}) > 1:
             sizes = ", ".join(sorted({f"{p.shape[1]} x {p.shape[2]}" for p in pixels}))
             raise ValueError(f"the pictures have several sizes ({sizes}): give a size to resize to, or one at a time")
-        return {"pixel_values": torch.stack(pixels)}
+        return {"pixel_values": torch.stack(pixels) if len(pixels) > 1 else pixels[0][None]}
 
-    def _prepare(self, image: Tensor) -> Tensor:
-        """(3, H, W) uint8 -> (3, h, w) float32, normalised."""
-        x = image.to(torch.float32) * self.rescale_factor
-        if self.size is not None and x.shape[1:] != self.size:
-            x = F.interpolate(x[None], self.size, mode="bilinear", antialias=True, align_corners=False)[0]
-        mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
+    def _prepare(self, picture: Picture) -> Tensor:
+        """(C, h, w) float32, rescaled, resized and normalised.
+
+        Resizing is separable, rows first, and each row by itself: done on bands of rows it gives the same bits, and
+        the picture is never float32 as a whole.
+        """
+        H, W = picture.height, picture.width
+        h, w = self.size or (H, W)
+        x = torch.empty(self.num_channels, H, w, device=picture.device)
+        step = max(1, BAND // W) if picture.device.type == "cpu" else H  # elsewhere resizing is no two steps
+        for a in range(0, H, step):
+            band = torch.empty(self.num_channels, min(step, H - a), W, device=picture.device)
+            band.copy_(picture.rows(a, a + band.shape[1])).mul_(self.rescale_factor)
+            x[:, a : a + band.shape[1]] = _resize(band, band.shape[1], w)
+        x = _resize(x, h, w)
+        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return x.sub_(mean).div_(std)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _resize(x: Tensor, height: int, width: int) -> Tensor:
+    if x.shape[1:] == (height, width):
+        return x
+    return F.interpolate(x[None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _as_size(value: Any) -> tuple[int, int]:
+    found = value.tolist() if hasattr(value, "tolist") else value  # an array, a tensor, or a number out of one
+    found = [found, found] if isinstance(found, int) else found
+    pair = [n.item() if hasattr(n, "item") else n for n in found] if isinstance(found, (list, tuple)) else []
+    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
+        raise ValueError(f"size is {value}: expected (height, width), two whole numbers of pixels")
+    return pair[0], pair[1]
 
 
-def to_tensor(image: Any) -> Tensor:
-    """One picture as a (3, H, W) uint8 tensor."""
-    if isinstance(image, Tensor):
-        tensor = image
-    elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        tensor = torch.from_numpy(image.copy())
-        tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
-    elif isinstance(image, np.ndarray):
-        tensor = torch.empty(0)
-    elif hasattr(image, "convert"):  # a PIL image, without importing PIL
-        tensor = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    else:
-        raise ValueError(f"image is a {type(image).__name__}: expected a PIL image, a uint8 array or a uint8 tensor")
-    if tensor.dtype != torch.uint8 or tensor.ndim != 3 or tensor.shape[0] != 3 or 0 in tensor.shape:
-        order = "(height, width, 3)" if isinstance(image, np.ndarray) else "(3, height, width)"
-        raise ValueError(f"image is {image.dtype} of shape {tuple(image.shape)}: expected uint8 of shape {order}")
-    return tensor
+def _as_statistics(name: str, value: Any) -> float | tuple[float, ...]:
+    """One number, or several in a tuple."""
+    number = _as_number(value)
+    if number is not None:
+        return number
+    found = [_as_number(item) for item in value] if isinstance(value, (list, tuple, np.ndarray, Tensor)) else []
+    numbers = tuple(item for item in found if item is not None)
+    if not numbers or len(numbers) < len(found):
+        raise ValueError(f"{name} is {value}: expected three numbers, or as many as there are channels")
+    return numbers
+
+
+def _as_number(value: Any) -> float | None:
+    """A finite number as a float, or None. The float32 nearest to 0.485 becomes 0.485, not 0.48500001430511475."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = (value if value.dtype in (torch.float64, torch.bool) else value.float()).numpy()
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.ndim:
+            return None
+        value = float(str(value)) if value.dtype in (np.float32, np.float16) else value.item()
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
+
+
+def _numbers(count: int) -> str:
+    return {1: "one number", 3: "three numbers"}.get(count, f"{count} numbers")

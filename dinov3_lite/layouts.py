@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -52,6 +52,9 @@ class Row(NamedTuple):
     theirs: str
     shape: str
     ours: str
+    mask: str = ""
+    """A tensor beside theirs, of its shape: where a file has it, readers multiply theirs by it. Written as ones, and as
+    zeros for an absent key bias; not written where there is a key bias."""
 
 
 class Assumed(NamedTuple):
@@ -61,17 +64,6 @@ class Assumed(NamedTuple):
     reason: str
 
 
-class Derived(NamedTuple):
-    """A tensor of theirs that follows from the config: written as `make` has it, expected to be that when read."""
-
-    shape: str
-    make: Make
-    beside: str
-    """the tensor of theirs that it accompanies"""
-    when: str
-    """the config switches it exists under"""
-
-
 @dataclass(frozen=True)
 class Layout:
     """A checkpoint layout: its table, and what stands outside of it."""
@@ -79,9 +71,8 @@ class Layout:
     name: str
     rows: tuple[Row, ...]
     assumed: Mapping[str, Assumed] = field(default_factory=dict)
-    derived: Mapping[str, Derived] = field(default_factory=dict)
-    ignored: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that a file may hold and the model does not need, with the reason."""
+    carried: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that a file may hold and the model does not need, with the reason; our own file carries them along."""
 
     def equations(self, config: DINOv3Config) -> list[Equation]:
         """The rows that a config calls for, block by block, with names and shapes filled in."""
@@ -93,26 +84,22 @@ class Layout:
                 shapes = [shape_of(_SPECS[name].shape, config) for name in ours]
                 for i in _block_numbers(row.ours, config):
                     theirs = [(name.format(i=i), shape) for name in row.theirs.split()]
-                    result.append(
-                        Equation(theirs, [(name.format(i=i), s) for name, s in zip(ours, shapes, strict=True)])
-                    )
+                    named = [(name.format(i=i), s) for name, s in zip(ours, shapes, strict=True)]
+                    result.append(Equation(theirs, named, row.mask.format(i=i)))
         return result
 
-    def derived_tensors(self, config: DINOv3Config, theirs: Collection[str]) -> dict[str, Tensor]:
-        """The derived tensors that accompany those of theirs."""
-        return {
-            name.format(i=i): derived.make(config)
-            for name, derived in self.derived.items()
-            for i in _block_numbers(name, config)
-            if derived.beside.format(i=i) in theirs and _holds(derived.when, config)
-        }
+    def masks(self, config: DINOv3Config) -> dict[str, Tensor]:
+        """The masks that are written: (3C,), ones but for the key bias, which the config lacks."""
+        names = [equation.mask for equation in self.equations(config) if equation.mask]
+        return {} if config.key_bias else {name: _key_bias_mask(config) for name in names}
 
 
 class Equation(NamedTuple):
-    """One row for one block: (name, shape) of theirs and of ours."""
+    """One row for one block: (name, shape) of theirs and of ours, and the name of the mask beside theirs, if any."""
 
     theirs: list[tuple[str, Shape]]
     ours: list[tuple[str, Shape]]
+    mask: str
 
 
 def _holds(when: str, config: DINOv3Config) -> bool:
@@ -219,7 +206,8 @@ META = Layout("meta", (
     Row("blocks.{i}.norm1.bias",               "C",       "blocks.{i}.norm1.bias"),
     Row("blocks.{i}.attn.qkv.weight",          "3C,C",    "blocks.{i}.attn.qkv.weight"),
     Row("blocks.{i}.attn.qkv.bias",            "3C",
-        "blocks.{i}.attn.qkv.q_bias blocks.{i}.attn.qkv.k_bias blocks.{i}.attn.qkv.v_bias"),
+        "blocks.{i}.attn.qkv.q_bias blocks.{i}.attn.qkv.k_bias blocks.{i}.attn.qkv.v_bias",
+        mask="blocks.{i}.attn.qkv.bias_mask"),
     Row("blocks.{i}.attn.proj.weight",         "C,C",     "blocks.{i}.attn.proj.weight"),
     Row("blocks.{i}.attn.proj.bias",           "C",       "blocks.{i}.attn.proj.bias"),
     Row("blocks.{i}.ls1.gamma",                "C",       "blocks.{i}.ls1.gamma"),
@@ -238,9 +226,7 @@ META = Layout("meta", (
     Row("blocks.{i}.ls2.gamma",                "C",       "blocks.{i}.ls2.gamma"),
     Row("norm.weight",                         "C",       "norm.weight"),
     Row("norm.bias",                           "C",       "norm.bias"),
-), derived={
-    "blocks.{i}.attn.qkv.bias_mask": Derived("3C", _key_bias_mask, "blocks.{i}.attn.qkv.bias", "not-key_bias"),
-}, ignored={
+), carried={
     "local_cls_norm.weight": "normalises the CLS token of local crops in pretraining",
     "local_cls_norm.bias": "normalises the CLS token of local crops in pretraining",
 })
@@ -296,7 +282,7 @@ def rename(weights: Mapping[str, Tensor], layout: Layout, config: DINOv3Config) 
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         cut = flat.split([numel(shape) for _, shape in equation.theirs])
         result |= {name: t.view(shape) for (name, shape), t in zip(equation.theirs, cut, strict=True)}
-    return result | layout.derived_tensors(config, result)
+    return result | layout.masks(config)
 
 
 def kind(name: str) -> str:
@@ -312,8 +298,7 @@ def detect(names: Collection[str]) -> Layout:
     kinds = set(map(kind, names))
 
     def known(layout: Layout) -> int:
-        theirs = {name for row in layout.rows for name in row.theirs.split()}
-        return len(kinds & (theirs | layout.derived.keys()))
+        return len(kinds & {name for row in layout.rows for name in (*row.theirs.split(), row.mask)})
 
     best = max(LAYOUTS.values(), key=known)
     if not known(best):
@@ -325,10 +310,12 @@ def detect(names: Collection[str]) -> Layout:
     return best
 
 
-def infer_config(layout: Layout, shapes: Mapping[str, Shape], periods: Tensor | None) -> DINOv3Config:
+def infer_config(layout: Layout, shapes: Mapping[str, Shape], read: Callable[[str], Tensor]) -> DINOv3Config:
     """The config of tensors that come without one: every size can be read off a shape, heads off the RoPE periods.
 
     Where a layout stores no periods the head dim is that of the released models: 128 for the 7B's width, else 64.
+    read: a tensor of the file by its name; the periods are read, and the key biases with their masks.
+    Raises ValueError if the sizes can't be told or contradict each other.
     """
 
     def shape(ours: str) -> Shape | None:
@@ -345,10 +332,10 @@ def infer_config(layout: Layout, shapes: Mapping[str, Shape], periods: Tensor | 
     plain = shape("blocks.{i}.mlp.fc1.weight")
     hidden = gated or plain
     depth = len({m[1] for name in shapes if (m := re.match(r"(?:blocks|layer)\.(\d+)\.", name))})
-    head_dim = 4 * len(periods) if periods is not None else 128 if C >= 4096 else 64
+    periods = _periods(layout, shapes, read)
+    head_dim = 4 * len(periods) if periods is not None else _assumed_head_dim(C)
     qkv_bias = shape("blocks.{i}.attn.qkv.q_bias") is not None
-    masked = any(name.format(i=0) in shapes for name in layout.derived)
-    return DINOv3Config(
+    config = DINOv3Config(
         patch_size=patch[2],
         num_channels=patch[1],
         hidden_size=C,
@@ -360,19 +347,80 @@ def infer_config(layout: Layout, shapes: Mapping[str, Shape], periods: Tensor | 
         hidden_act="silu" if gated is not None else "gelu",
         query_bias=qkv_bias,
         value_bias=qkv_bias,
-        key_bias=qkv_bias and bool(layout.derived) and not masked,
+        key_bias=qkv_bias and any("blocks.{i}.attn.qkv.k_bias" in row.ours.split() for row in layout.rows),
         proj_bias=shape("blocks.{i}.attn.proj.bias") is not None,
         mlp_bias=shape("blocks.{i}.mlp.w12.bias" if gated else "blocks.{i}.mlp.fc1.bias") is not None,
-        rope_theta=_theta(periods),
     )
+    if periods is not None:
+        config = replace(config, rope_theta=_theta(periods, config))
+    masked = config.key_bias and any(equation.mask in shapes for equation in layout.equations(config))
+    return replace(config, key_bias=False) if masked and not _key_bias_acts(layout, config, shapes, read) else config
 
 
-def _theta(periods: Tensor | None) -> float:
-    """The base of the periods, 100 where they are those of 100 up to rounding to bfloat16."""
-    if periods is None or len(periods) < 2:
-        return 100.0
+def _assumed_head_dim(width: int) -> int:
+    """The head dim of the released models of that width, for files that don't say it."""
+    return 128 if width >= 4096 else 64
+
+
+def _periods(layout: Layout, shapes: Mapping[str, Shape], read: Callable[[str], Tensor]) -> Tensor | None:
+    """The RoPE periods that a file stores, (D/4,) float32, or None where it stores none."""
+    name = next((row.theirs for row in layout.rows if row.ours == "rope_embed.periods"), "")
+    if name not in shapes:
+        return None
+    if len(shapes[name]) != 1 or not shapes[name][0]:
+        raise ValueError(
+            f"tensor {name!r} has shape {shapes[name]}: expected the RoPE periods, a quarter of a head dim"
+        )
+    periods = read(name).float()
+    if not (periods.isfinite() & (periods > 0)).all():
+        raise ValueError(f"tensor {name!r} holds {periods.tolist()}: expected RoPE periods, finite and above zero")
+    return periods
+
+
+def _theta(periods: Tensor, config: DINOv3Config) -> float:
+    """The base of the periods: the roundest number that gives them, as they are or rounded to 16 bits."""
+    if len(periods) < 2:
+        return config.rope_theta
     theta = periods[-1].double().item() ** (len(periods) / (len(periods) - 1))
-    return 100.0 if abs(theta - 100) < 1 else theta
+    for digits in range(1, 8):
+        rounded = float(f"{theta:.{digits}g}")
+        expected = rope_periods(replace(config, rope_theta=rounded))
+        halves = (expected.to(dtype).float() for dtype in (torch.bfloat16, torch.float16))
+        if torch.allclose(periods, expected, rtol=1e-6, atol=0) or any(torch.equal(periods, half) for half in halves):
+            return rounded
+    return theta
+
+
+def _key_bias_acts(
+    layout: Layout, config: DINOv3Config, shapes: Mapping[str, Shape], read: Callable[[str], Tensor]
+) -> bool:
+    """Whether anything but zeros is left of a key bias after its mask."""
+    for equation in layout.equations(config):
+        if equation.mask and equation.theirs[0][0] in shapes:
+            bias = read(equation.theirs[0][0])
+            if equation.mask in shapes:
+                bias = masked(bias, read(equation.mask), equation.mask)
+            _, key, _ = bias.chunk(3)
+            if key.any():
+                return True
+    return False
+
+
+def masked(bias: Tensor, mask: Tensor, name: str) -> Tensor:
+    """The bias times its mask, in the bias's dtype, as Meta's layer computes it at each forward.
+
+    Raises ValueError that names the mask if it is of another shape or not a number everywhere.
+    """
+    if bias.shape != mask.shape:
+        raise ValueError(
+            f"tensor {name!r} has shape {tuple(mask.shape)}, but the bias that it masks {tuple(bias.shape)}"
+        )
+    if not mask.isfinite().all():
+        raise ValueError(
+            f"tensor {name!r} holds NaN or infinity, as in a model whose weights were neither initialised nor loaded: "
+            "save it once they are"
+        )
+    return bias * mask.to(bias.dtype)
 
 
 def shape_of(letters: str, config: DINOv3Config) -> Shape:

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from . import hub
 from .config import MODEL_TYPE, DINOv3Config
 from .files import StoredTensor, checkpoint_files, open_file, parse_json_object, read_into, read_json
-from .layouts import LITE, TRANSFORMERS, Layout, detect, infer_config, kind, lite_shapes, numel
+from .layouts import LAYOUTS, LITE, TRANSFORMERS, Layout, detect, infer_config, kind, lite_shapes, masked, numel
 
 LITE_FILE = "dinov3_lite.safetensors"
 LITE_VERSION = "1"
 NOTE_KEY = "dinov3_lite_note"
+CARRIED = "carried."  # what our own file calls a tensor that it keeps for another layout
+KNOWN = {name: reason for layout in LAYOUTS.values() for name, reason in layout.carried.items()}
+KEY_BIAS = "blocks.{i}.attn.qkv.k_bias"
 ONE_MODEL = "weights and config must be of one model"
 
 # What --dtype of the command lines offers.
@@ -122,6 +125,8 @@ class Checkpoint:
     """For each of the model's tensors: the stored elements that make it up."""
     left_out: list[str]
     """Tensors of the file that are not the model's, each with the reason."""
+    carried: dict[str, StoredTensor]
+    """Those of them that a layout knows by these names: our own file and that layout's keep them."""
 
     def names(self) -> list[str]:
         """The model's tensors, in the order of the model."""
@@ -300,7 +305,8 @@ def _open_lite(file: Path, stored: dict[str, StoredTensor], metadata: dict[str, 
         preprocessing = parse_json_object(metadata["preprocessing"]) if "preprocessing" in metadata else None
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}: its metadata is not what this library writes ({error}): convert again") from error
-    pieces, _ = _match(file, LITE, config, stored)
+    carried = {name.removeprefix(CARRIED): tensor for name, tensor in stored.items() if name.startswith(CARRIED)}
+    own = {name: tensor for name, tensor in stored.items() if not name.startswith(CARRIED)}
     opened = Checkpoint(
         path=file,
         layout=LITE,
@@ -309,8 +315,9 @@ def _open_lite(file: Path, stored: dict[str, StoredTensor], metadata: dict[str, 
         metadata=metadata,
         license=metadata.get("license", ""),
         note=metadata.get("note", ""),
-        pieces=pieces,
-        left_out=[],
+        pieces=_match(file, LITE, config, own),
+        left_out=[f"{name!r} ({KNOWN.get(name, 'unknown to this release')})" for name in sorted(carried)],
+        carried=carried,
     )
     if opened.digest() != metadata.get("digest"):
         raise ValueError(f"{file}: its tensors are not those it was written with (another digest): convert again")
@@ -336,12 +343,12 @@ def _open_foreign(path: Path, file: Path, stored: dict[str, StoredTensor]) -> Ch
         if "model_type" in content:
             config = DINOv3Config.from_dict(content)
         else:
-            periods = stored.get("rope_embed.periods")
             shapes = {name: tensor.shape for name, tensor in stored.items()}
-            config = infer_config(layout, shapes, None if periods is None else periods.read().float())
+            config = infer_config(layout, shapes, lambda name: stored[name].read())
     except ValueError as error:
         raise ValueError(f"{config_file if 'model_type' in content else file}: {error}") from error
-    pieces, ignored = _match(file, layout, config, stored)
+    carried = {name: stored.pop(name) for name in sorted(stored.keys() & layout.carried.keys())}
+    pieces = _match(file, layout, config, stored)
     preprocessing_file = file.parent / "preprocessor_config.json"
     preprocessing = read_json(preprocessing_file) if preprocessing_file.is_file() else _timm_preprocessing(content)
     return Checkpoint(
@@ -353,7 +360,8 @@ def _open_foreign(path: Path, file: Path, stored: dict[str, StoredTensor]) -> Ch
         license=_license(file.parent),
         note=str(content.get(NOTE_KEY, "")),
         pieces=pieces,
-        left_out=left_out + ignored,
+        left_out=left_out + [f"{name!r} ({layout.carried[name]})" for name in carried],
+        carried=carried,
     )
 
 
@@ -390,43 +398,58 @@ def _without_prefix(file: Path, stored: dict[str, StoredTensor]) -> tuple[dict[s
     return result, left_out
 
 
-def _match(
-    file: Path, layout: Layout, config: DINOv3Config, stored: dict[str, StoredTensor]
-) -> tuple[dict[str, list[Piece]], list[str]]:
-    """The pieces of each of the model's tensors, and what the layout has that the model does not need.
+def _match(file: Path, layout: Layout, config: DINOv3Config, stored: dict[str, StoredTensor]) -> dict[str, list[Piece]]:
+    """The pieces of each of the model's tensors.
 
     Raises ValueError if a tensor is missing, left over, misshapen, or not what it must be.
     """
     the_config = f"the config ({config.name})"
     equations = layout.equations(config)
     expected = {name: shape for equation in equations for name, shape in equation.theirs}
-    derived = layout.derived_tensors(config, expected)
-    expected |= {name: tuple(tensor.shape) for name, tensor in derived.items() if name in stored}
-    ignored = stored.keys() & layout.ignored.keys()
+    masks = {equation.mask: equation.theirs[0][1] for equation in equations if equation.mask}
+    expected |= {name: shape for name, shape in masks.items() if name in stored}
     if missing := expected.keys() - stored.keys():
         raise ValueError(f"{file}: lacks {_listed(missing)}, which {the_config} calls for: {ONE_MODEL}")
-    if extra := stored.keys() - expected.keys() - ignored:
+    if extra := stored.keys() - expected.keys():
         raise ValueError(f"{file}: holds {_listed(extra)}, which {the_config} has no place for: {ONE_MODEL}")
     misshapen = [name for name, shape in expected.items() if stored[name].shape != shape]
     if misshapen:
         shapes_found = ", ".join(f"{name!r} has shape {stored[name].shape}, not {expected[name]}" for name in misshapen)
         raise ValueError(f"{stored[misshapen[0]].file}: against {the_config}, tensor {shapes_found}: {ONE_MODEL}")
-    for name, tensor in derived.items():
-        if name in stored and not torch.equal(stored[name].read().float(), tensor):
-            raise ValueError(f"{file}: tensor {name!r} is not the mask of an absent key bias: {ONE_MODEL}")
 
     shapes = lite_shapes(config)
     pieces: dict[str, list[Piece]] = {}
     for equation in equations:
-        run = [Piece(stored[name], 0, numel(shape)) for name, shape in equation.theirs]
+        run = [Piece(_masked(file, stored, name, equation.mask), 0, numel(shape)) for name, shape in equation.theirs]
         runs = recut(run, [numel(shape) for _, shape in equation.ours])
-        pieces |= {name: r for (name, _), r in zip(equation.ours, runs, strict=True) if name in shapes}
+        for (name, _), parts in zip(equation.ours, runs, strict=True):
+            if name in shapes:
+                pieces[name] = parts
+            elif (equation.mask in stored or kind(name) != KEY_BIAS) and any(part.read().any() for part in parts):
+                raise ValueError(
+                    f"{file}: tensor {equation.theirs[0][0]!r} holds a {name.rsplit('.')[-1]} that is not zero, "
+                    f"which {the_config} says the model lacks: {ONE_MODEL}"
+                )
     for name, (shape, _) in shapes.items():
         if name not in pieces:
             make = layout.assumed[kind(name)].make
             assumed = StoredTensor.in_memory(name, lambda make=make: make(config), shape, torch.float32)  # type: ignore[misc]
             pieces[name] = [Piece(assumed, 0, numel(shape))]
-    return pieces, [f"{name!r} ({layout.ignored[name]})" for name in sorted(ignored)]
+    return pieces
+
+
+def _masked(file: Path, stored: dict[str, StoredTensor], name: str, mask: str) -> StoredTensor:
+    """The tensor times its mask, where the file has one that changes more than a key bias of zeros."""
+    tensor = stored[name]
+    if mask not in stored:
+        return tensor
+    try:
+        product = masked(tensor.read(), stored[mask].read(), mask)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if torch.equal(product, tensor.read()):
+        return tensor
+    return StoredTensor.in_memory(name, lambda: product, tensor.shape, tensor.dtype, tensor.file)
 
 
 def license_files(folder: Path) -> list[Path]:

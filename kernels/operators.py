@@ -1,4 +1,4 @@
-"""How the kernels become PyTorch operators."""
+"""How the kernels become PyTorch operators, and what those over rows accept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def define(
@@ -32,3 +35,13 @@ def define(
     torch.library.impl(operator, "default", implementation)
     torch.library.register_fake(operator, fake)
     torch.library.register_autograd(operator, gradients or refuse, setup_context=save)
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Raise a ValueError that names x, unless it is contiguous rows of at least one channel in a dtype of DTYPES."""
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected at least one channel")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} is {x.dtype}: expected torch.float32, float16 or bfloat16")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} has strides {x.stride()} for shape {tuple(x.shape)}: expected it contiguous")

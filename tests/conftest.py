@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,3 +29,26 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New memory is NaN, so that an output which no kernel writes can't pass by luck.
+
+    Deterministic algorithms fill it, those that have no such form would raise.
+    """
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(0).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def strategy(request, monkeypatch) -> str:
+    """Attention with the rotation "fused" or "separate", whatever the number of tokens."""
+    from dinov3_lite.kernels import tuning
+
+    limit = {"fused": 10**9, "separate": 0}[request.param]
+    monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, limit))
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim: False)
+    return request.param

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dinov3_lite.kernels import launch, rope_attention_reference
+from dinov3_lite.kernels import availability, rope_attention_reference
 from helpers import TINY, relative_error, write_checkpoint
 
 from dinov3_lite import DINOv3ViT
@@ -71,7 +71,7 @@ class OnGPU:
 def test_auto_takes_the_kernels_where_they_are_made_for_it(monkeypatch, dtype, D, capability, installed, chosen):
     properties = SimpleNamespace(major=capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(launch, "TRITON_INSTALLED", installed)
+    monkeypatch.setattr(availability, "TRITON_INSTALLED", installed)
     for name in ("triton", "sdpa"):
         monkeypatch.setattr(attention_module, f"{name}_attention", lambda *args, name=name: name)
     assert attention_module.auto_attention(OnGPU(dtype, D), None, None, None, None) == chosen

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+import shlex
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, relative_error, write_checkpoint
+from helpers import TINY, relative_error, run_python, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from convert import convert
 from dinov3_lite import DINOv3Config, DINOv3ViT, ImageProcessor, picture
-from dinov3_lite.__main__ import main
+from dinov3_lite.__main__ import COMMANDS, main
+from dinov3_lite.commands import arguments as shared
+from dinov3_lite.commands import export as export_command
+from dinov3_lite.export import FORMATS
 from dinov3_lite.sample import made_weights
+from dinov3_lite.weights import DTYPES
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -138,8 +146,6 @@ def test_many_photos_in_one_file(sample, photo, tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line(sample, photo, tmp_path, capsys, arguments, message):
-    import re
-
     arguments = [str(photo) if a == "PHOTO" else a for a in arguments]
     model = [] if "--model" in arguments else ["--model", str(sample)]
     outputs = ["--output", str(tmp_path / "f.safetensors"), "--picture", str(tmp_path / "p.png")]
@@ -163,6 +169,45 @@ def test_bad_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2 and "usage: python -m dinov3_lite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_tells_of_itself_with_an_example_of_its_own_usage(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    example = re.search(rf"example:\n  python -m dinov3_lite {name} (.+)\n", out)
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    import_module(COMMANDS[name][0], "dinov3_lite").add_arguments(parser)
+    parser.parse_args(shlex.split(example[1]))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["features", "--help"], ["features"]])
+def test_help_and_bad_usage_do_not_wait_for_torch(arguments):
+    code = f"""
+import sys
+from dinov3_lite.__main__ import main
+try:
+    main({arguments})
+except SystemExit as end:
+    print(end.code, "torch" in sys.modules, "numpy" in sys.modules)
+"""
+    done = run_python(code)
+    assert done.stdout.splitlines()[-1] == f"{0 if '--help' in arguments else 2} False False", done.stderr
+    assert "features of pictures, saved and drawn" in done.stdout + done.stderr or "features" in arguments
+
+
+def test_usage_shows_how_it_was_called(monkeypatch, capsys):
+    for path, name in (("/usr/bin/dinov3-lite", "dinov3-lite"), ("dinov3_lite/__main__.py", "python -m dinov3_lite")):
+        monkeypatch.setattr("sys.argv", [path, "features", "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().out.startswith(f"usage: {name} features ")
+
+
+def test_the_names_that_arguments_may_have_are_the_library_s():
+    assert set(shared.DTYPES) == set(DTYPES) and set(export_command.FORMATS) == set(FORMATS)
 
 
 def test_principal_components_find_what_varies():

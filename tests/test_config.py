@@ -7,8 +7,10 @@ import pytest
 from dinov3_lite import DINOv3Config
 from dinov3_lite.config import VARIANTS
 
-# Parameters in transformers' layout, counted on its own models.
+# Parameters in transformers' layout: of Meta's seven counted on transformers' own models, of the others given by their
+# publishers (the giant) or by arithmetic (12 blocks of 12 C^2 + 14 C, and 151 thousand outside of them).
 PARAMETERS = {
+    "vitt16": 5_489_856,
     "vits16": 21_596_544,
     "vits16plus": 28_692_864,
     "vitb16": 85_660_416,
@@ -16,6 +18,7 @@ PARAMETERS = {
     "vitl16plus": 403_891_200,
     "vith16plus": 840_592_640,
     "vit7b16": 6_716_035_072,
+    "vitg16": 1_134_474_752,
 }
 
 
@@ -31,7 +34,7 @@ def test_variants_have_the_released_number_of_parameters(name):
     assert model.config.name == name
 
 
-def test_the_seven_variants_are_all_there():
+def test_the_variants_are_all_there():
     assert VARIANTS.keys() == PARAMETERS.keys()
 
 
@@ -47,6 +50,19 @@ def test_dict_round_trip(name):
 )
 def test_from_hub_id(hub_id):
     assert DINOv3Config.from_name(hub_id) == VARIANTS["vitl16"]
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "name"),
+    [
+        ("robbyant/lingbot-vision-vit-small", "vits16"),
+        ("robbyant/lingbot-vision-vit-giant", "vitg16"),
+        ("facebook/EUPE-ViT-T", "vitt16"),
+        ("facebook/EUPE-ViT-B", "vitb16"),
+    ],
+)
+def test_from_the_hub_id_of_another_source(hub_id, name):
+    assert DINOv3Config.from_name(hub_id) == VARIANTS[name]
 
 
 def test_missing_keys_take_transformers_defaults_and_foreign_keys_are_ignored():
@@ -94,5 +110,5 @@ def test_contradictions_are_one_sentence(change, message):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="unknown DINOv3 variant 'vitg14': expected one of vits16, .*vit7b16"):
+    with pytest.raises(ValueError, match="unknown DINOv3 variant 'vitg14': expected one of vitt16, vits16, .*vit7b16"):
         DINOv3Config.from_name("vitg14")

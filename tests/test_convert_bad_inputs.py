@@ -223,9 +223,13 @@ CASES = {
         lambda f: pth(f, without("patch_embed.proj.weight")),
         "lacks the patch embedding",
     ),
-    "pth with another mask": (
-        lambda f: pth(f, lambda t: t | {"blocks.0.attn.qkv.bias_mask": torch.ones(96)}),
-        "is not the mask of an absent key bias",
+    "pth with a mask of nothing": (
+        lambda f: pth(f, lambda t: t | {"blocks.0.attn.qkv.bias_mask": torch.full((96,), float("nan"))}),
+        "'blocks.0.attn.qkv.bias_mask' holds NaN or infinity",
+    ),
+    "pth with a mask of another shape": (
+        lambda f: pth(f, lambda t: t | {"blocks.0.attn.qkv.bias_mask": torch.ones(32)}),
+        r"'blocks.0.attn.qkv.bias_mask' has shape \(32,\)",
     ),
     "pth with a sparse tensor": (
         lambda f: pth(f, lambda t: t | {"norm.bias": torch.zeros(32).to_sparse()}),

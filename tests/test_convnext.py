@@ -58,6 +58,7 @@ def test_from_hub_id():
     for name in CONVNEXTS:
         for hub_id in (f"facebook/dinov3-{name}-pretrain-lvd1689m", f"dinov3-{name}"):
             assert DINOv3ConvNeXtConfig.from_name(hub_id) == CONVNEXTS[name]
+    assert DINOv3ConvNeXtConfig.from_name("facebook/EUPE-ConvNeXt-B") == CONVNEXTS["convnext-base"]
 
 
 def test_missing_keys_take_transformers_defaults():
@@ -102,7 +103,7 @@ def test_names_of_the_other_architecture():
         DINOv3Config.from_name("facebook/dinov3-convnext-base-pretrain-lvd1689m")
     with pytest.raises(ValueError, match="expected 'dinov3_vit', .*: DINOv3ConvNeXtConfig reads it"):
         DINOv3Config.from_dict({"model_type": "dinov3_convnext"})
-    for name in ("vitb16", "facebook/dinov3-vitb16-pretrain-lvd1689m"):
+    for name in ("vitb16", "facebook/dinov3-vitb16-pretrain-lvd1689m", "facebook/EUPE-ViT-B"):
         with pytest.raises(ValueError, match="is a vision transformer: use DINOv3Config"):
             DINOv3ConvNeXtConfig.from_name(name)
     with pytest.raises(ValueError, match="unknown DINOv3 ConvNeXt 'convnext-huge': expected one of convnext-tiny, "):

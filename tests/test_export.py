@@ -325,7 +325,7 @@ def test_the_command_without_onnxruntime(tmp_path, monkeypatch, capsys):
         path.touch()
         return {}
 
-    monkeypatch.setattr("dinov3_lite.__main__.export", unchecked)
+    monkeypatch.setattr("dinov3_lite.export.export", unchecked)
     folder = write_checkpoint(tmp_path / "checkpoint", SHALLOW)
     assert main(["export", str(folder), "--format", "onnx", "--output", str(tmp_path / "model.onnx")]) == 0
     err = capsys.readouterr().err

@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-MODULES = ("dinov3_lite.kernels.tuning", "dinov3_lite.kernels.rows")
+MODULES = ("dinov3_lite.kernels.builds",)
 # what a program may use of a multiprocessor's shared memory, in bytes, by target
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 PROCESSES = 2

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import triton
 import triton.language as tl
-from dinov3_lite.kernels.launch import Build
+from dinov3_lite.kernels.builds import Build
 
 
 @triton.jit

@@ -1,30 +1,16 @@
-"""Where the kernels can run, and what one compiled build of a kernel is. Imports neither torch nor triton by itself."""
+"""Where the kernels can run, and why not. Imports neither torch nor triton by itself."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-
-
-class Build(NamedTuple):
-    """One kernel with one launch configuration, as `triton.compile` takes it: what can be compiled without a GPU.
-
-    At run time every pointer, and every argument called stride_.., is a multiple of 16: `attrs` are to say so.
-    """
-
-    name: str
-    kernel: Any  # the @triton.jit function
-    signature: dict[str, str]  # of every argument: "*fp16", "i32", "fp32", .. or "constexpr"
-    constexprs: dict[str, object]
-    num_warps: int
-    num_stages: int
 
 
 def is_available() -> bool:
@@ -57,14 +43,10 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
-def architecture(device: torch.device) -> int:
-    """The newest architecture of the tables that this device can run; the interpreter takes the tiles of sm_90."""
-    import torch
-
-    from .tuning import ARCHITECTURES
-
-    if device.type == "cpu":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return max(arch for arch in ARCHITECTURES if arch <= 10 * major + minor)
+def require(op: str, name: str, x: Tensor) -> None:
+    """Raise a RuntimeError that says why, if `op` can't run here or not on the device of its argument `name`, x."""
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"{op} can't run: {reason}")
+    if not x.is_cuda and not interpreted():
+        raise RuntimeError(f"{name} is on {x.device}: expected a CUDA device, or the CPU under TRITON_INTERPRET=1")

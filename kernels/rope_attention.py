@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import tuning
-from .launch import architecture, interpreted, unavailable_reason
 from .operators import define
+from .rotate import check_like_q, check_rotation, check_tables_need_no_gradients, rotated
 
 LOG2_E = math.log2(math.e)
 
@@ -84,27 +84,46 @@ def _attention(
     Checks and the choice of strategy are in here, so that one traced program serves any number of tokens.
     """
     _check_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)
-    from .attention_triton import attention_forward
+    from .rope_attention_triton import rope_attention_forward_kernel
 
     _, N, heads, D = q.shape
     longest = N if max_seqlen is None else max_seqlen
     out, lse = _outputs(q, training)
     if cu_seqlens is None and not training and tuning.prefers_sdpa(N, D):
-        return _sdpa(_rotated(q, k, cos, sin), v, scale).contiguous(), lse
-    arch = architecture(q.device)
+        return _sdpa(rotated(q, k, cos, sin), v, scale).contiguous(), lse
+    arch = tuning.architecture(q.device)
     fused = longest <= tuning.FUSED_UP_TO[arch]
     if not fused:
-        q, k = _rotated(q, k, cos, sin).unbind()
-    launch = tuning.launch(tuning.FORWARD, arch, D, q.itemsize)
-    blocks = -(-longest // launch["BLOCK_M"])
+        q, k = rotated(q, k, cos, sin).unbind()
+    launch = tuning.attention_launch(tuning.FORWARD, arch, D, q.itemsize)
+    tiles = -(-longest // launch["BLOCK_M"])
     with torch.cuda.device_of(q):
-        attention_forward[_programs(blocks, q, cu_seqlens)](
-            *(q, k, v, cos, sin, out, lse if training else None, cu_seqlens),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            *(N, N - cos.shape[0], heads, blocks, _scale(scale, D) * LOG2_E),
+        rope_attention_forward_kernel[_programs(tiles, q, cu_seqlens)](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            cos_ptr=cos,
+            sin_ptr=sin,
+            out_ptr=out,
+            lse_ptr=lse if training else None,
+            cu_seqlens_ptr=cu_seqlens,
+            stride_qb=q.stride(0),
+            stride_qn=q.stride(1),
+            stride_qh=q.stride(2),
+            stride_kb=k.stride(0),
+            stride_kn=k.stride(1),
+            stride_kh=k.stride(2),
+            stride_vb=v.stride(0),
+            stride_vn=v.stride(1),
+            stride_vh=v.stride(2),
+            N=N,
+            prefix=N - cos.shape[0],
+            heads=heads,
+            tiles=tiles,
+            scale_log2=_scale(scale, D) * LOG2_E,
+            **launch,
             ROTATE=fused,
             PRECISION=_precision(q.dtype),
-            **launch,
         )
     return out, lse
 
@@ -128,40 +147,75 @@ def _attention_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, (B, N, heads, D) each. q and k are rotated once more, so that nobody keeps them."""
-    from .attention_triton import attention_backward_kv, attention_backward_q
+    from .rope_attention_backward_triton import rope_attention_backward_kv_kernel, rope_attention_backward_q_kernel
 
     _, N, heads, D = q.shape
     longest = N if max_seqlen is None else max_seqlen
-    arch = architecture(q.device)
-    rotated_q, rotated_k = _rotated(q, k, cos, sin).unbind()
+    arch = tuning.architecture(q.device)
+    rotated_q, rotated_k = rotated(q, k, cos, sin).unbind()
     dout = dout.contiguous()
     dq, dk, dv = (torch.empty_like(dout) for _ in range(3))
     delta = torch.empty_like(lse)
-    scale, precision = _scale(scale, D), _precision(q.dtype)
-    sizes = (*v.stride()[:3], N, N - cos.shape[0], heads)
+    scale = _scale(scale, D)
     with torch.cuda.device_of(q):
-        launch = tuning.launch(tuning.BACKWARD_Q, arch, D, q.itemsize)
-        blocks = -(-longest // launch["BLOCK_M"])
-        attention_backward_q[_programs(blocks, q, cu_seqlens)](
-            *(rotated_q, rotated_k, v, cos, sin, out, dout, lse, delta, dq, cu_seqlens),
-            *(*sizes, blocks, scale, scale * LOG2_E),
-            PRECISION=precision,
+        launch = tuning.attention_launch(tuning.BACKWARD_Q, arch, D, q.itemsize)
+        tiles = -(-longest // launch["BLOCK_M"])
+        rope_attention_backward_q_kernel[_programs(tiles, q, cu_seqlens)](
+            q_ptr=rotated_q,
+            k_ptr=rotated_k,
+            v_ptr=v,
+            cos_ptr=cos,
+            sin_ptr=sin,
+            out_ptr=out,
+            dout_ptr=dout,
+            lse_ptr=lse,
+            delta_ptr=delta,
+            dq_ptr=dq,
+            cu_seqlens_ptr=cu_seqlens,
+            stride_vb=v.stride(0),
+            stride_vn=v.stride(1),
+            stride_vh=v.stride(2),
+            N=N,
+            prefix=N - cos.shape[0],
+            heads=heads,
+            tiles=tiles,
+            scale=scale,
+            scale_log2=scale * LOG2_E,
             **launch,
+            PRECISION=_precision(q.dtype),
         )
-        launch = tuning.launch(tuning.BACKWARD_KV, arch, D, q.itemsize)
-        blocks = -(-longest // launch["BLOCK_N"])
-        attention_backward_kv[_programs(blocks, q, cu_seqlens)](
-            *(rotated_q, rotated_k, v, cos, sin, dout, lse, delta, dk, dv, cu_seqlens),
-            *(*sizes, blocks, scale, scale * LOG2_E),
-            PRECISION=precision,
+        launch = tuning.attention_launch(tuning.BACKWARD_KV, arch, D, q.itemsize)
+        tiles = -(-longest // launch["BLOCK_N"])
+        rope_attention_backward_kv_kernel[_programs(tiles, q, cu_seqlens)](
+            q_ptr=rotated_q,
+            k_ptr=rotated_k,
+            v_ptr=v,
+            cos_ptr=cos,
+            sin_ptr=sin,
+            dout_ptr=dout,
+            lse_ptr=lse,
+            delta_ptr=delta,
+            dk_ptr=dk,
+            dv_ptr=dv,
+            cu_seqlens_ptr=cu_seqlens,
+            stride_vb=v.stride(0),
+            stride_vn=v.stride(1),
+            stride_vh=v.stride(2),
+            N=N,
+            prefix=N - cos.shape[0],
+            heads=heads,
+            tiles=tiles,
+            scale=scale,
+            scale_log2=scale * LOG2_E,
             **launch,
+            PRECISION=_precision(q.dtype),
         )
     return dq, dk, dv
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale, _ = inputs
-    _check_tables_need_no_gradients(ctx.needs_input_grad[3:5])
+    check_tables_need_no_gradients(ctx.needs_input_grad[3:5])
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, cos, sin, cu_seqlens, *output)
 
@@ -170,43 +224,6 @@ def _attention_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor |
     *tensors, out, lse = ctx.saved_tensors
     gradients = torch.ops.dinov3_lite.rope_attention_backward(dout, *tensors, ctx.max_seqlen, ctx.scale, out, lse)
     return (*gradients, None, None, None, None, None, None)
-
-
-def _save_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, cos, sin, ctx.inverse = inputs
-    _check_tables_need_no_gradients(ctx.needs_input_grad[2:4])
-    ctx.save_for_backward(cos, sin)
-
-
-def _rotation_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk = grad.contiguous().unbind()
-    return (*torch.ops.dinov3_lite.rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse).unbind(), None, None, None)
-
-
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """What `_rotated` returns, once its arguments are right."""
-    _check(q, k, cos, sin, q.shape[1])
-    return _rotated(q, k, cos, sin, inverse)
-
-
-def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """R(q) and R(k), or R^-1 of both, as one (2, B, N, heads, D): q and k themselves belong to the caller."""
-    from .attention_triton import rotate
-
-    B, N, heads, D = q.shape
-    out = q.new_empty((2, *q.shape))
-    widths, rows = tuning.widths(D), B * N * heads
-    block = tuning.ROTATION_BLOCK // widths["HALF"]
-    with torch.cuda.device_of(q):
-        rotate[(-(-rows // block),)](
-            *(q, k, cos, sin, out, *q.stride()[:3], *k.stride()[:3], N, N - cos.shape[0], heads, rows),
-            D=D,
-            HALF=widths["HALF"],
-            BLOCK=block,
-            INVERSE=inverse,
-            enable_fp_fusion=True,
-        )
-    return out
 
 
 define(
@@ -225,14 +242,6 @@ define(
     _attention_backward,
     fake=lambda dout, q, *others: tuple(q.new_empty(q.shape) for _ in range(3)),
 )
-define(
-    "rotate",
-    "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse=False) -> Tensor",
-    _rotate,
-    fake=lambda q, *others: q.new_empty((2, *q.shape)),
-    gradients=_rotation_gradients,
-    save=_save_rotation,
-)
 
 
 def _sdpa(rotated: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -240,9 +249,9 @@ def _sdpa(rotated: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), scale=scale).transpose(1, 2)
 
 
-def _programs(blocks: int, q: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
+def _programs(tiles: int, q: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (blocks * q.shape[2] * sequences,)
+    return (tiles * q.shape[2] * sequences,)
 
 
 def _scale(scale: float | None, D: int) -> float:
@@ -258,11 +267,6 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _needs_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _check_tables_need_no_gradients(needed: tuple[bool, ...]) -> None:
-    if any(needed):
-        raise ValueError("cos or sin requires a gradient: expected tables without, the kernels have none for them")
 
 
 def _check_attention(
@@ -281,8 +285,8 @@ def _check_attention(
     if q.ndim != 4:
         raise ValueError(f"q has {q.ndim - 1} dimensions: expected (T, heads, D)")
     longest = q.shape[1] if max_seqlen is None else max_seqlen
-    _check(q, k, cos, sin, longest)
-    _check_like_q("v", v, q, longest)
+    check_rotation(q, k, cos, sin, longest)
+    check_like_q("v", v, q, longest)
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}: expected a positive number")
     if cu_seqlens is None:
@@ -298,49 +302,3 @@ def _check_attention(
         raise ValueError(f"cos has {cos.shape[0]} rows: expected one for each of the {q.shape[1]} tokens")
     if longest < 0:
         raise ValueError(f"max_seqlen is {longest}: expected the length of the longest sequence")
-
-
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, longest: int) -> None:
-    """One sentence where the kernels can't run, or for queries, keys and tables that they don't take."""
-    reason = unavailable_reason()
-    if reason is not None:
-        raise RuntimeError(f"rope_attention can't run: {reason}")
-    if not q.is_cuda and not interpreted():
-        raise RuntimeError(f"q is on {q.device}: expected a CUDA device, or the CPU under TRITON_INTERPRET=1")
-    B, N, heads, D = q.shape
-    if B * N * heads >= 2**31:
-        raise ValueError(f"q has {B} x {N} x {heads} heads of tokens: expected fewer than 2^31")
-    if D % 16 or not 16 <= D <= 256:
-        raise ValueError(f"q has head dim {D}: expected a multiple of 16 from 16 to 256")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q is {q.dtype}: expected torch.float16, torch.bfloat16 or torch.float32")
-    if q.dtype == torch.bfloat16 and interpreted():
-        raise ValueError("q is torch.bfloat16: expected torch.float16 or torch.float32 under triton's interpreter")
-    _check_like_q("q", q, q, longest)
-    _check_like_q("k", k, q, longest)
-    if cos.ndim != 2 or cos.shape[1] != D // 2 or cos.shape[0] > N:
-        raise ValueError(f"cos has shape {tuple(cos.shape)}: expected (P, {D // 2}) with P at most {N} tokens")
-    if sin.shape != cos.shape:
-        raise ValueError(f"sin has shape {tuple(sin.shape)}: expected cos's, {tuple(cos.shape)}")
-    for name, table in {"cos": cos, "sin": sin}.items():
-        if table.dtype != torch.float32:
-            raise ValueError(f"{name} is {table.dtype}: expected torch.float32")
-        if not table.is_contiguous():
-            raise ValueError(f"{name} has strides {table.stride()}: expected a contiguous table")
-        if table.device != q.device:
-            raise ValueError(f"{name} is on {table.device}: expected q's device, {q.device}")
-
-
-def _check_like_q(name: str, x: Tensor, q: Tensor, longest: int) -> None:
-    """Queries, keys and values are alike in all but strides; within a sequence the kernels count elements in int32."""
-    if x.shape != q.shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected q's, {tuple(q.shape)}")
-    if x.dtype != q.dtype:
-        raise ValueError(f"{name} is {x.dtype}: expected q's dtype, {q.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device}: expected q's device, {q.device}")
-    if x.stride(3) != 1:
-        raise ValueError(f"{name} has stride {x.stride(3)} in its last dimension: expected 1")
-    _, _, heads, D = q.shape
-    if longest * max(x.stride(1), heads * D) + heads * max(x.stride(2), D) >= 2**31:
-        raise ValueError(f"{name} spans 2^31 elements or more in a sequence of {longest} tokens: expected fewer")

@@ -1,7 +1,7 @@
-"""The Triton kernels of the row operations. Letters: T rows, C channels, F half the width of a gated projection.
+"""The Triton kernels of residual + LayerScale + LayerNorm. Letters as in `tiles_triton`.
 
-Widths are the model's, so they are constexpr: one compilation a model, and a compiler that knows how rows are aligned.
-Row offsets are 64-bit. Arithmetic is float32 whatever the tensors are.
+C is the model's, so it is constexpr: one compilation a model, and a compiler that knows how rows are aligned. Row
+offsets are 64-bit. Arithmetic is float32 whatever the tensors are.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_float32(pointers, mask):
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+from .tiles_triton import load_float32
 
 
 @triton.jit
-def normalise(x, mask, eps, C: tl.constexpr):
-    """One row as (x - mean) / sqrt(var + eps), and 1 / sqrt(var + eps): (BLOCK_C,) and a scalar."""
+def normalise(
+    x,  # (BLOCK_C,) float32, zero where not mask
+    mask,  # (BLOCK_C,)
+    eps,
+    C: tl.constexpr,
+):
+    """One row as xhat = (x - mean) / sqrt(var + eps), (BLOCK_C,), and rstd = 1 / sqrt(var + eps)."""
+    # (BLOCK_C,)
     centred = tl.where(mask, x - tl.sum(x) / C, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred) / C + eps)
     return centred * rstd, rstd
@@ -37,10 +40,12 @@ def add_layer_norm_forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program a row: x_new = x + gamma branch, normed = xhat weight + bias."""
+    # (BLOCK_C,)
     cols = tl.arange(0, BLOCK_C)
     mask = cols < C
     row = tl.program_id(0).to(tl.int64) * C + cols
 
+    # (BLOCK_C,)
     gamma = load_float32(gamma_ptr + cols, mask)
     x_new = load_float32(x_ptr + row, mask) + gamma * load_float32(branch_ptr + row, mask)
     x_new = x_new.to(x_new_ptr.dtype.element_ty)
@@ -72,6 +77,7 @@ def add_layer_norm_backward_kernel(
     gamma and weight are read again for every row: they stay in the L1 cache, and in registers they made others spill.
     """
     program = tl.program_id(0)
+    # (BLOCK_C,)
     cols = tl.arange(0, BLOCK_C)
     mask = cols < C
     grad_gamma = tl.zeros((BLOCK_C,), tl.float32)
@@ -79,6 +85,7 @@ def add_layer_norm_backward_kernel(
     grad_bias = tl.zeros((BLOCK_C,), tl.float32)
 
     for t in range(program, T, tl.num_programs(0)):
+        # (BLOCK_C,)
         row = tl.cast(t, tl.int64) * C + cols
         xhat, rstd = normalise(load_float32(x_new_ptr + row, mask), mask, eps, C)
         grad_normed = load_float32(grad_normed_ptr + row, mask)
@@ -91,47 +98,8 @@ def add_layer_norm_backward_kernel(
         tl.store(grad_branch_ptr + row, grad_x * load_float32(gamma_ptr + cols, mask), mask=mask)
         grad_gamma += grad_x * load_float32(branch_ptr + row, mask)
 
+    # (BLOCK_C,)
     sums_ptr = partials_ptr + program * 3 * C + cols
     tl.store(sums_ptr, grad_gamma, mask=mask)
     tl.store(sums_ptr + C, grad_weight, mask=mask)
     tl.store(sums_ptr + 2 * C, grad_bias, mask=mask)
-
-
-@triton.jit
-def swiglu_forward_kernel(
-    gate_value_ptr,  # (T, 2F)
-    out_ptr,  # (T, F)
-    F: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """One program writes BLOCK_F channels of one row of silu(gate) value."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    mask = cols < F
-    gate_ptr = gate_value_ptr + row * 2 * F + cols
-    gate = load_float32(gate_ptr, mask)
-    value = load_float32(gate_ptr + F, mask)
-    tl.store(out_ptr + row * F + cols, gate * tl.sigmoid(gate) * value, mask=mask)
-
-
-@triton.jit
-def swiglu_backward_kernel(
-    gate_value_ptr,  # (T, 2F)
-    grad_out_ptr,  # (T, F)
-    grad_gate_value_ptr,  # (T, 2F)
-    F: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """One program writes the gradients of BLOCK_F gates and values of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    mask = cols < F
-    gate_ptr = gate_value_ptr + row * 2 * F + cols
-    gate = load_float32(gate_ptr, mask)
-    value = load_float32(gate_ptr + F, mask)
-    grad_out = load_float32(grad_out_ptr + row * F + cols, mask)
-
-    sigmoid = tl.sigmoid(gate)
-    grad_gate_ptr = grad_gate_value_ptr + row * 2 * F + cols
-    tl.store(grad_gate_ptr, grad_out * value * sigmoid * (1 + gate * (1 - sigmoid)), mask=mask)
-    tl.store(grad_gate_ptr + F, grad_out * gate * sigmoid, mask=mask)

@@ -1,0 +1,51 @@
+"""`export CHECKPOINT --format onnx`: a model as one file for another runtime."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+
+from ..console import complain, say
+from .arguments import MODEL, add_device_and_dtype, size
+
+FORMATS = ("onnx", "pt2", "aoti")  # those of dinov3_lite.export, which imports torch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write a model as one file for another runtime, run that file, and compare it with the model."
+    parser.epilog = "example:\n  %(prog)s checkpoint --format onnx --output vits16.onnx"
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="onnx, torch.export's pt2, or compiled by AOTInductor",
+    )
+    parser.add_argument("--output", type=Path, help="default: the variant's name, such as vitb16.onnx")
+    parser.add_argument(
+        "--size", type=size, metavar="N or HxW", help="fix the resolution (default: any multiples of the patch size)"
+    )
+    add_device_and_dtype(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from .. import export as exporting
+    from ..model import DINOv3ViT
+    from ..weights import DTYPES
+
+    model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
+    output = args.output or Path(f"{model.config.name}{exporting.FORMATS[args.format].suffix}")
+    say(f"{model.config.name}  weights {model.weights_id}")
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of its own code
+        errors = exporting.export(model, output, args.format, args.size)
+    written = sum(file.stat().st_size for file in output.parent.glob(f"{output.name}*"))
+    kind = f"onnx, opset {exporting.OPSET}" if args.format == "onnx" else args.format
+    say(f"{output}: {kind}, {written / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s")
+    for shape, error in errors.items():
+        say(f"  images {' x '.join(map(str, shape))}: relative error to the model {error:.1e}")
+    if not errors:
+        complain(f"dinov3_lite: warning: {output}: {exporting.UNCHECKED}")

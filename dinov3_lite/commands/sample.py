@@ -1,0 +1,21 @@
+"""`sample FOLDER`: a checkpoint to try things with, where the real weights can't be downloaded."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..console import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write the checkpoint of a ViT-S in transformers' layout. Its weights are made, not trained."
+    parser.epilog = "example:\n  %(prog)s checkpoint"
+    parser.add_argument("folder", type=Path, help="where to; it may exist, but not hold a checkpoint")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..sample import write_sample
+
+    write_sample(args.folder)
+    say(f"{args.folder}: a ViT-S checkpoint in transformers' layout, with made weights (not trained)")
