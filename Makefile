@@ -6,19 +6,25 @@ PIP := $(BIN)/pip --disable-pip-version-check
 REFERENCES := .venv/references
 OLD_TRANSFORMERS := $(REFERENCES)/transformers-4.57.6
 
-.PHONY: demo test lint types bench parity-table clean
+.PHONY: demo test lint types docs bench pages clean
 
-demo: .venv/installed-demo  ## the main job: make a checkpoint, convert it, features and picture of a photograph
+# The main job: make a checkpoint, convert it, features and picture of a photograph. Of trained weights, where there is a
+# network: make demo MODEL=robbyant/lingbot-vision-vit-small (or any other hub id, folder or file).
+MODEL ?= demo/checkpoint
+demo: .venv/installed-demo
 	rm -rf demo && mkdir demo
-	$(BIN)/python -m dinov3_lite sample demo/checkpoint
-	$(BIN)/python -m convert demo/checkpoint
+ifeq ($(MODEL),demo/checkpoint)
+	$(BIN)/python -m dinov3_lite sample $(MODEL)
+endif
+	$(BIN)/python -m convert $(MODEL) --output demo/dinov3_lite.safetensors
 	cp "$$($(BIN)/python -c 'from matplotlib.cbook import get_sample_data; print(get_sample_data("grace_hopper.jpg", asfileobj=False))')" demo/photo.jpg
-	$(BIN)/python -m dinov3_lite features demo/photo.jpg --model demo/checkpoint/dinov3_lite.safetensors --size 768 \
+	$(BIN)/python -m dinov3_lite features demo/photo.jpg --model demo/dinov3_lite.safetensors --size 768 \
 		--output demo/features.safetensors --picture demo/pca.png --query 290,270
 
-# A process a core, each with one thread: two of torch's thread pools on the same cores wait for each other.
+# All tests, then the parity tests once more against an older transformers. A process a core, each with one thread: two
+# of torch's thread pools on the same cores wait for each other.
 test: export OMP_NUM_THREADS = 1
-test: .venv/installed-dev  ## all tests, then the parity tests once more against an older transformers
+test: .venv/installed-dev
 	$(BIN)/pytest -n auto --dist loadfile
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest tests/test_parity.py tests/test_layouts.py
 
@@ -29,21 +35,32 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
-bench: .venv/installed-dev  ## ours beside transformers, timm, onnxruntime and OpenVINO
+# The pages as a site, site/index.html. Strict: a link that leads nowhere fails.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build -q
+
+# Ours beside transformers, timm, onnxruntime and OpenVINO.
+bench: .venv/installed-dev
 	$(PIP) install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/compare.py
 
-parity-table: .venv/installed-dev
-	$(BIN)/python benchmarks/parity.py
+# The tables and charts of all pages, from the committed results.
+pages: .venv/installed-dev .venv/installed-demo
+	$(BIN)/python benchmarks/page.py
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
 
 .venv/installed-demo: pyproject.toml constraints.txt | .venv/bin/pip
 	$(PIP) install -q -c constraints.txt -e '.[images,plots]'
+	touch $@
+
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/pip
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import statistics
 import subprocess
 import sys
@@ -84,9 +85,10 @@ def process_mib(field: str) -> float:
         return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
 
 
-def in_a_child(*words: object, cwd: str | Path | None = None) -> str:
-    """The last line that a new process of this Python prints."""
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd)
+def in_a_child(*words: object, cwd: str | Path | None = None, **variables: str) -> str:
+    """The last line that a new process of this Python prints; `variables` are added to its environment."""
+    env = {**os.environ, **variables}
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=env)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout.splitlines()[-1]

@@ -5,7 +5,7 @@ and transformers takes it for the PyPI package of that name: it must import, hav
 its ops be registered a second time.
 """
 
-__version__ = "0.1.0"
+__version__ = "0"  # of the package that transformers takes this for: too old to be used
 
 if __name__ != "kernels":
     from .availability import is_available, unavailable_reason

@@ -1,34 +1,46 @@
-"""What the README shows is run, and the figures it gives are those of the committed results."""
+"""What the pages show is run, where they point is there, and the figures they give are those of the committed results."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_reference
+from helpers import ROOT, run_python, run_reference
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from dinov3_lite import DINOv3Config
 
-
+FRONTS = ("README.md", "README.zh-CN.md")
 PAGES = {page.stem: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+PAGES |= {page.name: page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("*.md"))}
+RUNNING = [name for name, text in PAGES.items() if re.search("^```python$", text, re.MULTILINE)]
+COMMAND = re.compile(r"^(?:python -m (?:dinov3_lite|convert)|dinov3-lite|dinov3-convert)\b.*$", re.MULTILINE)
 
 
-def blocks(language: str, text: str = README) -> list[str]:
+def blocks(language: str, text: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def run_blocks(text: str, session: dict) -> int:
+def commands(text: str) -> list[list[str]]:
+    """The words of every command of ours in a page's shell blocks."""
+    found = [line for block in blocks("bash", text) for line in COMMAND.findall(block.replace("\\\n", " "))]
+    return [shlex.split(line, comments=True) for line in found]
+
+
+def run_blocks(text: str) -> dict:
     """Run a page's Python, block after block in one session."""
-    python = blocks("python", text)
-    for block in python:
+    session: dict = {}
+    for block in blocks("python", text):
         exec(compile(block, "page", "exec"), session)
-    return len(python)
+    return session
 
 
 @pytest.fixture(scope="module")
@@ -37,35 +49,30 @@ def folder(tmp_path_factory) -> Path:
     Image = pytest.importorskip("PIL.Image")
     folder = tmp_path_factory.mktemp("readme")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)).save(folder / "photo.jpg")
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python ")]
-    assert len(commands) == 5
-    for command in ["python -m dinov3_lite sample checkpoint", *commands]:
-        words = [sys.executable, *command.split()[1:]]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    words = commands(PAGES["README.md"])
+    assert len(words) == 5
+    for command in words:
+        done = subprocess.run([sys.executable, *command[1:]], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert (folder / "pca.png").exists()
     return folder
 
 
-def test_the_readme_runs(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    session: dict = {}
-    assert run_blocks(README, session) == len(blocks("python")) >= 6
-    assert session["out"].feature_map.shape == (1, 384, 24, 40)
-    assert [m.shape for m in session["maps"]] == [(1, 384, 14, 14)] * 4 and len(session["raw"]) == 13
+# ---- snippets
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", RUNNING)
 def test_a_page_runs(page, folder, monkeypatch):
     if page == "from-transformers" and not hasattr(pytest.importorskip("transformers"), "DINOv3ViTBackbone"):
         pytest.skip("this transformers has no DINOv3ViTBackbone")
-    if "import peft" in PAGES[page] or "from peft" in PAGES[page]:
+    if re.search("^(import|from) peft", PAGES[page], re.MULTILINE):
         pytest.importorskip("peft")
     monkeypatch.chdir(folder)
-    session: dict = {}
-    assert run_blocks(PAGES[page], session) > 0
+    session = run_blocks(PAGES[page])
     if page == "fine-tuning":
         keys_stay_while_queries_and_values_learn(session)
+    if page in FRONTS:
+        assert session["out"].feature_map.shape == (1, 384, 14, 14) and session["dense"].shape == (1, 384, 24, 40)
 
 
 def keys_stay_while_queries_and_values_learn(session):
@@ -87,50 +94,117 @@ def test_timms_side_of_its_page_runs(tmp_path):
     run_reference("run_with_timm.py", tmp_path / "before.py", cwd=tmp_path)
 
 
-TABLES = {  # a result, the script that made it, and its tables
-    "parity": ("parity", lambda script, result: [script.table(result["rows"]), script.faces_table(result["faces"])]),
-    "startup": ("startup", lambda script, result: [script.table(result)]),
-    "conversion": ("conversion", lambda script, result: [script.table(result)]),
-    "features": ("features", lambda script, result: script.tables(result).values()),
-    "growth": ("growth", lambda script, result: [script.table(result)]),
-    "compare": ("compare", lambda script, result: [script.table(result)]),
-    "compare_bfloat16": ("compare", lambda script, result: [script.table(result)]),
-    "steps": ("steps", lambda script, result: [script.table(result)]),
-}
-NOTES = {"steps"}  # in benchmarks/NOTES.md, all others in the README
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if commands(text)])
+def test_commands_have_the_flags_that_pages_show(page):
+    for words in commands(PAGES[page]):
+        module = words[2] if words[0] == "python" else words[0].replace("dinov3-convert", "convert").replace("-", "_")
+        asked = [words[3]] if module == "dinov3_lite" else []
+        done = run_python(
+            f"import runpy, sys; sys.argv[1:] = {[*asked, '--help']}; runpy.run_module('{module}', run_name='__main__')"
+        )
+        for flag in re.findall("--[a-z-]+", " ".join(words)):
+            assert re.search(rf"{flag}\b", done.stdout), f"{flag} of {shlex.join(words)}: {done.stdout}{done.stderr}"
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_tables_are_the_committed_results(name, monkeypatch):
+# ---- the front pages
+
+
+def test_the_front_page_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 200
+
+
+def test_the_front_pages_show_the_same():
+    """In both languages: the same code but for comments, the same commands and pictures, and a link to every page."""
+
+    def shown(text: str) -> list:
+        code = [re.sub(r" *#.*", "", block) for block in re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL)]
+        targets = {target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text)}
+        return [code, targets - set(FRONTS), text.count("\n| "), text.count("\n## ")]
+
+    english, chinese = (shown(PAGES[front]) for front in FRONTS)
+    assert english == chinese
+
+
+# ---- figures
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Import one of benchmarks/ by its name."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module, tables = TABLES[name]
-    script = __import__(module)
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    page = (ROOT / "benchmarks" / "NOTES.md").read_text(encoding="utf-8") if name in NOTES else README
-    for table in tables(script, result):
-        assert table in page
-    assert script.headline(result) in page
+    return importlib.import_module
+
+
+@pytest.fixture
+def page_script(scripts) -> ModuleType:
+    return scripts("page")
+
+
+def test_tables_are_the_committed_results(page_script):
+    for page in page_script.pages():
+        assert page_script.filled(page) == page.read_text(encoding="utf-8"), f"{page}: run `python benchmarks/page.py`"
+
+
+def test_charts_are_drawn_from_the_committed_results(page_script):
+    for name, panels in page_script.CHARTS.items():
+        assert page_script.drawn_from(page_script.IMAGES / f"{name}.png") == page_script.digest(panels), name
+
+
+def test_every_result_is_on_a_page(page_script):
+    """A result that no page shows is a loss that nobody sees."""
+    used = set(re.findall(r'"(\w+)"', (ROOT / "benchmarks" / "page.py").read_text()))
+    elsewhere = {"kernel_builds", "rope_attention_cpu", "layer_norm_cpu", "swiglu_cpu"}  # in kernels/README.md
+    assert {file.stem for file in page_script.RESULTS.glob("*.json")} <= used | elsewhere
 
 
 @pytest.mark.parametrize("name", ["rope_attention", "layer_norm", "swiglu"])
-def test_the_errors_on_the_page_of_the_kernels_are_the_committed_ones(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = __import__(name)
+def test_the_errors_on_the_page_of_the_kernels_are_the_committed_ones(name, scripts):
+    script = scripts(name)
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
     assert script.error_table(result["errors"]) in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("folder", "text"), [(ROOT, README), *((ROOT / "docs", page) for page in PAGES.values())])
-def test_links_and_pictures_are_there(folder, text):
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert target.startswith("https://") or (folder / target).exists(), target
+def test_the_table_of_models_names_what_loads(scripts):
+    """Every hub id leads to the variant of its line, and every variant has one, but for the one without weights."""
+    rows = re.findall(r"^\| (\w+)[^|]*\| `(facebook/[^`]+)` \|", PAGES["models"], re.MULTILINE)
+    assert {variant for variant, _ in rows} == {*scripts("models").VARIANTS} - {"vitl16plus"}
+    for variant, hub_id in rows:
+        assert DINOv3Config.from_name(hub_id) == DINOv3Config.from_name(variant)
+
+
+# ---- links
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_are_there(page):
+    folder = ROOT if page.endswith(".md") else ROOT / "docs"
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = folder / path if path else folder / (page if page.endswith(".md") else f"{page}.md")
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_the_site_has_every_page():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    assert set(re.findall(r"[\w-]+\.md", navigation)) == {file.name for file in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_citation_names_the_paper():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    paper = citation["preferred-citation"]
+    assert paper["title"] == "DINOv3" and paper["url"].endswith("2508.10104") and len(paper["authors"]) == 26
 
 
 def test_nothing_in_the_project_names_this_machine():
-    for file in [
-        ROOT / "README.md",
-        ROOT / "Makefile",
-        ROOT / "pyproject.toml",
-        *(ROOT / "benchmarks").rglob("*.json"),
-    ]:
-        assert str(ROOT) not in file.read_text(encoding="utf-8"), file
+    for file in [*ROOT.glob("*.*"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.json")]:
+        if file.suffix in {".md", ".json", ".toml", ".yml", ".cff", ".txt"}:
+            assert str(ROOT) not in file.read_text(encoding="utf-8"), file

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -200,49 +195,3 @@ print(transformers.DINOv3ViTModel.__name__)
 """
     done = run_python(code, cwd=ROOT)
     assert done.stdout.strip() == "DINOv3ViTModel", done.stderr
-
-
-def test_a_wheel_has_the_kernels_inside_the_package_only(tmp_path):
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
-        pytest.skip("needs the git checkout, to build a wheel of what is tracked")
-    for name in filter(None, tracked.stdout.split("\0")):
-        if (ROOT / name).exists():
-            (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "src" / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
-    done = subprocess.run(command, cwd=tmp_path / "src", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"dinov3_lite", "convert"}
-    assert {"dinov3_lite/kernels/__init__.py", "dinov3_lite/py.typed", "convert/py.typed"} <= set(names)
-
-    # and what is installed from it works where there is no checkout
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(tmp_path / "site"),
-        str(wheel),
-    ]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    code = "import dinov3_lite.kernels as k; print(k.__file__); k.rope_attention_reference"
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.startswith(str(tmp_path / "site" / "dinov3_lite" / "kernels")), done.stderr
