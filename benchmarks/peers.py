@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convert import convert
-from dinov3_lite import DINOv3Config, DINOv3ViT, compile
+from dinov3_lite import DINOv3Config, DINOv3ViT, optimize_for_inference
 from dinov3_lite.layouts import TRANSFORMERS, rename
 from dinov3_lite.sample import made_weights
 
@@ -65,7 +65,7 @@ def ours(folder: Path, dtype: torch.dtype = torch.float32) -> DINOv3ViT:
 
 def ours_prepared(backend: str) -> Builder:
     def build(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
-        model = compile(ours(folder, dtype).to(device), backend=backend, dynamic=False)
+        model = optimize_for_inference(ours(folder, dtype).to(device), backend=backend, dynamic=False)
         return lambda images: model(images).last_hidden_state
 
     return build
@@ -169,7 +169,7 @@ def last_hidden_state(model: Any, images: Tensor) -> Tensor:
 
 PEERS = [
     Peer("ours", of_module(ours, last_hidden_state)),
-    Peer("ours, prepacked", ours_prepared("packed"), devices=("cpu",)),
+    Peer("ours, prepacked", ours_prepared("prepacked"), devices=("cpu",)),
     Peer("ours, compiled", ours_prepared("inductor")),
     Peer("transformers, sdpa", of_module(transformers_model, last_hidden_state)),
     Peer("transformers, eager attention", of_module(transformers_eager, last_hidden_state)),

@@ -10,6 +10,7 @@ Writes benchmarks/results/steps.json.
 from __future__ import annotations
 
 import argparse
+import copy
 import resource
 from collections.abc import Callable
 from unittest.mock import patch
@@ -20,8 +21,8 @@ from environment import environment, headline, save
 from timing import in_a_child, interleaved, median_ratio, relative_difference, spread
 from torch import Tensor, nn
 
-from dinov3_lite import DINOv3Config, DINOv3Output, DINOv3ViT, compile, layers
-from dinov3_lite.inference import fold
+from dinov3_lite import DINOv3Config, DINOv3Output, DINOv3ViT, layers, optimize_for_inference
+from dinov3_lite.folding import fold
 from dinov3_lite.sample import made_weights
 
 NOW = "eager"
@@ -39,11 +40,17 @@ def activations_apart(model: DINOv3ViT) -> Run:
     return run
 
 
+def folded(model: DINOv3ViT) -> DINOv3ViT:
+    result = copy.deepcopy(model)
+    result.blocks = nn.ModuleList(map(fold, model.blocks))
+    return result
+
+
 def frozen(model: DINOv3ViT) -> Run:
     """A static graph with inductor's freezing, a switch of the process: on while this compiles."""
     import torch._inductor.config
 
-    compiled = torch.compile(fold(model), fullgraph=True, dynamic=False)
+    compiled = torch.compile(folded(model), fullgraph=True, dynamic=False)
 
     def run(images: Tensor) -> DINOv3Output:
         with torch._inductor.config.patch(freezing=True):
@@ -55,11 +62,11 @@ def frozen(model: DINOv3ViT) -> Run:
 STEPS: dict[str, Callable[[DINOv3ViT], Run]] = {
     NOW: lambda model: model,
     "eager, activations not in place": activations_apart,
-    "eager, LayerScale folded": fold,
-    "packed for all sizes": lambda model: compile(model, backend="packed"),
-    "packed for this size": lambda model: compile(model, backend="packed", dynamic=False),
-    "compiled for all sizes": lambda model: compile(model, backend="inductor"),
-    "compiled for this size": lambda model: compile(model, backend="inductor", dynamic=False),
+    "eager, LayerScale folded": folded,
+    "packed for all sizes": lambda model: optimize_for_inference(model, backend="prepacked"),
+    "packed for this size": lambda model: optimize_for_inference(model, backend="prepacked", dynamic=False),
+    "compiled for all sizes": lambda model: optimize_for_inference(model, backend="inductor"),
+    "compiled for this size": lambda model: optimize_for_inference(model, backend="inductor", dynamic=False),
     "compiled for this size, frozen": frozen,
 }
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .encoder import build_dinov3_encoder
     from .finetune import freeze_but_last, parameter_groups, trainable_summary
     from .image import ImageProcessor
-    from .inference import compile
+    from .inference import optimize_for_inference
     from .interfaces import DINOv3ViTBackbone, FeaturesOnly
     from .model import DINOv3Output, DINOv3ViT
     from .window import sliding_window_features
@@ -34,8 +34,8 @@ __all__ = [
     "FeaturesOnly",
     "ImageProcessor",
     "build_dinov3_encoder",
-    "compile",
     "freeze_but_last",
+    "optimize_for_inference",
     "parameter_groups",
     "sliding_window_features",
     "trainable_summary",
@@ -52,8 +52,8 @@ _MODULES = {
     "FeaturesOnly": "interfaces",
     "ImageProcessor": "image",
     "build_dinov3_encoder": "encoder",
-    "compile": "inference",
     "freeze_but_last": "finetune",
+    "optimize_for_inference": "inference",
     "parameter_groups": "finetune",
     "sliding_window_features": "window",
     "trainable_summary": "finetune",

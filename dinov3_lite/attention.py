@@ -9,8 +9,7 @@ result has q's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +54,11 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
     """`triton` for the tensors that the kernels are made for, `sdpa` for all others."""
-    attention = triton_attention if _suits_triton(q) else sdpa_attention
+    attention = triton_attention if suits_triton(q) else sdpa_attention
     return attention(q, k, v, cos, sin, scale)
 
 
-def _suits_triton(q: Tensor) -> bool:
+def suits_triton(q: Tensor) -> bool:
     """Half precision and a head dim that is a multiple of 16, where the kernels can run."""
     return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 16 == 0 and q.shape[-1] <= 256 and _on_gpu(q)
 
@@ -95,33 +94,6 @@ def fuses_rows(attention: AttentionFn, x: Tensor) -> bool:
     """Whether a block's passes over the residual stream x (B, N, C) are our kernels too: beside `triton`, and beside
     `auto` on a GPU. torch.compile, which fuses such passes by itself, gets PyTorch's.
     """
+    attention = getattr(attention, "within", attention)  # of a packed sequence
     chosen = attention is triton_attention or (attention is auto_attention and _on_gpu(x))
     return chosen and x.dtype != torch.float64 and not torch.compiler.is_compiling()
-
-
-def packed_attention(attention: AttentionFn, shapes: Sequence[tuple[int, int]], device: torch.device) -> AttentionFn:
-    """`attention` within each sequence of a packed one: (1, T, heads, D) with cos, sin (T, D/2).
-
-    shapes: (B_i, N_i), batches of equal sequences that lie one after the other; T is the sum of B_i * N_i. Our kernels
-    take them all in one launch, the others batch by batch.
-    """
-    lengths = [n for b, n in shapes for _ in range(b)]
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    longest = max(lengths)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
-        if attention is triton_attention or (attention is auto_attention and _suits_triton(q)):
-            from .kernels import rope_attention_packed
-
-            return rope_attention_packed(q, k, v, cos, sin, cu_seqlens, longest).unsqueeze(0)
-        each = zip(*(unpack(x, shapes) for x in (q, k, v, cos, sin)), strict=True)
-        return torch.cat([attention(*batch).flatten(0, 1) for batch in each]).unsqueeze(0)
-
-    return run
-
-
-def unpack(x: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """(T, ...) -> one (B_i, N_i, ...) a batch."""
-    parts = x.split([b * n for b, n in shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -21,21 +21,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from . import convnext_features as features
+from .checks import BATCH, check_kind
 from .config import DINOv3ConvNeXtConfig
-from .convnext_features import (
-    feature_info,
-    forward_features,
-    forward_intermediates,
-    get_intermediate_layers,
-    refuse,
-    stage_indices,
-    to_tokens,
-)
+from .features import dtype_of
 from .interfaces import BackboneOutput, stages_of
 from .layers import DropPath, LayerNorm, LayerScale, Mlp
 from .model import DINOv3Output
-
-STRIDES = (4, 8, 16, 32)
 
 
 class Stem(nn.Module):
@@ -49,6 +41,11 @@ class Stem(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return self.norm(self.conv(pixel_values).permute(0, 2, 3, 1))
+
+    @property
+    def num_channels(self) -> int:
+        """The channels of the images."""
+        return self.conv.in_channels
 
 
 class Downsample(nn.Module):
@@ -109,11 +106,11 @@ class Stage(nn.Module):
 
     def __init__(self, config: DINOv3ConvNeXtConfig, index: int) -> None:
         super().__init__()
-        before, channels = config.hidden_sizes[max(0, index - 1)], config.hidden_sizes[index]
+        before, self.channels = config.hidden_sizes[max(0, index - 1)], config.hidden_sizes[index]
         first, depth, total = sum(config.depths[:index]), config.depths[index], sum(config.depths)
         rates = [config.drop_path_rate * i / (total - 1) for i in range(first, first + depth)]
-        self.downsample = Downsample(before, channels, config.layer_norm_eps) if index else nn.Identity()
-        self.blocks = nn.ModuleList(ConvNeXtBlock(config, channels, rate) for rate in rates)
+        self.downsample = Downsample(before, self.channels, config.layer_norm_eps) if index else nn.Identity()
+        self.blocks = nn.ModuleList(ConvNeXtBlock(config, self.channels, rate) for rate in rates)
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         if recompute:
@@ -124,7 +121,7 @@ class Stage(nn.Module):
         return x
 
 
-class DINOv3ConvNeXt(nn.Module):
+class DINOv3ConvNeXt(features.Sizes):
     """DINOv3's ConvNeXt: images to feature maps at strides 4, 8, 16 and 32, a CLS token and patch tokens.
 
     The CLS token is the mean of the last stage's map; there are no register tokens, and no attention. What a ViT calls
@@ -146,16 +143,9 @@ class DINOv3ConvNeXt(nn.Module):
         self.residual_dtype: torch.dtype | None = None
         self.weights_id = "random"
 
-        self.embed_dims = config.hidden_sizes
-        self.strides = STRIDES
-        self.embed_dim = self.num_features = config.hidden_sizes[-1]
-        self.depth = self.n_blocks = len(config.depths)
-        self.n_storage_tokens = 0
-        self.num_prefix_tokens = 1
-
         self.stem = Stem(config)
-        self.stages = nn.ModuleList(Stage(config, i) for i in range(self.depth))
-        self.norm = LayerNorm(self.embed_dim, eps=config.layer_norm_eps)
+        self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.depths)))
+        self.norm = LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps)
         self.init_weights()
 
     @torch.no_grad()
@@ -204,12 +194,14 @@ class DINOv3ConvNeXt(nn.Module):
         Raises ValueError for any other rank, channel count, dtype or size, and for bool_masked_pos or keep_indices,
         which only a ViT takes.
         """
-        refuse(bool_masked_pos=bool_masked_pos, keep_indices=keep_indices)
+        features.refuse(bool_masked_pos=bool_masked_pos, keep_indices=keep_indices)
         taps = range(self.depth) if output_hidden_states else (self.depth - 1,)
         states = self.run_stages(pixel_values, taps)
         grid = states[-1].shape[1], states[-1].shape[2]
-        last_hidden_state = self.norm(to_tokens(states[-1]))
-        hidden_states = (pixel_values, *map(self.as_map, states)) if output_hidden_states else None
+        last_hidden_state = self.norm(features.to_tokens(states[-1]))
+        hidden_states = None
+        if output_hidden_states:
+            hidden_states = (pixel_values, *(features.to_map(self, state) for state in states))
         if return_dict:
             return DINOv3Output(last_hidden_state, last_hidden_state[:, 0], hidden_states, grid, self.num_prefix_tokens)
         output = (last_hidden_state, last_hidden_state[:, 0])
@@ -217,10 +209,9 @@ class DINOv3ConvNeXt(nn.Module):
 
     def run_stages(self, pixel_values: Tensor, taps: Sequence[int]) -> list[Tensor]:
         """Outputs (B, h, w, C) of the stages in `taps` (ascending indices); stops after the last of them."""
-        self._check_images(pixel_values)
-        weights_dtype = self.norm.weight.dtype
-        dtype = self.residual_dtype or torch.promote_types(weights_dtype, torch.float32)
-        x = self.stem(pixel_values.to(weights_dtype)).to(dtype)
+        self.check_images(pixel_values)
+        dtype = self.residual_dtype or torch.promote_types(self.dtype, torch.float32)
+        x = self.stem(pixel_values.to(dtype_of(self.stem))).to(dtype)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         states = []
         for i, stage in enumerate(self.stages[: max(taps, default=-1) + 1]):
@@ -229,11 +220,12 @@ class DINOv3ConvNeXt(nn.Module):
                 states.append(x)
         return states
 
-    get_intermediate_layers = get_intermediate_layers
-    forward_features = forward_features
-    forward_intermediates = forward_intermediates
-    feature_info = property(feature_info)
-    block_indices = stage_indices
+    # What Meta's and timm's classes have, by their names.
+    get_intermediate_layers = features.get_intermediate_layers
+    forward_features = features.forward_features
+    forward_intermediates = features.forward_intermediates
+    feature_info = property(features.feature_info)
+    block_indices = features.block_indices
 
     def attention_maps(self, pixel_values: Tensor, block: int = -1) -> NoReturn:
         """Raises ValueError: there is no attention to show."""
@@ -247,30 +239,15 @@ class DINOv3ConvNeXt(nn.Module):
         millions = sum(p.numel() for p in self.parameters()) / 1e6
         return f"{self.config.name}, {millions:.1f} M parameters, weights {self.weights_id}"
 
-    def as_output(self, state: Tensor) -> Tensor:
-        """A state of the residual stream as users get it: in the weights' dtype, unless that is too narrow for it."""
-        dtype = self.norm.weight.dtype
-        return state.to(torch.float32 if dtype == torch.float16 else dtype)
-
-    def as_map(self, state: Tensor) -> Tensor:
-        """(B, h, w, C) -> (B, C, h, w), a view unless the dtype changes."""
-        return self.as_output(state).permute(0, 3, 1, 2)
-
-    def _check_images(self, pixel_values: Tensor) -> None:
-        """ValueError unless these are normalised images of 32 pixels and more."""
-        channels, least = self.config.num_channels, self.strides[-1]
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch, {channels}, height, width)"
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values is {pixel_values.dtype}: expected normalised floating-point images, "
-                "which dinov3_lite.ImageProcessor makes of pictures"
-            )
-        H, W = pixel_values.shape[-2:]
-        if min(H, W) < least:
+    def check_images(
+        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH
+    ) -> tuple[int, int]:
+        """The grid (h, w) of the last stage's map, or ValueError unless these are images of 32 x 32 pixels and more."""
+        check_kind(images, self.num_channels, name, dims)
+        (H, W), least = images.shape[-2:], self.strides[-1]
+        if least > H or least > W:
             raise ValueError(f"image height {H} and width {W} must be at least {least}, the stride of the last stage")
+        return H // least, W // least
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -310,7 +287,7 @@ class DINOv3ConvNextBackbone(nn.Module):
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         """pixel_values: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
         stages = [i - 1 for i in self.out_indices if i]
-        maps = [self.model.as_map(state) for state in self.model.run_stages(pixel_values, stages)]
+        maps = [features.to_map(self.model, state) for state in self.model.run_stages(pixel_values, stages)]
         if self.out_indices[0] == 0:
             maps.insert(0, pixel_values)
         return BackboneOutput(tuple(maps), None)

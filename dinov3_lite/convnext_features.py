@@ -1,17 +1,70 @@
-"""Meta's and timm's methods over `DINOv3ConvNeXt.run_stages`, bound in the class.
+"""What Meta's and timm's classes have, by their names and with their meaning: a ConvNeXt's part of `features`.
+
+The methods are functions over `DINOv3ConvNeXt.run_stages`, which the class binds.
 
 Letters in the shape comments: B batch, h w a stage's grid, C its channels.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .config import DINOv3ConvNeXtConfig
+from .features import as_output, block_indices, dtype_of
+
+
+class Sizes(nn.Module):
+    """A model's sizes by the names that its users know, read off its modules: whoever changes those changes these."""
+
+    stem: nn.Module
+    stages: nn.ModuleList
+    norm: nn.Module
+    config: DINOv3ConvNeXtConfig
+
+    @property
+    def depth(self) -> int:
+        """How many stages there are."""
+        return len(self.stages)
+
+    @property
+    def embed_dims(self) -> tuple[int, ...]:
+        """The channels of each stage's map."""
+        return tuple(stage.channels for stage in self.stages)  # type: ignore[misc]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """How many pixels of the image a pixel of each stage's map stands for, along one side."""
+        return tuple(4 * 2**i for i in range(self.depth))
+
+    @property
+    def embed_dim(self) -> int:
+        """C, the channels of the last stage's map and the width of a token."""
+        return self.embed_dims[-1]
+
+    @property
+    def num_channels(self) -> int:
+        """The channels of an image."""
+        return getattr(self.stem, "num_channels", self.config.num_channels)
+
+    n_blocks = depth
+    num_features = embed_dim
+    n_storage_tokens = 0
+    num_prefix_tokens = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, that of the final LayerNorm: what `forward` returns."""
+        return dtype_of(self.norm, self.stages, self.stem)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model lies on."""
+        return next(self.parameters()).device
 
 
 def get_intermediate_layers(
@@ -38,12 +91,12 @@ def get_intermediate_layers(
     Raises ValueError for a count or an index that the model does not have and for a patch size that is not
     positive or larger than the image.
     """
-    taps = stage_indices(model, n)
+    taps = block_indices(model, n)
     patch_size = model.patch_size if patch_size is None else patch_size
     outputs: list[tuple[Tensor, ...]] = []
     for i, state in zip(taps, model.run_stages(x, taps), strict=True):
         parts = mean_token(state), on_grid(state, x, patch_size)  # (B, 1, C), (B, h, w, C)
-        pooled, patches = map(model.norm if norm and i == model.depth - 1 else model.as_output, parts)
+        pooled, patches = (model.norm(t) if norm and i == model.depth - 1 else as_output(model, t) for t in parts)
         output = [patches.permute(0, 3, 1, 2) if reshape else patches.flatten(1, 2)]
         if return_class_token:
             output.append(pooled[:, 0])
@@ -73,7 +126,7 @@ def forward_features(model: Any, x: Tensor | list[Tensor], masks: Any = None) ->
         "x_norm_clstoken": normed[:, 0],
         "x_storage_tokens": normed[:, 1:1],
         "x_norm_patchtokens": normed[:, 1:],
-        "x_prenorm": model.as_output(state.flatten(1, 2)),
+        "x_prenorm": as_output(model, state.flatten(1, 2)),
         "masks": masks,
     }
 
@@ -98,9 +151,9 @@ def forward_intermediates(
     """
     if output_fmt != "NCHW":
         raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW', all that timm's ConvNeXt has")
-    taps = stage_indices(model, model.depth if indices is None else indices)
+    taps = block_indices(model, model.depth if indices is None else indices)
     last = taps[-1] if intermediates_only or stop_early else model.depth - 1
-    maps = [model.as_map(state) for state in model.run_stages(x, sorted({*taps, last}))]
+    maps = [to_map(model, state) for state in model.run_stages(x, sorted({*taps, last}))]
     return maps[: len(taps)] if intermediates_only else (maps[-1], maps[: len(taps)])
 
 
@@ -112,23 +165,6 @@ def feature_info(model: Any) -> list[dict[str, Any]]:
     ]
 
 
-def stage_indices(model: Any, n: int | str | Sequence[int]) -> list[int]:
-    """Ascending indices of stages: see n of `get_intermediate_layers`."""
-    depth = model.depth
-    if isinstance(n, str):
-        if n not in ("quarters", "dpt"):
-            raise ValueError(f"n is {n!r}: expected 'quarters' or 'dpt', which are all {depth} stages")
-        return list(range(depth))
-    if isinstance(n, int):
-        if not 1 <= n <= depth:
-            raise ValueError(f"n is {n}: expected a count of stages from 1 to {depth}, or a list of indices")
-        return list(range(depth - n, depth))
-    indices = [operator.index(i) for i in n]
-    if not indices or not all(-depth <= i < depth for i in indices):
-        raise ValueError(f"n is {indices}: expected stage indices from {-depth} to {depth - 1}")
-    return sorted({i % depth for i in indices})
-
-
 def mean_token(state: Tensor) -> Tensor:
     """What stands for the CLS token: (B, h, w, C) -> (B, 1, C)."""
     return state.mean(dim=(1, 2)).unsqueeze(1)
@@ -137,6 +173,11 @@ def mean_token(state: Tensor) -> Tensor:
 def to_tokens(state: Tensor) -> Tensor:
     """The mean, then the map's pixels row by row: (B, h, w, C) -> (B, 1 + h*w, C)."""
     return torch.cat((mean_token(state), state.flatten(1, 2)), dim=1)
+
+
+def to_map(model: Any, state: Tensor) -> Tensor:
+    """A stage's output as users get it: (B, h, w, C) -> (B, C, h, w), a view unless the dtype changes."""
+    return as_output(model, state).permute(0, 3, 1, 2)
 
 
 def on_grid(state: Tensor, images: Tensor, patch_size: int | None) -> Tensor:

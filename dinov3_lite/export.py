@@ -74,7 +74,7 @@ def trace(model: DINOv3ViT, size: tuple[int, int] | None = None) -> ExportedProg
     axes = {0: Dim("batch", min=1)}
     if size is None:
         axes |= {2: p * Dim("h", min=2), 3: p * Dim("w", min=2)}
-    images = torch.zeros(B, model.config.num_channels, H, W, device=model.norm.weight.device)
+    images = torch.zeros(B, model.config.num_channels, H, W, device=model.device)
     with torch.no_grad():
         program = torch.export.export(_NamedOutputs(model), (images,), dynamic_shapes={"pixel_values": axes})
     for node in program.graph.nodes:
@@ -193,11 +193,11 @@ def _check(model: DINOv3ViT, path: Path, format: str, size: tuple[int, int] | No
     if model.training:
         raise ValueError("the model is in training mode, where RoPE coordinates are random: call model.eval() first")
     if size is not None:
-        model._check_images(torch.empty(1, model.config.num_channels, *size, device="meta"))
+        model.check_images(torch.empty(1, model.config.num_channels, *size, device="meta"))
     if format == "onnx":
         if missing := [package for package in ("onnx", "onnxscript") if not _installed(package)]:
             raise ImportError(f"the format 'onnx' needs {' and '.join(missing)}: {INSTALL}")
-        dtype = model.norm.weight.dtype
+        dtype = model.dtype
         if dtype not in (torch.float32, torch.float16):
             raise ValueError(
                 f"the weights are {dtype}, which onnxruntime can't run on a CPU: load the model with dtype "
@@ -208,12 +208,11 @@ def _check(model: DINOv3ViT, path: Path, format: str, size: tuple[int, int] | No
 @torch.no_grad()
 def _compare(run: Runtime, model: DINOv3ViT, path: Path, size: tuple[int, int] | None) -> dict[tuple[int, ...], float]:
     """The relative error at each shape tried, or RuntimeError if one is too large."""
-    p, weight = model.patch_size, model.norm.weight
-    bound = BOUNDS[weight.dtype]
+    p, bound = model.patch_size, BOUNDS[model.dtype]
     errors: dict[tuple[int, ...], float] = {}
     for B, h, w in CHECKED:
         shape = (B, model.config.num_channels, *(size or (h * p, w * p)))
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
         ours, theirs = model(images), run(images)
         error = max(_relative_error(theirs[name], getattr(ours, name)) for name in OUTPUTS)
         if not error <= bound:  # NaN too

@@ -1,256 +1,285 @@
-"""A model made ready for repeated inference: constant factors folded into the weights, then either of two backends.
+"""A model prepared for repeated inference: constant factors folded into the weights, then either of two backends.
 
-On a CPU the blocks' weights are put into the layout of the library that multiplies by them, oneDNN or MKL, both of
-which PyTorch brings along: no matrix product packs them anew, and nothing is compiled. Elsewhere inductor compiles the
-model.
+On a CPU the blocks' weights are put into the layout of the library that multiplies by them (see `prepacked`), and
+nothing is compiled. Elsewhere inductor compiles the blocks (see `graphs`).
 
-Folding is exact in real arithmetic. With LayerScale's gamma, the branch's last projection W h + b, and a processor that
-maps pixels p to (r p - mean) / std:
-
-    x + gamma * (W h + b)         =  x + (gamma W) h + gamma b
-    W ((r p - mean) / std) + b    =  (W r / std) (p - c) + b + sum W (r c - mean) / std
-
-Patches don't overlap and nothing is padded, so the second line holds for every patch. c is the whole number nearest
-mean / r: p - c loses no digit, and its sums are as small as those of normalised images.
+A prepared model keeps its modules as they were. Each block has a folded stand-in beside it, which runs in its place for
+as long as the block is ours, plain and unobserved (`layers.untouched`), and is made anew when its weights change.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
+import threading
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import BATCH, check_images
+from .folding import PixelPatchEmbed, fold, prepack_projections
+from .graphs import Graphs
 from .image import ImageProcessor
-from .layers import Block, Mlp, PatchEmbed, QKVProjection
-from .model import DINOv3ViT
+from .layers import Block, PatchEmbed, untouched
+from .model import DINOv3ViT, run_stack
+from .packing import Tokens
+from .prepacked import available
 
-BACKENDS = ("auto", "packed", "inductor")
-EXAMPLE = (14, 16)  # grid that graphs for all sizes are compiled with: unequal sides, near the usual 224 pixels
-MANY_ROWS = 300  # of a float32 product: beside more, packing a weight costs nothing to speak of
+BACKENDS = ("auto", "prepacked", "inductor")
 
 
-def compile(
+def optimize_for_inference(
     model: nn.Module, processor: ImageProcessor | None = None, *, backend: str = "auto", dynamic: bool = True
-) -> CompiledModel:
-    """`model` for inference: the same call and the same outputs, from folded weights.
+) -> Any:
+    """Return a copy of `model` that gives the same outputs faster: still a DINOv3ViT, with every method and attribute.
 
-    model: a DINOv3ViT, or a module around one (a backbone, a head on top) that takes images, in evaluation mode. It
-        stays as it is and shares its other weights with the result: compile again once they have changed, or the
-        model has moved.
+    model: a DINOv3ViT, or a module around one or more of them (a backbone, an encoder, a head on top), in evaluation
+        mode. It stays as it is. The copy shares its weights, runs without gradients, stays in evaluation mode whatever
+        its parent does, and follows when the weights change (but not through `.data`, which PyTorch does not report).
     processor: the images are then uint8 pixels (B, 3, H, W) of any size that the model takes, and the processor's
         rescaling and normalisation are part of the patch embedding, in float32 whatever the model's dtype. Its
         resizing is not done.
-    backend: "packed" holds the blocks' weights once more, in a library's own layout, and compiles nothing. "inductor"
-        is torch.compile, at the first call or in `warm_up`; torch keeps what it compiled on disk for later processes.
-        "auto" is packed for a model on a CPU where oneDNN takes its dtype, else inductor.
-    dynamic: True prepares for all sizes and batches at once: one packing, oneDNN's; or one graph of inductor's and
-        another for single images (a grid of one row or column of patches has its own). False is faster where shapes
-        seldom change: float32 weights are packed by MKL, anew whenever the number of tokens in a batch changes (0.1 s
-        for a ViT-B; half precision stays oneDNN's); or a graph is compiled for each new shape.
+    backend: "prepacked" holds the blocks' weights once more, in the layout of oneDNN or MKL, and compiles nothing.
+        "inductor" is torch.compile, at the first call of a kind or in `warm_up`; torch keeps what it compiled on disk
+        for later processes. "auto" is prepacked on a CPU where oneDNN takes the model's dtype, otherwise inductor.
+    dynamic: True prepares for all sizes and batches at once: one layout, oneDNN's; or two graphs of inductor's, for one
+        image and for several. False is faster where shapes seldom change: float32 weights are packed by MKL, anew
+        whenever the number of tokens in a batch changes (0.1 s for a ViT-B; half precision stays oneDNN's); or a graph
+        is compiled for each new shape, the first `graphs.MAX_GRAPHS` of them.
 
-    Raises ValueError for a model in training mode, for one without a DINOv3ViT, for an unknown backend, and for
-    "packed" where oneDNN does not take the model.
+    What somebody replaced, wrapped or put a hook on, before or after, runs as it would in the model itself. oneDNN
+    keeps plans of products in memory: where many sizes are seen, up to half a GiB a thread in half precision; the
+    environment variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY (1024 each) lower that.
+
+    Raises ValueError for a model in training mode, for one without a DINOv3ViT, for an unknown backend, for a processor
+    whose statistics are not as many as the model's channels, and for "prepacked" where oneDNN does not take the model.
     """
-    weight = vit_inside(model).norm.weight
-    if model.training:
-        raise ValueError("the model is in training mode, where RoPE coordinates are random: call model.eval() first")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
-    suits = suits_onednn(weight)
-    if backend == "packed" and not suits:
-        raise ValueError(
-            f"backend is 'packed' and the model is {weight.dtype} on {weight.device}, which oneDNN does not take on "
-            "this machine: expected float32, bfloat16 or float16 on a CPU that it supports; use 'inductor'"
-        )
-    folded = fold(model, processor)
-    compiled = backend == "inductor" or not suits
-    if compiled:
-        folded.compile(fullgraph=True, dynamic=dynamic)
-    else:
-        pack(folded, dynamic)
-    return CompiledModel(folded, torch.uint8 if processor else None, compiled and dynamic)
-
-
-def vit_inside(model: nn.Module) -> DINOv3ViT:
-    """The first DINOv3ViT of a module, which may be it. ValueError where there is none."""
-    for module in model.modules():
+    inside = [module for module in model.modules() if isinstance(module, DINOv3ViT)]
+    if not inside:
+        raise ValueError(f"model is a {type(model).__name__} without a DINOv3ViT inside: there is nothing to prepare")
+    if model.training or any(vit.training for vit in inside):
+        raise ValueError("the model is in training mode, where RoPE coordinates are random: call model.eval() first")
+    for vit in inside:
+        if processor is not None and not len(processor.mean) == len(processor.std) == vit.num_channels:
+            raise ValueError(
+                f"the processor has {len(processor.mean)} means and {len(processor.std)} stds and the model takes "
+                f"{vit.num_channels} channels: expected one of each for every channel"
+            )
+    prepared = copy.deepcopy(model, _frozen_aliases(model))
+    for module in prepared.modules():
         if isinstance(module, DINOv3ViT):
-            return module
-    raise ValueError(f"model is a {type(model).__name__} without a DINOv3ViT inside: there is nothing to fold")
+            _become(module, PreparedViT)
+            assert isinstance(module, PreparedViT)
+            module._prepare(processor, backend, dynamic)
+    if not isinstance(prepared, DINOv3ViT):
+        _become(prepared, Prepared)
+    return prepared
 
 
-class CompiledModel(nn.Module):
-    """What `compile` returns. Runs without gradients; its outputs may be trained on."""
+def _frozen_aliases(model: nn.Module) -> dict[int, Any]:
+    """A memo for copying: parameters that share storage with the model's and need no gradient; the model's buffers."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    return memo
 
-    def __init__(self, folded: nn.Module, pixel_dtype: torch.dtype | None, dynamic: bool) -> None:
-        super().__init__()
-        self.folded = folded
-        self.pixel_dtype = pixel_dtype
-        self.dynamic = dynamic
-        self._general: set[bool] = set()  # whether the graphs for one image and for more are there
-        self.eval()
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Any:
-        """The model's own call.
+def _become(module: nn.Module, mixin: type[Prepared]) -> None:
+    if not isinstance(module, mixin):
+        module.__class__ = _prepared_class(mixin, type(module))
 
-        Raises ValueError for images that the model does not take, or not uint8 where a processor was folded in.
-        """
-        if self.pixel_dtype is not None:
-            if images.dtype != self.pixel_dtype:
-                raise ValueError(
-                    f"images are {images.dtype}: expected {self.pixel_dtype} pixels, which the processor given to "
-                    "compile() normalises"
-                )
-            images = images.float()
-        self._vit._check_images(images)  # inside a graph, the error would be the compiler's
-        if self.dynamic:
-            self._generalise(images)
-        return self.folded(images)
 
-    def _generalise(self, images: Tensor) -> None:
-        """Let the graph be made from images of unequal sides: from square ones it would hold for squares alone."""
-        single = len(images) == 1
-        if single not in self._general:
-            h, w = (n * self._vit.patch_size for n in EXAMPLE)
-            self.folded(images.new_zeros(1 if single else 2, images.shape[1], h, w))
-            self._general.add(single)
+def _prepared_class(mixin: type[Prepared], base: type[nn.Module]) -> type[nn.Module]:
+    """`base` with the methods of `mixin` before its own."""
+    if (mixin, base) not in _CLASSES:
+        names = {"__module__": __name__, "__doc__": base.__doc__}
+        _CLASSES[mixin, base] = type(f"Prepared{base.__name__}", (mixin, base), names)
+    return _CLASSES[mixin, base]
+
+
+_CLASSES: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def _blank(mixin: type[Prepared], base: type[nn.Module]) -> nn.Module:
+    cls = _prepared_class(mixin, base)
+    return cls.__new__(cls)
+
+
+class Prepared(nn.Module):
+    """What `optimize_for_inference` adds to the class of a model, or of the module around one."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Raise ValueError for True: a prepared model does not train."""
+        if requires_grad:
+            raise ValueError("a prepared model does not train: train the model it was made of, which it follows")
+        return super().requires_grad_(False)
 
     def warm_up(self, batch: int, height: int, width: int) -> float:
-        """Run once on images of this shape, compiling what that takes: the seconds of it."""
-        shape = (batch, self._vit.config.num_channels, height, width)
-        images = torch.zeros(shape, dtype=self.pixel_dtype, device=self._vit.norm.weight.device)
+        """Run on images of this size, alone and `batch` of them (or two), and return the seconds that it took.
+
+        Whatever has to be compiled for any number of images is then compiled.
+        """
+        vit = next(module for module in self.modules() if isinstance(module, PreparedViT))
+        dtype = None if vit._processor is None else torch.uint8
         start = time.perf_counter()
-        self(images)
+        for count in (1, batch if batch > 1 or not vit._dynamic else 2):
+            self(torch.zeros(count, vit.num_channels, height, width, dtype=dtype, device=vit.device))
         return time.perf_counter() - start
 
-    @property
-    def _vit(self) -> DINOv3ViT:
-        return vit_inside(self.folded)
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, type(self).__bases__, self.__getstate__()  # its class is made here, by no name
 
 
-def suits_onednn(weight: Tensor) -> bool:
-    """Whether oneDNN has matrix products of this tensor's dtype on this machine, and the tensor is on the CPU."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    has_half = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    if weight.dtype in has_half:
-        return getattr(torch.ops.mkldnn, has_half[weight.dtype])()
-    return weight.dtype == torch.float32
+class Twin(NamedTuple):
+    """What stands in for a module, and what that was made of: for as long as it is, both compute the same."""
+
+    module: nn.Module
+    modules: tuple[nn.Module, ...]
+    weights: tuple[tuple[Tensor, int], ...]
+    stand_in: nn.Module
+
+    @classmethod
+    def of(cls, module: nn.Module, stand_in: nn.Module) -> Twin:
+        """Remember what the module is made of."""
+        weights = tuple((parameter, _version(parameter)) for parameter in module.parameters())
+        return cls(module, tuple(module.modules()), weights, stand_in)
+
+    def holds(self) -> bool:
+        """Whether the module has the same modules and weights, none replaced or written to, and nobody looks inside."""
+        modules, weights = tuple(self.module.modules()), tuple(self.module.parameters())
+        return (
+            modules == self.modules
+            and len(weights) == len(self.weights)
+            and all(p is q and _version(p) == v for p, (q, v) in zip(weights, self.weights, strict=True))
+            and untouched(*modules)
+        )
 
 
-class PackedLinear(nn.Module):
-    """W x + b, (.., in) -> (.., out), with W in a library's own layout: opaque, neither to be moved nor saved."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.fused_bias() if isinstance(linear, QKVProjection) else linear.bias
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
 
 
-class PackedByOneDNN(PackedLinear):
-    """In oneDNN's layout, which holds for any number of rows; float32 products of many rows take W as it is."""
+class PreparedViT(Prepared, DINOv3ViT):
+    """A DINOv3ViT whose blocks have stand-ins, and whose patch embedding has one for pixels."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        weight = linear.weight.detach()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self.weight = weight if weight.dtype == torch.float32 else None
+    _processor: ImageProcessor | None
+    _backend: str
+    _dynamic: bool
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight is not None and x.shape[:-1].numel() > MANY_ROWS:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+    def _prepare(self, processor: ImageProcessor | None, backend: str, dynamic: bool) -> None:
+        self._processor, self._backend, self._dynamic = processor, backend, dynamic
+        self._forget()
+        for block in self.blocks:
+            self._stand_in(block)
 
+    def _forget(self) -> None:
+        """Choose the backend for the weights as they are; stand-ins are made when they are needed."""
+        weight = next(self.blocks.parameters(), self.cls_token)
+        takes = available(weight)
+        if self._backend == "prepacked" and not takes:
+            raise ValueError(
+                f"backend is 'prepacked' and the model is {weight.dtype} on {weight.device}, which oneDNN does "
+                "not take on this machine: expected float32, bfloat16 or float16 on a CPU that it supports; use "
+                "'inductor'"
+            )
+        compiled = self._backend == "inductor" or not takes
+        self._graphs = Graphs(run_stack, self._dynamic) if compiled else None
+        self._twins: dict[int, Twin] = {}
+        self._lock = threading.RLock()
 
-class PackedByMKL(PackedLinear):
-    """In MKL's layout, float32 alone, which holds for the number of rows of the last call."""
+    @torch.no_grad()
+    def embed(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, keep_indices: Tensor | None = None
+    ) -> tuple[Tokens, tuple[int, int]]:
+        return super().embed(pixel_values, bool_masked_pos, keep_indices)
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        self.weight = linear.weight.detach()
-        self.packed = (0, self.weight)  # number of rows, layout: replaced as one, since threads may share the model
+    def check_images(
+        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH
+    ) -> tuple[int, int]:
+        if self._processor is None:
+            return super().check_images(images, name, dims)
+        if images.dtype != torch.uint8:
+            raise ValueError(
+                f"{name} is {images.dtype}: expected torch.uint8 pixels, which the processor given to "
+                "optimize_for_inference() normalises"
+            )
+        return check_images(images, self.num_channels, self.patch_size, name, dims, pixels=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        packed_for, packed = self.packed
-        if rows and packed_for != rows:  # MKL divides by zero where there is no row
-            packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
-            self.packed = (rows, packed)
-        return torch.ops.mkl._mkl_linear(x, packed, self.weight, self.bias, rows)
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        if self._processor is None:
+            return super().embed_patches(pixel_values)
+        embed = self._stand_in(self.patch_embed)
+        if embed is not self.patch_embed:
+            return embed(pixel_values)
+        mean, std = (
+            pixel_values.new_tensor(v, dtype=torch.float32) for v in (self._processor.mean, self._processor.std)
+        )
+        pixels = pixel_values * self._processor.rescale_factor
+        return super().embed_patches((pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
 
+    @torch.no_grad()
+    def run_blocks(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
+        if torch.compiler.is_compiling():
+            return super().run_blocks(tokens, taps)
+        blocks = tuple(self._stand_in(block) for block in self.blocks)
+        if self._graphs is None or any(map(operator.is_, blocks, self.blocks)):
+            return run_stack(blocks, tokens, taps, self.attention)
+        return self._graphs(blocks, tokens, tuple(taps), self.attention)
 
-@torch.no_grad()
-def pack(folded: nn.Module, dynamic: bool) -> None:
-    """Put a PackedLinear in place of every projection of the blocks, but for those that somebody replaced."""
-    for block in [module for module in folded.modules() if isinstance(module, Block)]:
-        for part in (block.attn, block.mlp):
-            for name, linear in part.named_children():
-                if isinstance(linear, nn.Linear) and type(linear) in (nn.Linear, QKVProjection):
-                    by_mkl = not dynamic and linear.weight.dtype == torch.float32 and torch.backends.mkl.is_available()
-                    part.add_module(name, (PackedByMKL if by_mkl else PackedByOneDNN)(linear))
+    def run_packed(self, batches: Sequence[Tokens], taps: Sequence[int]) -> list[list[Tensor]]:
+        if self._graphs is None:
+            return super().run_packed(batches, taps)
+        return [list(states) for states in zip(*(self.run_blocks(tokens, taps) for tokens in batches), strict=True)]
 
+    def _stand_in(self, module: nn.Module) -> nn.Module:
+        """What computes the same as this block or patch embedding, faster; the module itself where there is none."""
+        twin = self._twins.get(id(module))
+        if twin is None or not twin.holds():
+            if not untouched(*module.modules()):
+                return module
+            with self._lock:
+                twin = self._twins.get(id(module))
+                if twin is None or not twin.holds():
+                    twin = self._twins[id(module)] = Twin.of(module, self._make_stand_in(module, twin))
+        keeps_dtype = self._graphs is None or isinstance(module, PatchEmbed)
+        autocast = torch.is_autocast_enabled(self.device.type)
+        return module if autocast and keeps_dtype else twin.stand_in
 
-class Residual(nn.Module):
-    """x + branch, where LayerScale is part of the branch already."""
+    def _make_stand_in(self, module: nn.Module, before: Twin | None) -> nn.Module:
+        if isinstance(module, PatchEmbed):
+            assert self._processor is not None
+            return PixelPatchEmbed(module, self._processor) if PixelPatchEmbed.fits(module) else module
+        assert isinstance(module, Block)
+        folded = fold(module)
+        if self._graphs is None:
+            prepack_projections(folded, self._dynamic)
+        elif before is not None and before.modules == tuple(module.modules()):  # what was compiled keeps its tensors
+            for old, new in zip(before.stand_in.parameters(), folded.parameters(), strict=True):
+                old.data = new.data
+            return before.stand_in
+        return folded
 
-    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        return x + branch
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._forget()
+        return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_graphs", "_twins", "_lock")}
 
-class PixelPatchEmbed(nn.Module):
-    """`embed` made over for pixels that are not normalised, in float32 or wider: (B, 3, H, W) -> (B, P, C)."""
-
-    centre: Tensor
-
-    def __init__(self, embed: PatchEmbed, processor: ImageProcessor) -> None:
-        super().__init__()
-        conv = embed.proj
-        assert conv.bias is not None
-        weight, bias = conv.weight.double(), conv.bias.double()
-        mean, std = (weight.new_tensor(values).view(-1, 1, 1) for values in (processor.mean, processor.std))
-        centre = (mean / processor.rescale_factor).round()
-        offset = (weight * ((processor.rescale_factor * centre - mean) / std)).sum(dim=(1, 2, 3))
-        dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-        self.proj = conv
-        self.proj.weight = _constant((weight * (processor.rescale_factor / std)).to(dtype))
-        self.proj.bias = _constant((bias + offset).to(dtype))
-        self.register_buffer("centre", centre.to(dtype))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels - self.centre).flatten(2).transpose(1, 2)
-
-
-@torch.no_grad()
-def fold(model: nn.Module, processor: ImageProcessor | None = None) -> nn.Module:
-    """A copy of `model` that shares its weights, but for those that LayerScale and the normalisation went into."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    folded = copy.deepcopy(model, shared)
-    for module in list(folded.modules()):
-        if isinstance(module, Block):
-            last = module.mlp.fc2 if isinstance(module.mlp, Mlp) else module.mlp.w3
-            fold_layer_scale(module.attn.proj, module.ls1.gamma)
-            fold_layer_scale(last, module.ls2.gamma)
-            module.add_module("ls1", Residual())
-            module.add_module("ls2", Residual())
-        elif isinstance(module, DINOv3ViT) and processor is not None:
-            module.add_module("patch_embed", PixelPatchEmbed(module.patch_embed, processor))
-    return folded
-
-
-def fold_layer_scale(projection: nn.Linear, gamma: Tensor) -> None:
-    """Fold gamma * (W h + b) into one affine map."""
-    projection.weight = _constant(gamma.unsqueeze(1) * projection.weight)
-    if projection.bias is not None:
-        projection.bias = _constant(gamma * projection.bias)
-
-
-def _constant(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()

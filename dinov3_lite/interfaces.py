@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .features import patches_and_prefix
 from .model import DINOv3ViT
 
 
@@ -81,7 +82,7 @@ class DINOv3ViTBackbone(nn.Module):
         maps, cls_tokens = [], []
         for i in self.out_indices:
             normed = self.apply_layernorm or i == model.depth
-            patches, prefix = model.patches_and_prefix(states[i], grid, normed, self.reshape_hidden_states)
+            patches, prefix = patches_and_prefix(model, states[i], grid, normed, self.reshape_hidden_states)
             maps.append(patches)
             cls_tokens.append(prefix[:, 0])
         return BackboneOutput(tuple(maps), tuple(cls_tokens) if self.return_class_token else None)

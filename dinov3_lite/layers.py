@@ -5,11 +5,15 @@ Letters in the shape comments: B batch, N tokens, P patch tokens, C embedding, F
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
-from .attention import AttentionFn
+from .attention import AttentionFn, fuses_rows
 from .config import DINOv3Config
 from .rope import apply_rope
 
@@ -24,6 +28,16 @@ class PatchEmbed(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.proj(pixel_values).flatten(2).transpose(1, 2)
 
+    @property
+    def patch_size(self) -> int:
+        """The side of a patch, in pixels."""
+        return self.proj.kernel_size[0]
+
+    @property
+    def num_channels(self) -> int:
+        """The channels of the images."""
+        return self.proj.in_channels
+
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm of a residual stream that may be wider than the weights: computed in x's dtype, returned in theirs."""
@@ -34,32 +48,81 @@ class LayerNorm(nn.LayerNorm):
 
 
 class QKVProjection(nn.Linear):
-    """Queries, keys and values by one matrix product: (B, N, C) -> (B, N, 3C).
+    """Queries, keys and values by one matrix product: (B, N, C) -> (B, N, 3C). An nn.Linear to all who ask.
 
-    A bias that the config lacks (DINOv3's keys have none) is no parameter, so neither loading nor training can create
-    it.
+    `bias` is (3C,). A third of it that the config lacks (DINOv3's keys have none) is zero and stays zero: it gets no
+    gradient, and whatever else writes there is undone when `bias` is next read. A state dict holds the other thirds
+    alone, by the names q_bias, k_bias and v_bias, (C,) each.
     """
 
-    q_bias: nn.Parameter | None
-    k_bias: nn.Parameter | None
-    v_bias: nn.Parameter | None
+    _cleared_version = 0
 
     def __init__(self, config: DINOv3Config) -> None:
-        super().__init__(config.hidden_size, 3 * config.hidden_size, bias=False)
-        switches = {"q_bias": config.query_bias, "k_bias": config.key_bias, "v_bias": config.value_bias}
-        for name, exists in switches.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(config.hidden_size)) if exists else None)
+        present = (config.query_bias, config.key_bias, config.value_bias)
+        super().__init__(config.hidden_size, 3 * config.hidden_size, bias=any(present))
+        self.has_bias = dict(zip(("q_bias", "k_bias", "v_bias"), present, strict=True))
 
-    def fused_bias(self) -> Tensor | None:
-        """(3C,), zeros where the config has none; None where it has none at all."""
-        biases = [self.q_bias, self.k_bias, self.v_bias]
-        if all(b is None for b in biases):
-            return None
-        absent = self.weight.new_zeros(self.in_features)
-        return torch.cat([absent if b is None else b for b in biases])
+    def reset_parameters(self) -> None:
+        """As nn.Linear's, with a bias of zero."""
+        super().reset_parameters()
+        if isinstance(self._parameters.get("bias"), nn.Parameter):
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.fused_bias())
+        bias = self.bias
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled() and not all(self.has_bias.values()):
+            thirds = zip(bias.chunk(3), self.has_bias.values(), strict=True)
+            return F.linear(x, self.weight, torch.cat([t if there else torch.zeros_like(t) for t, there in thirds]))
+        return F.linear(x, self.weight, bias)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name == "bias" and not torch.compiler.is_compiling() and type(value) is nn.Parameter:
+            self._clear_absent_thirds(value)
+        return value
+
+    @torch.no_grad()
+    def _clear_absent_thirds(self, bias: nn.Parameter) -> None:
+        """Undo what an initialisation or an addition of noise wrote where the config has no bias."""
+        if (
+            bias.is_meta
+            or bias.is_inference()
+            or bias._version == self._cleared_version
+            or "has_bias" not in vars(self)
+        ):
+            return
+        for third, present in zip(bias.chunk(3), self.has_bias.values(), strict=True):
+            if not present:
+                third.zero_()
+        self._cleared_version = bias._version
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (bias := destination.pop(f"{prefix}bias", None)) is not None:
+            thirds = zip(self.has_bias.items(), bias.chunk(3), strict=True)
+            destination.update({f"{prefix}{name}": third for (name, present), third in thirds if present})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+    ) -> None:
+        """Also takes `bias` whole, as `named_parameters` names it."""
+        names = [f"{prefix}{name}" for name, present in self.has_bias.items() if present]
+        if names and f"{prefix}bias" not in state_dict:
+            absent = [name for name in names if name not in state_dict]
+            missing.extend(absent if strict else [])
+            if absent:  # reported by its own name: what is there is kept
+                state_dict[f"{prefix}bias"] = self._parameters["bias"]
+            else:
+                zeros = torch.zeros_like(state_dict[names[0]])
+                thirds = [state_dict.get(f"{prefix}{name}", zeros) for name in self.has_bias]
+                state_dict[f"{prefix}bias"] = torch.cat(thirds)
+            for name in names:
+                state_dict.pop(name, None)
+        elif names:
+            for (name, present), third in zip(self.has_bias.items(), state_dict[f"{prefix}bias"].chunk(3), strict=True):
+                if not present and third.any():
+                    others[-1].append(f"{prefix}bias is not zero in the third {name}, which the config does not have")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
 
 
 class SelfAttention(nn.Module):
@@ -82,22 +145,8 @@ class SelfAttention(nn.Module):
         return (scores * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
-def activate(name: str, hidden: Tensor, projection: nn.Module) -> Tensor:
-    """Apply "gelu" (the exact one, by erf) or "silu" to what `projection` put out.
-
-    In its own memory where nobody else reads it, neither a backward pass nor a hook: a forward's largest tensor is then
-    there once, and the allocator need not return and fetch such memory in every block.
-    """
-    if torch.is_grad_enabled() or projection._forward_hooks:
-        return getattr(F, name)(hidden)
-    return getattr(torch.ops.aten, f"{name}_")(hidden)
-
-
 class Mlp(nn.Module):
-    """fc2(act(fc1(x))), with the exact (erf) GELU in the released models: (B, N, C) -> (B, N, C).
-
-    It has nothing to fuse: PyTorch's GELU is one pass already.
-    """
+    """fc2(act(fc1(x))), with the exact (erf) GELU in the released models: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, channels: int, hidden: int, act: str = "gelu", bias: bool = True) -> None:
         super().__init__()
@@ -105,8 +154,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(channels, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
 
-    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(activate(self.act, self.fc1(x), self.fc1))
+
+    fused = forward  # there is nothing to fuse: PyTorch's GELU is one pass already
 
 
 class GatedMlp(nn.Module):
@@ -121,13 +172,28 @@ class GatedMlp(nn.Module):
         self.w12 = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.w3 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        if fused and self.act == "silu":
-            from .kernels import swiglu
-
-            return self.w3(swiglu(self.w12(x)))
+    def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)  # (B, N, F) each
         return self.w3(activate(self.act, gate, self.w12) * value)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """`forward`, with our kernel between the projections."""
+        if self.act != "silu":
+            return self.forward(x)
+        from .kernels import swiglu
+
+        return self.w3(swiglu(self.w12(x)))
+
+
+def activate(name: str, hidden: Tensor, projection: nn.Module) -> Tensor:
+    """Apply "gelu" (the exact one, by erf) or "silu" to the output of `projection`.
+
+    In place where nothing else can read that output, neither a backward pass nor an observer: the forward's largest
+    tensor then exists once, and the allocator need not return and fetch such memory in every block.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not untouched(projection):
+        return getattr(F, name)(hidden)
+    return getattr(torch.ops.aten, f"{name}_")(hidden)
 
 
 class LayerScale(nn.Module):
@@ -161,10 +227,8 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block: (B, N, C) -> (B, N, C).
 
-        x = x + ls1(attn(norm1(x)))
-        x = x + ls2(mlp(norm2(x)))
-
-    `fused` takes our kernels for the end of the first line with the norm of the second, and for SwiGLU.
+    x = x + ls1(attn(norm1(x)))
+    x = x + ls2(mlp(norm2(x)))
     """
 
     def __init__(self, config: DINOv3Config) -> None:
@@ -180,17 +244,50 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config.hidden_size, config.layerscale_value)
         self.drop_path = DropPath(config.drop_path_rate)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn, fused: bool = False) -> Tensor:
-        branch = self.drop_path(self.attn(self.norm1(x), cos, sin, attention))
-        if fused:
-            from .kernels import add_layer_norm
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
+        if fuses_rows(attention, x) and untouched(self.ls1, self.norm2, self.mlp):
+            return self._fused(x, cos, sin, attention)
+        x = self.ls1(x, self.drop_path(self.attn(self.norm1(x), cos, sin, attention)))  # adds the branch to x
+        return self.ls2(x, self.drop_path(self.mlp(self.norm2(x))))
 
-            x, normed = add_layer_norm(x, branch, self.ls1.gamma, self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        else:
-            x = self.ls1(x, branch)
-            normed = self.norm2(x)
-        return self.ls2(x, self.drop_path(self.mlp(normed, fused)))
+    def _fused(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
+        """The same two lines by our kernels, past the modules ls1, norm2 and mlp."""
+        from .kernels import add_layer_norm
+
+        branch = self.drop_path(self.attn(self.norm1(x), cos, sin, attention))
+        x, normed = add_layer_norm(x, branch, self.ls1.gamma, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+        return self.ls2(x, self.drop_path(self.mlp.fused(normed)))
 
     def cls_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """How much the CLS token attends to each token in this block: (B, heads, N)."""
         return self.attn.cls_attention(self.norm1(x), cos, sin)
+
+
+OURS = {Block, LayerNorm, SelfAttention, QKVProjection, Mlp, GatedMlp, LayerScale, DropPath, PatchEmbed}
+OURS |= {nn.Linear, nn.Conv2d}
+
+
+def untouched(*modules: nn.Module) -> bool:
+    """Whether these very modules are ours, plain, and unobserved. Their children are not asked after.
+
+    Everything that is not plain eager execution (fused kernels, activations in place, folded and prepacked weights,
+    compiled graphs) goes past modules or changes what flows between them. It asks this first, and declines if anybody
+    replaced or wrapped a module, gave it another `forward` or another kind of parameter, put a hook on it or on all
+    modules, or watches PyTorch's functions by a mode.
+    """
+    return not _everything_is_watched() and all(
+        type(module) in OURS
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
+        for module in modules
+    )
+
+
+def _everything_is_watched() -> bool:
+    """Whether there are hooks on all modules, or modes that see every function or operator called."""
+    if _has_any_global_hook() or torch._C._len_torch_dispatch_stack():
+        return True
+    modes = torch.overrides._get_current_function_mode_stack() if torch._C._is_torch_function_mode_enabled() else ()
+    return any(not isinstance(mode, DeviceContext) for mode in modes)

@@ -6,7 +6,6 @@ N = 1 + R + P tokens, C embedding, D head dim.
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .attention import fuses_rows, packed_attention, resolve_attention, unpack
+from . import features
+from .attention import resolve_attention
+from .checks import BATCH, SINGLE, check_images, check_keep_indices, check_mask
 from .config import DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
-from .packing import Tokens, pack
+from .packing import PackedAttention, Tokens, pack, unpack
 from .rope import RotaryEmbedding2D, rope_periods
 from .weights import FLOAT32_UNDER_HALF, assign, open_checkpoint
 
@@ -61,32 +62,25 @@ class DINOv3Output(NamedTuple):
 
         Raises ValueError if only some of the patches were kept.
         """
-        return _to_map(self.patch_tokens, self.grid)
+        return features.to_map(self.patch_tokens, self.grid)
 
 
 # Lets torch.export.save and AOTInductor write programs that return it.
 _pytree._register_namedtuple(DINOv3Output, serialized_type_name="dinov3_lite.DINOv3Output")
 
 
-def _to_map(patch_tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, h*w, C) -> (B, C, h, w), a view; ValueError if there are not h*w of them."""
-    h, w = grid
-    if patch_tokens.shape[1] != h * w:
-        raise ValueError(
-            f"a feature map needs all {h} x {w} patches, and {patch_tokens.shape[1]} were kept: use the patch tokens"
-        )
-    return patch_tokens.unflatten(1, grid).permute(0, 3, 1, 2)
-
-
-class DINOv3ViT(nn.Module):
+class DINOv3ViT(features.Sizes):
     """DINOv3's vision transformer: images to CLS, register and patch tokens.
 
-    Switches, all of them plain attributes that may be set at any time:
+    Three plain attributes are switches that may be set at any time:
         attention: "auto", "sdpa", "eager" or "triton" (see `dinov3_lite.attention`).
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         residual_dtype: dtype of the residual stream. None is float32 or wider whatever the weights: released models
             reach 155,000 there, where float16 overflows and bfloat16 counts in steps of 1,024. `torch.bfloat16` under
             bfloat16 weights is what the references do: less memory traffic, and their error.
+
+    Sizes (`depth`, `embed_dim`, `num_prefix_tokens`, ...) are read off the modules, so that blocks may be dropped,
+    appended or replaced, and the norm, the patch projection and the register tokens replaced.
 
     `train()` switches on the augmentation of RoPE coordinates (`pos_embed_rescale` is 2.0 in the released configs):
     features then change from call to call, as in both references.
@@ -100,13 +94,6 @@ class DINOv3ViT(nn.Module):
         self.gradient_checkpointing = False
         self.residual_dtype: torch.dtype | None = None
         self.weights_id = "random"
-
-        self.embed_dim = self.num_features = config.hidden_size
-        self.patch_size = config.patch_size
-        self.depth = self.n_blocks = config.num_hidden_layers
-        self.num_heads = config.num_attention_heads
-        self.n_storage_tokens = config.num_register_tokens
-        self.num_prefix_tokens = config.num_prefix_tokens
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, config.hidden_size))
@@ -124,7 +111,7 @@ class DINOv3ViT(nn.Module):
         LayerNorm starts as the identity, LayerScale at `config.layerscale_value`: every parameter and buffer is set.
         A model without storage, on the meta device, stays so.
         """
-        if self.norm.weight.is_meta:
+        if self.cls_token.is_meta:
             return
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
@@ -188,7 +175,7 @@ class DINOv3ViT(nn.Module):
         return_dict: bool = True,
         keep_indices: Tensor | None = None,
     ) -> DINOv3Output | tuple[Tensor, ...]:
-        """Features of a batch of normalised images.
+        """Compute the features of a batch of normalised images.
 
         pixel_values: (B, 3, H, W), floating point, H and W multiples of the patch size; cast to the model's dtype.
         bool_masked_pos: (B, h*w) bool, True where a patch is replaced by the mask token.
@@ -203,14 +190,51 @@ class DINOv3ViT(nn.Module):
         taps = range(self.depth) if output_hidden_states else (self.depth - 1,)
         states = self.run_blocks(tokens, taps)
         last_hidden_state = self.norm(states[-1])
-        hidden_states = tuple(map(self._as_output, (tokens.x, *states))) if output_hidden_states else None
+        hidden_states = None
+        if output_hidden_states:
+            hidden_states = tuple(features.as_output(self, state) for state in (tokens.x, *states))
         if return_dict:
             return DINOv3Output(last_hidden_state, last_hidden_state[:, 0], hidden_states, grid, self.num_prefix_tokens)
         output = (last_hidden_state, last_hidden_state[:, 0])
         return output if hidden_states is None else (*output, hidden_states)  # type: ignore[return-value]
 
+    def embed(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, keep_indices: Tensor | None = None
+    ) -> tuple[Tokens, tuple[int, int]]:
+        """Return what the first block gets, and the patch grid (h, w). Arguments and errors are those of `forward`."""
+        grid = self.check_images(pixel_values)
+        dtype = self.residual_dtype or torch.promote_types(self.dtype, torch.float32)
+        patches = self.embed_patches(pixel_values).to(dtype)  # (B, P, C)
+        if bool_masked_pos is not None:
+            check_mask(bool_masked_pos, patches)
+            patches = torch.where(bool_masked_pos.unsqueeze(-1), self.mask_token.to(dtype), patches)
+        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1).to(dtype)  # (1, 1 + R, C)
+        x = torch.cat((prefix.expand(patches.shape[0], -1, -1), patches), dim=1)  # (B, N, C)
+        table_dtype = torch.promote_types(torch.float32, self.dtype)
+        cos, sin = self.rope_embed(*grid, self.num_prefix_tokens, table_dtype)  # (N, D/2)
+        if keep_indices is not None:
+            check_keep_indices(keep_indices, patches)
+            prefix_indices = torch.arange(self.num_prefix_tokens, device=keep_indices.device)
+            prefix_indices = prefix_indices.expand(keep_indices.shape[0], -1)
+            kept = torch.cat((prefix_indices, keep_indices + self.num_prefix_tokens), dim=1)
+            x = x.take_along_dim(kept.unsqueeze(-1), dim=1)  # (B, 1 + R + K, C)
+            cos, sin = cos[kept], sin[kept]  # (B, 1 + R + K, D/2)
+        return Tokens(x, cos, sin), grid
+
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        """Project the patches of valid images (B, 3, H, W), cast to the projection's dtype: (B, P, C)."""
+        return self.patch_embed(pixel_values.to(features.dtype_of(self.patch_embed)))
+
+    def run_blocks(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
+        """Return the outputs of the blocks in `taps` (ascending indices), each like tokens.x, before the final norm.
+
+        No block after the last of them runs.
+        """
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return run_stack(list(self.blocks), tokens, taps, self.attention, recompute)
+
     def forward_packed(self, images: Sequence[Tensor]) -> list[DINOv3Output]:
-        """Features of images of different sizes, run as one sequence without padding: one output an image.
+        """Compute the features of images of different sizes as one sequence without padding: one output an image.
 
         images: (3, H_i, W_i) each. The outputs are those of `forward(image.unsqueeze(0))`, one for one.
 
@@ -220,60 +244,18 @@ class DINOv3ViT(nn.Module):
             raise ValueError("images is an empty list: expected at least one image of shape (channels, height, width)")
         members: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(images):
-            self._check_images(image, f"images[{i}]", ("channels", "height", "width"))
+            self.check_images(image, f"images[{i}]", SINGLE)
             members.setdefault(image.shape, []).append(i)
         batches = [self.embed(torch.stack([images[i] for i in same])) for same in members.values()]
-        (states,) = self._run_packed([tokens for tokens, _ in batches], (self.depth - 1,))
+        (states,) = self.run_packed([tokens for tokens, _ in batches], (self.depth - 1,))
         outputs: dict[int, DINOv3Output] = {}
         for same, state, (_, grid) in zip(members.values(), states, batches, strict=True):
             for i, tokens in zip(same, self.norm(state).split(1), strict=True):
                 outputs[i] = DINOv3Output(tokens, tokens[:, 0], None, grid, self.num_prefix_tokens)
         return [outputs[i] for i in range(len(images))]
 
-    def embed(
-        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, keep_indices: Tensor | None = None
-    ) -> tuple[Tokens, tuple[int, int]]:
-        """What the first block gets, and the patch grid (h, w)."""
-        grid = self._check_images(pixel_values)
-        weights_dtype = self.patch_embed.proj.weight.dtype
-        dtype = self.residual_dtype or torch.promote_types(weights_dtype, torch.float32)
-        patches = self.patch_embed(pixel_values.to(weights_dtype)).to(dtype)  # (B, P, C)
-        if bool_masked_pos is not None:
-            self._check_mask(bool_masked_pos, patches)
-            patches = torch.where(bool_masked_pos.unsqueeze(-1), self.mask_token.to(dtype), patches)
-        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1).to(dtype)  # (1, 1 + R, C)
-        x = torch.cat((prefix.expand(patches.shape[0], -1, -1), patches), dim=1)  # (B, N, C)
-        table_dtype = torch.promote_types(torch.float32, self.norm.weight.dtype)
-        cos, sin = self.rope_embed(*grid, self.num_prefix_tokens, table_dtype)  # (N, D/2)
-        if keep_indices is not None:
-            self._check_keep_indices(keep_indices, patches)
-            kept = torch.cat((self._prefix_indices(keep_indices), keep_indices + self.num_prefix_tokens), dim=1)
-            x = x.take_along_dim(kept.unsqueeze(-1), dim=1)  # (B, 1 + R + K, C)
-            cos, sin = cos[kept], sin[kept]  # (B, 1 + R + K, D/2)
-        return Tokens(x, cos, sin), grid
-
-    def run_blocks(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
-        """Outputs of the blocks in `taps` (ascending indices), before the final norm; stops after the last of them."""
-        x, cos, sin, shapes = tokens
-        attention = resolve_attention(self.attention)
-        fused = fuses_rows(attention, x)
-        if shapes is not None:
-            attention = packed_attention(attention, shapes, x.device)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        if recompute:
-            from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
-        states = []
-        for i, block in enumerate(self.blocks[: max(taps, default=-1) + 1]):
-            if recompute:
-                x = checkpoint(block, x, cos, sin, attention, fused, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, attention, fused)
-            if i in taps:
-                states.append(x)
-        return states
-
-    def _run_packed(self, batches: Sequence[Tokens], taps: Sequence[int]) -> list[list[Tensor]]:
-        """For each tap, what `run_blocks` gives for each of the batches."""
+    def run_packed(self, batches: Sequence[Tokens], taps: Sequence[int]) -> list[list[Tensor]]:
+        """Return, for each tap, what `run_blocks` gives for each of the batches, which run as one pack."""
         if len(batches) == 1:
             return [[state] for state in self.run_blocks(batches[0], taps)]
         if self.training and self.config.drop_path_rate:
@@ -285,110 +267,6 @@ class DINOv3ViT(nn.Module):
         assert packed.shapes is not None
         return [unpack(state.squeeze(0), packed.shapes) for state in self.run_blocks(packed, taps)]
 
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | str | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        return_extra_tokens: bool = False,
-        norm: bool = True,
-    ) -> tuple[Any, ...]:
-        """Outputs of the last n blocks, or of the blocks whose indices n lists, in ascending order: Meta's method.
-
-        n: a count; a list of indices, counted from the end if negative; "quarters", the blocks at 1/4, 2/4, 3/4 and 4/4
-            of the depth; or "dpt", the four that Meta's DPT heads read (its depther: 4, 11, 17, 23 of 24 blocks, else
-            the quarters).
-
-        Each is the patch tokens (B, h*w, C), or (B, C, h, w) with `reshape`. With `return_class_token` and
-        `return_extra_tokens` each becomes a tuple that goes on with the CLS token (B, C) and the register tokens (B,
-        R, C). `norm` applies the final LayerNorm, to intermediate blocks too.
-
-        Raises ValueError for a count or an index that the model does not have.
-        """
-        taps = self.block_indices(n)
-        tokens, grid = self.embed(x)
-        outputs: list[tuple[Tensor, ...]] = []
-        for state in self.run_blocks(tokens, taps):
-            patches, prefix = self.patches_and_prefix(state, grid, norm, reshape)
-            output = [patches]
-            if return_class_token:
-                output.append(prefix[:, 0])
-            if return_extra_tokens:
-                output.append(prefix[:, 1:])
-            outputs.append(tuple(output))
-        return tuple(o if return_class_token or return_extra_tokens else o[0] for o in outputs)
-
-    def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
-        """Meta's dictionary: x_norm_clstoken (B, C), x_storage_tokens (B, R, C), x_norm_patchtokens (B, h*w, C),
-        x_prenorm, masks.
-
-        All are after the final LayerNorm but x_prenorm, all N tokens of the last block before it. masks as
-        `bool_masked_pos`. With a list of batches (crops of different sizes) and a list of masks or Nones, a list of
-        dictionaries, from one packed run.
-
-        Raises ValueError as `forward` does, and for lists that are empty or of different lengths.
-        """
-        if isinstance(x, Tensor):
-            return self.forward_features([x], [masks])[0]
-        masks = [None] * len(x) if masks is None else masks
-        if not x or len(masks) != len(x):
-            raise ValueError(
-                f"x is a list of {len(x)} batches and masks of {len(masks)}: expected as many, at least one"
-            )
-        batches = [self.embed(*pair)[0] for pair in zip(x, masks, strict=True)]
-        (prenorms,) = self._run_packed(batches, (self.depth - 1,))
-        return [self._features(prenorm, mask) for prenorm, mask in zip(prenorms, masks, strict=True)]
-
-    def _features(self, prenorm: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
-        normed = self.norm(prenorm)
-        return {
-            "x_norm_clstoken": normed[:, 0],
-            "x_storage_tokens": normed[:, 1 : self.num_prefix_tokens],
-            "x_norm_patchtokens": normed[:, self.num_prefix_tokens :],
-            "x_prenorm": self._as_output(prenorm),
-            "masks": masks,
-        }
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | str | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """The last hidden state and a list of block outputs, or the list alone: timm's method.
-
-        indices: as n of `get_intermediate_layers`; None is every block. output_fmt: "NCHW" for maps (B, C, h, w), "NLC"
-        for tokens (B, h*w, C). With `return_prefix_tokens` each is a pair with the prefix tokens (B, 1 + R, C).
-        `norm` applies the final LayerNorm to them. With `intermediates_only` the blocks stop at the last one wanted,
-        which timm does on `stop_early`; without, `stop_early` makes the first result that of the last block run.
-
-        Raises ValueError for an index that the model does not have and for another output_fmt.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW' or 'NLC'")
-        taps = self.block_indices(self.depth if indices is None else indices)
-        last = taps[-1] if intermediates_only or stop_early else self.depth - 1
-        tokens, grid = self.embed(x)
-        states = self.run_blocks(tokens, sorted({*taps, last}))
-        outputs: list[Any] = []
-        for state in states[: len(taps)]:
-            patches, prefix = self.patches_and_prefix(state, grid, norm, output_fmt == "NCHW")
-            outputs.append((patches, prefix) if return_prefix_tokens else patches)
-        return outputs if intermediates_only else (self.norm(states[-1]), outputs)
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """Module, num_chs (channels) and reduction (stride) of each block's output, as timm describes them."""
-        return [
-            {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": self.patch_size}
-            for i in range(self.depth)
-        ]
-
     def attention_maps(self, pixel_values: Tensor, block: int = -1) -> Tensor:
         """How much the CLS token attends to each patch in one block, per head: (B, heads, h, w), float32 or wider.
 
@@ -397,97 +275,29 @@ class DINOv3ViT(nn.Module):
 
         Raises ValueError for a block that the model does not have.
         """
-        (index,) = self.block_indices([block])
+        (index,) = features.block_indices(self, [block])
         tokens, grid = self.embed(pixel_values)
         x = self.run_blocks(tokens, (index - 1,))[0] if index else tokens.x
         tapped: Any = self.blocks[index]
         weights = tapped.cls_attention(x, tokens.cos, tokens.sin)  # (B, heads, N)
         return weights[..., self.num_prefix_tokens :].unflatten(-1, grid)
 
+    # What Meta's and timm's classes have, by their names.
+    get_intermediate_layers = features.get_intermediate_layers
+    forward_features = features.forward_features
+    forward_intermediates = features.forward_intermediates
+    feature_info = property(features.feature_info)
+    block_indices = features.block_indices
+
+    def check_images(
+        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH
+    ) -> tuple[int, int]:
+        """Return the patch grid (h, w) of images that `embed` takes. Raises ValueError for all others."""
+        return check_images(images, self.num_channels, self.patch_size, name, dims)
+
     def extra_repr(self) -> str:
         millions = sum(p.numel() for p in self.parameters()) / 1e6
         return f"{self.config.name}, {millions:.1f} M parameters, weights {self.weights_id}"
-
-    def patches_and_prefix(
-        self, state: Tensor, grid: tuple[int, int], norm: bool, reshape: bool
-    ) -> tuple[Tensor, Tensor]:
-        """A block's output: patch tokens (B, h*w, C), or (B, C, h, w) with `reshape`; prefix tokens (B, 1 + R, C)."""
-        state = self.norm(state) if norm else self._as_output(state)
-        prefix, patches = state[:, : self.num_prefix_tokens], state[:, self.num_prefix_tokens :]
-        return _to_map(patches, grid) if reshape else patches, prefix
-
-    def _as_output(self, state: Tensor) -> Tensor:
-        """A state of the residual stream as users get it: in the weights' dtype, unless that is too narrow for it."""
-        dtype = self.norm.weight.dtype
-        return state.to(torch.float32 if dtype == torch.float16 else dtype)
-
-    def _check_images(
-        self,
-        pixel_values: Tensor,
-        name: str = "pixel_values",
-        dims: tuple[str, ...] = ("batch", "channels", "height", "width"),
-    ) -> tuple[int, int]:
-        """The patch grid (h, w) of valid images, or ValueError."""
-        channels, p = self.config.num_channels, self.patch_size
-        if pixel_values.ndim != len(dims) or pixel_values.shape[-3] != channels:
-            expected = ", ".join(dims).replace("channels", str(channels))
-            raise ValueError(f"{name} has shape {tuple(pixel_values.shape)}: expected ({expected})")
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"{name} is {pixel_values.dtype}: expected normalised floating-point images, "
-                "which dinov3_lite.ImageProcessor makes of pictures"
-            )
-        H, W = pixel_values.shape[-2:]
-        if p > H or p > W or H % p or W % p:
-            raise ValueError(
-                f"image height {H} and width {W} must be multiples of the patch size {p}: "
-                f"the nearest that work are height {_nearest_multiples(H, p)} and width {_nearest_multiples(W, p)}"
-            )
-        return H // p, W // p
-
-    def _check_mask(self, bool_masked_pos: Tensor, patches: Tensor) -> None:
-        if bool_masked_pos.shape != patches.shape[:2] or bool_masked_pos.dtype != torch.bool:
-            raise ValueError(
-                f"bool_masked_pos is {bool_masked_pos.dtype} of shape {tuple(bool_masked_pos.shape)}: "
-                f"expected torch.bool of shape {tuple(patches.shape[:2])}, one value a patch"
-            )
-
-    def _check_keep_indices(self, keep_indices: Tensor, patches: Tensor) -> None:
-        B, P = patches.shape[:2]
-        if keep_indices.ndim != 2 or keep_indices.shape[0] != B or keep_indices.dtype != torch.int64:
-            raise ValueError(
-                f"keep_indices is {keep_indices.dtype} of shape {tuple(keep_indices.shape)}: "
-                f"expected torch.int64 of shape ({B}, number of patches to keep)"
-            )
-        if torch.compiler.is_compiling() or keep_indices.device.type != "cpu" or not keep_indices.numel():
-            return
-        if keep_indices.min() < 0 or keep_indices.max() >= P:
-            raise ValueError(
-                f"keep_indices goes from {keep_indices.min()} to {keep_indices.max()}: expected 0 to {P - 1}, "
-                "the patches of the image row by row"
-            )
-
-    def _prefix_indices(self, keep_indices: Tensor) -> Tensor:
-        prefix = torch.arange(self.num_prefix_tokens, device=keep_indices.device)
-        return prefix.expand(keep_indices.shape[0], -1)
-
-    def block_indices(self, n: int | str | Sequence[int]) -> list[int]:
-        """Ascending indices of blocks: see n of `get_intermediate_layers`."""
-        if isinstance(n, str):
-            if n not in ("quarters", "dpt") or self.depth < 4:
-                raise ValueError(
-                    f"n is {n!r} and the model has {self.depth} blocks: expected 'quarters' or 'dpt', and 4"
-                )
-            quarters = [self.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
-            return [4, 11, 17, 23] if n == "dpt" and self.depth == 24 else quarters
-        if isinstance(n, int):
-            if not 1 <= n <= self.depth:
-                raise ValueError(f"n is {n}: expected a count of blocks from 1 to {self.depth}, or a list of indices")
-            return list(range(self.depth - n, self.depth))
-        indices = [operator.index(i) for i in n]
-        if not indices or not all(-self.depth <= i < self.depth for i in indices):
-            raise ValueError(f"n is {indices}: expected block indices from {-self.depth} to {self.depth - 1}")
-        return sorted({i % self.depth for i in indices})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DINOv3ViT:
         """`.half()` and its like keep float32 where float16 is too narrow."""
@@ -505,8 +315,22 @@ class DINOv3ViT(nn.Module):
         self.weights_id = "from a state dict"
 
 
-def _nearest_multiples(size: int, p: int) -> str:
-    below = size // p * p
-    if below == size and size:
-        return f"{size}"
-    return f"{below} or {below + p}" if below else f"{p}"
+def run_stack(
+    blocks: Sequence[nn.Module], tokens: Tokens, taps: Sequence[int], attention: str, recompute: bool = False
+) -> list[Tensor]:
+    """One block after the other, up to the last in `taps`: the outputs of those in `taps`.
+
+    recompute: keep no activations inside the blocks for the backward pass.
+    """
+    x, cos, sin, shapes = tokens
+    attend = resolve_attention(attention)
+    if shapes is not None:
+        attend = PackedAttention(attend, shapes, x.device)
+    if recompute:
+        from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
+    states = []
+    for i, block in enumerate(blocks[: max(taps) + 1 if taps else 0]):
+        x = checkpoint(block, x, cos, sin, attend, use_reentrant=False) if recompute else block(x, cos, sin, attend)
+        if i in taps:
+            states.append(x)
+    return states

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .attention import AttentionFn, auto_attention, suits_triton, triton_attention
 
 
 class Tokens(NamedTuple):
@@ -33,3 +36,33 @@ def pack(batches: Sequence[Tokens]) -> Tokens:
         sin=torch.cat([rows(t.sin, t.x) for t in batches]),
         shapes=tuple((t.x.shape[0], t.x.shape[1]) for t in batches),
     )
+
+
+def unpack(x: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """(T, ...) -> one (B_i, N_i, ...) a batch."""
+    parts = x.split([b * n for b, n in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class PackedAttention:
+    """`within` for each sequence of a pack: q, k, v (1, T, heads, D) with cos, sin (T, D/2) -> (1, T, heads, D).
+
+    shapes: (B_i, N_i), batches of equal sequences that lie one after the other; T is the sum of B_i * N_i. Our kernels
+    take them all in one launch, the other functions batch by batch.
+    """
+
+    def __init__(self, within: AttentionFn, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
+        lengths = [n for b, n in shapes for _ in range(b)]
+        self.within = within
+        self.shapes = shapes
+        self.longest = max(lengths)
+        self.cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
+        if self.within is triton_attention or (self.within is auto_attention and suits_triton(q)):
+            from .kernels import rope_attention_packed
+
+            return rope_attention_packed(q, k, v, cos, sin, self.cu_seqlens, self.longest).unsqueeze(0)
+        batches = zip(*(unpack(x, self.shapes) for x in (q, k, v, cos, sin)), strict=True)
+        return torch.cat([self.within(*batch).flatten(0, 1) for batch in batches]).unsqueeze(0)

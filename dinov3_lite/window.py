@@ -45,7 +45,7 @@ def sliding_window_features(
     wh, ww = (length for _, length, _ in sides)
 
     device = next(model.parameters()).device
-    dtype = torch.promote_types(model.norm.weight.dtype, torch.float32)
+    dtype = torch.promote_types(model.dtype, torch.float32)
     out = torch.zeros(pixel_values.shape[0], model.embed_dim, h, w, dtype=dtype, device=pixel_values.device)
     places = [(b, i, j) for b in range(len(out)) for i in range(len(y_starts)) for j in range(len(x_starts))]
     for batch in _batches(places, batch_size, progress):

@@ -220,11 +220,11 @@ def test_what_only_a_vit_has():
 @pytest.mark.parametrize(
     ("n", "message"),
     [
-        (0, "n is 0: expected a count of stages from 1 to 4, or a list of indices"),
-        (5, "n is 5: expected a count of stages"),
-        ([4], r"n is \[4\]: expected stage indices from -4 to 3"),
-        ([], r"n is \[\]: expected stage indices"),
-        ("halves", "n is 'halves': expected 'quarters' or 'dpt', which are all 4 stages"),
+        (0, "n is 0: expected a count of blocks from 1 to 4, or a list of indices"),
+        (5, "n is 5: expected a count of blocks"),
+        ([4], r"n is \[4\]: expected block indices from -4 to 3"),
+        ([], r"n is \[\]: expected block indices"),
+        ("halves", "n is 'halves' and the model has 4 blocks: expected 'quarters' or 'dpt'"),
     ],
 )
 def test_stages_that_there_are_not(n, message):

@@ -164,12 +164,17 @@ def test_the_errors_on_the_page_of_the_kernels_are_the_committed_ones(name, scri
     assert script.error_table(result["errors"]) in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_models_names_what_loads(scripts):
+def test_the_tables_of_models_name_what_loads(scripts):
     """Every hub id leads to the variant of its line, and every variant has one, but for the one without weights."""
-    rows = re.findall(r"^\| (\w+)[^|]*\| `(facebook/[^`]+)` \|", PAGES["models"], re.MULTILINE)
-    assert {variant for variant, _ in rows} == {*scripts("models").VARIANTS} - {"vitl16plus"}
-    for variant, hub_id in rows:
-        assert DINOv3Config.from_name(hub_id) == DINOv3Config.from_name(variant)
+    rows = [line.split("|")[1:] for line in PAGES["models"].splitlines() if re.match(r"\| vit\w+.*`\w+/", line)]
+    named = {
+        (cells[0].split(",")[0].strip(), hub)
+        for cells in rows
+        for hub in re.findall("`((?:facebook|robbyant)/.+?)`", str(cells))
+    }
+    assert {variant for variant, _ in named} == {*scripts("models").VARIANTS} - {"vitl16plus"} and len(named) == 15
+    for variant, hub in named:
+        assert DINOv3Config.from_name(hub) == DINOv3Config.from_name(variant), hub
 
 
 # ---- links

@@ -37,24 +37,31 @@ EDGES = {
     },
     "dinov3_lite/config.py": set(),
     "dinov3_lite/rope.py": {"config"},
+    "dinov3_lite/checks.py": set(),
     "dinov3_lite/attention.py": {"kernels", "kernels.availability", "rope"},
     "dinov3_lite/files.py": set(),
     "dinov3_lite/layouts.py": {"config", "files", "rope"},
     "dinov3_lite/hub.py": set(),
     "dinov3_lite/weights.py": {"config", "files", "hub", "layouts"},
-    "dinov3_lite/packing.py": set(),
+    "dinov3_lite/packing.py": {"attention", "kernels"},
+    "dinov3_lite/features.py": {"config"},
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
-    "dinov3_lite/model.py": {"attention", "config", "layers", "packing", "rope", "weights"},
-    "dinov3_lite/convnext.py": {"config", "convnext_features", "interfaces", "layers", "model"},
-    "dinov3_lite/convnext_features.py": set(),
+    "dinov3_lite/model.py": {*("attention", "checks", "config", "features", "layers", "packing", "rope", "weights")},
+    "dinov3_lite/convnext.py": {
+        *("checks", "config", "convnext_features", "features", "interfaces", "layers", "model")
+    },
+    "dinov3_lite/convnext_features.py": {"config", "features"},
     "dinov3_lite/image.py": {"pixels", "weights"},
     "dinov3_lite/pixels.py": set(),
     "dinov3_lite/encoder.py": {"model"},
-    "dinov3_lite/interfaces.py": {"model"},
+    "dinov3_lite/interfaces.py": {"features", "model"},
     "dinov3_lite/finetune.py": {"model"},
     "dinov3_lite/window.py": {"model"},
     "dinov3_lite/export.py": {"model"},
-    "dinov3_lite/inference.py": {"image", "layers", "model"},
+    "dinov3_lite/prepacked.py": set(),
+    "dinov3_lite/folding.py": {"image", "layers", "prepacked"},
+    "dinov3_lite/graphs.py": {"packing"},
+    "dinov3_lite/inference.py": {*("checks", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")},
     "dinov3_lite/picture.py": set(),
     "dinov3_lite/sample.py": {"config", "image", "layouts", "model", "weights"},
     "dinov3_lite/__init__.py": {
@@ -133,7 +140,7 @@ dinov3_lite.DINOv3Config
 assert "dinov3_lite.config" in sys.modules and "dinov3_lite.model" not in sys.modules
 assert set(dinov3_lite.__all__) <= set(dir(dinov3_lite))
 from dinov3_lite import *
-assert DINOv3ViT is dinov3_lite.DINOv3ViT and compile is dinov3_lite.compile
+assert DINOv3ViT is dinov3_lite.DINOv3ViT and optimize_for_inference is dinov3_lite.optimize_for_inference
 try:
     dinov3_lite.DINOv2
 except AttributeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import replace
 
@@ -10,11 +11,11 @@ import torch
 from helpers import TINY, TINY_GATED, relative_error, run_python, write_checkpoint
 from torch._dynamo.utils import counters
 
-import dinov3_lite
-from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, ImageProcessor
+from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, ImageProcessor, optimize_for_inference
+from dinov3_lite.folding import PixelPatchEmbed, fold
 from dinov3_lite.image import SATELLITE_MEAN, SATELLITE_STD
-from dinov3_lite.inference import MANY_ROWS, PackedByMKL, PackedByOneDNN, PackedLinear, fold, suits_onednn
 from dinov3_lite.layers import QKVProjection
+from dinov3_lite.prepacked import MANY_ROWS, PackedByMKL, PackedByOneDNN, PackedLinear, available
 
 PROCESSOR = ImageProcessor(size=None, mean=SATELLITE_MEAN, std=SATELLITE_STD)
 NO_BIAS = replace(TINY, proj_bias=False, mlp_bias=False)
@@ -34,6 +35,15 @@ def normalised(images: torch.Tensor, processor: ImageProcessor = PROCESSOR) -> t
     return (images.double() * processor.rescale_factor - mean) / std
 
 
+def folded(model: DINOv3ViT, processor: ImageProcessor | None = None) -> DINOv3ViT:
+    """Folded, and neither packed nor compiled: a processor's images are then pixels as floating-point numbers."""
+    result = copy.deepcopy(model)
+    result.blocks = torch.nn.ModuleList(map(fold, model.blocks))
+    if processor is not None:
+        result.patch_embed = PixelPatchEmbed(model.patch_embed, processor)
+    return result
+
+
 @pytest.mark.parametrize("config", [TINY, TINY_GATED, NO_BIAS], ids=["mlp", "gated", "no biases"])
 @torch.no_grad()
 def test_folding_is_exact_in_real_arithmetic(config, tmp_path):
@@ -41,31 +51,22 @@ def test_folding_is_exact_in_real_arithmetic(config, tmp_path):
     p = config.patch_size
     images = pixels(2, 3 * p, 5 * p)
     expected = model(normalised(images), output_hidden_states=True)
-    plain = fold(model)(normalised(images), output_hidden_states=True)
-    from_pixels = fold(model, PROCESSOR)(images.double(), output_hidden_states=True)
+    plain = folded(model)(normalised(images), output_hidden_states=True)
+    from_pixels = folded(model, PROCESSOR)(images.double(), output_hidden_states=True)
     for actual in (plain, from_pixels):
         for state, truth in zip(actual.hidden_states, expected.hidden_states, strict=True):
             assert relative_error(state, truth) < 1e-14
 
 
-def test_the_model_stays_as_it_is_and_shares_what_was_not_folded(tmp_path):
+def test_the_model_stays_as_it_is_and_shares_its_weights(tmp_path):
     model = load(tmp_path, TINY)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    folded = fold(model, PROCESSOR)
+    fast = optimize_for_inference(model, PROCESSOR)
+    fast(pixels(1, 16, 16))
+    assert type(model) is DINOv3ViT and all(p.requires_grad for p in model.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    own = {name for name, tensor in folded.named_parameters() if tensor is not dict(model.named_parameters())[name]}
-    assert {name.split(".", 2)[-1] for name in own if name.startswith("blocks.")} == {
-        "attn.proj.weight",
-        "attn.proj.bias",
-        "mlp.fc2.weight",
-        "mlp.fc2.bias",
-    }
-    assert {name for name in own if not name.startswith("blocks.")} == {
-        "patch_embed.proj.weight",
-        "patch_embed.proj.bias",
-    }
-    assert not any("gamma" in name for name, _ in folded.named_parameters())
+        assert fast.state_dict()[name].data_ptr() == tensor.data_ptr(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -76,14 +77,14 @@ def test_pixels_lose_nothing_against_normalised_images(dtype, tmp_path):
     images = pixels(2, 64, 96)
     truth = model.double()(normalised(images), output_hidden_states=True).hidden_states
     model.to(dtype)
-    ours = fold(model, PROCESSOR)(images.float(), output_hidden_states=True).hidden_states
+    ours = folded(model, PROCESSOR)(images.float(), output_hidden_states=True).hidden_states
     plain = model(normalised(images).float(), output_hidden_states=True).hidden_states
     bound = 1.5 if dtype == torch.float32 else 1.1
     for actual, unfolded, state in zip(ours, plain, truth, strict=True):
         assert relative_error(actual, state) <= bound * relative_error(unfolded, state)
 
 
-HALVES = [d for d in (torch.bfloat16, torch.float16) if suits_onednn(torch.empty(0, dtype=d))]
+HALVES = [d for d in (torch.bfloat16, torch.float16) if available(torch.empty(0, dtype=d))]
 
 
 LAYOUTS = [(PackedByOneDNN, dtype) for dtype in (torch.float32, *HALVES)]
@@ -91,8 +92,12 @@ if torch.backends.mkl.is_available():
     LAYOUTS.append((PackedByMKL, torch.float32))
 
 
-def packed_layers(module, layout=PackedLinear) -> list[str]:
-    return [name for name, child in module.named_modules() if isinstance(child, layout)]
+def packed_layers(model, layout=PackedLinear) -> list[str]:
+    """What of a prepared model's blocks runs prepacked."""
+    stand_ins = [model._stand_in(block) for block in model.blocks]
+    return [
+        f"{i}.{name}" for i, block in enumerate(stand_ins) for name, m in block.named_modules() if isinstance(m, layout)
+    ]
 
 
 @pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=str)
@@ -129,9 +134,9 @@ def test_no_rows_give_no_rows(layout, dtype):
 def test_packed_weights_serve_every_batch_and_size(config, dynamic, tmp_path):
     model = load(tmp_path, config)
     counters.clear()
-    fast = dinov3_lite.compile(model, PROCESSOR, backend="packed", dynamic=dynamic)
+    fast = optimize_for_inference(model, PROCESSOR, backend="prepacked", dynamic=dynamic)
     layout = LAYOUTS[0 if dynamic else -1][0]
-    assert len(packed_layers(fast.folded, layout)) == 4 * config.num_hidden_layers and not packed_layers(model)
+    assert len(packed_layers(fast, layout)) == 4 * config.num_hidden_layers
     for batch, h, w in [(1, 4, 4), (1, 1, 9), (4, 4, 2), (16, 7, 8)]:
         images = pixels(batch, h * model.patch_size, w * model.patch_size)
         output = fast(images)
@@ -146,7 +151,7 @@ def test_packed_weights_serve_every_batch_and_size(config, dynamic, tmp_path):
 @torch.no_grad()
 def test_outputs_are_the_same_bits_whatever_came_before(layout, dtype, tmp_path):
     model = load(tmp_path, TINY, dtype)
-    fast = dinov3_lite.compile(model, dynamic=layout is PackedByOneDNN)
+    fast = optimize_for_inference(model, dynamic=layout is PackedByOneDNN)
     images, others = (torch.randn(1, 3, 8, side * model.patch_size, dtype=dtype) for side in (8, 9))
     first = fast(images).last_hidden_state
     fast(others)
@@ -155,32 +160,21 @@ def test_outputs_are_the_same_bits_whatever_came_before(layout, dtype, tmp_path)
 
 def test_weights_are_packed_where_onednn_takes_the_model(tmp_path):
     model = load(tmp_path, TINY)
-    assert packed_layers(dinov3_lite.compile(model))
-    assert not packed_layers(dinov3_lite.compile(model, backend="inductor"))
-    assert not packed_layers(dinov3_lite.compile(model.double()))
-    with pytest.raises(ValueError, match=r"backend is 'packed' and the model is torch.float64 on cpu.*use 'inductor'"):
-        dinov3_lite.compile(model, backend="packed")
-    with pytest.raises(ValueError, match=r"backend is 'mkl': expected one of auto, packed, inductor"):
-        dinov3_lite.compile(model, backend="mkl")
+    assert packed_layers(optimize_for_inference(model))
+    assert not packed_layers(optimize_for_inference(model, backend="inductor"))
+    assert not packed_layers(optimize_for_inference(model.double()))
+    with pytest.raises(
+        ValueError, match=r"backend is 'prepacked' and the model is torch.float64 on cpu.*use 'inductor'"
+    ):
+        optimize_for_inference(model, backend="prepacked")
+    with pytest.raises(ValueError, match=r"backend is 'mkl': expected one of auto, prepacked, inductor"):
+        optimize_for_inference(model, backend="mkl")
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_precision_is_packed_by_onednn_alone(dtype, tmp_path):
-    fast = dinov3_lite.compile(load(tmp_path, TINY, dtype), dynamic=False)
+    fast = optimize_for_inference(load(tmp_path, TINY, dtype), dynamic=False)
     assert packed_layers(fast) == packed_layers(fast, PackedByOneDNN) != []
-
-
-def test_a_layer_that_somebody_replaced_is_left_as_it_is(tmp_path):
-    class Doubled(torch.nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    model = load(tmp_path, TINY)
-    model.blocks[0].mlp.fc1.__class__ = Doubled
-    images = torch.randn(1, 3, 2 * model.patch_size, 3 * model.patch_size)
-    with torch.no_grad():
-        expected = model(images).last_hidden_state
-    assert relative_error(dinov3_lite.compile(model)(images).last_hidden_state, expected) < 2e-6
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +182,7 @@ def compiled(tmp_path_factory):
     torch._dynamo.reset()
     counters.clear()
     model = load(tmp_path_factory.mktemp("gated"), TINY_GATED)
-    return model, dinov3_lite.compile(model, PROCESSOR, backend="inductor")
+    return model, optimize_for_inference(model, PROCESSOR, backend="inductor")
 
 
 def test_two_graphs_serve_every_batch_and_size(compiled):
@@ -213,7 +207,7 @@ def test_a_head_can_be_trained_on_the_outputs(compiled):
 
 def test_images_must_be_pixels_where_a_processor_was_folded_in(compiled):
     _, fast = compiled
-    with pytest.raises(ValueError, match=r"images are torch.float32: expected torch.uint8 pixels"):
+    with pytest.raises(ValueError, match=r"pixel_values is torch.float32: expected torch.uint8 pixels"):
         fast(torch.zeros(1, 3, 64, 64))
 
 
@@ -226,13 +220,13 @@ def test_images_are_checked_before_anything_is_compiled(compiled):
     assert str(ours.value) == str(expected.value)
 
 
-@pytest.mark.parametrize("backend", ["packed", "inductor"])
+@pytest.mark.parametrize("backend", ["prepacked", "inductor"])
 def test_a_module_around_the_model_is_taken_whole(backend, tmp_path):
     torch._dynamo.reset()
     model = load(tmp_path, TINY)
     backbone = torch.nn.Sequential(DINOv3ViTBackbone(model, out_indices=[0, 1])).eval()
     images = torch.randn(1, 3, 2 * model.patch_size, 3 * model.patch_size)
-    actual = dinov3_lite.compile(backbone, backend=backend, dynamic=False)(images)
+    actual = optimize_for_inference(backbone, backend=backend, dynamic=False)(images)
     with torch.no_grad():
         expected = backbone(images)
     for a, b in zip(actual.feature_maps, expected.feature_maps, strict=True):
@@ -240,10 +234,10 @@ def test_a_module_around_the_model_is_taken_whole(backend, tmp_path):
 
 
 def test_what_can_not_be_compiled_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="model is a Linear without a DINOv3ViT inside"):
-        dinov3_lite.compile(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="model is a Linear without a DINOv3ViT inside: there is nothing to prepare"):
+        optimize_for_inference(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"training mode.*call model.eval\(\) first"):
-        dinov3_lite.compile(load(tmp_path, TINY).train())
+        optimize_for_inference(load(tmp_path, TINY).train())
 
 
 def test_a_second_process_takes_the_graph_from_disk(tmp_path):
@@ -251,7 +245,7 @@ def test_a_second_process_takes_the_graph_from_disk(tmp_path):
     code = f"""
 import dinov3_lite
 from torch._dynamo.utils import counters
-fast = dinov3_lite.compile(dinov3_lite.DINOv3ViT.from_pretrained({str(folder)!r}), backend="inductor", dynamic=False)
+fast = dinov3_lite.optimize_for_inference(dinov3_lite.DINOv3ViT.from_pretrained({str(folder)!r}), backend="inductor", dynamic=False)
 fast.warm_up(1, {4 * TINY.patch_size}, {5 * TINY.patch_size})
 print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
 """

@@ -354,19 +354,62 @@ def test_activation_checkpointing_keeps_no_activation_inside_blocks(model, image
 
 def test_training_creates_no_key_bias(images):
     model = DINOv3ViT(TINY).train()
-    assert not any("k_bias" in name for name, _ in model.named_parameters())
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    model(images).last_hidden_state.square().sum().backward()
-    optimizer.step()
-    zero = torch.zeros(1, 1, 32)
-    q, k, v = model.blocks[0].attn.qkv(zero).chunk(3, dim=-1)
-    assert (k == 0).all() and (q != 0).any() and (v != 0).any()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
+    for _ in range(3):
+        model(images).last_hidden_state.square().sum().backward()
+        optimizer.step()
+    for block in model.blocks:
+        for biases in (dict(block.attn.qkv.named_parameters())["bias"], block.attn.qkv(torch.zeros(1, 1, 32))[0, 0]):
+            q, k, v = biases.chunk(3)
+            assert (k == 0).all() and (q != 0).any() and (v != 0).any()
+
+
+def test_the_projection_is_the_linear_layer_that_it_says_it_is(model, images):
+    """What replaces it by its weight and bias computes the same, even after somebody wrote to all of its bias."""
+    expected = model(images).last_hidden_state
+    for fill in (False, True):
+        for block in model.blocks:
+            qkv = block.attn.qkv
+            if fill:
+                with torch.no_grad():
+                    dict(qkv.named_parameters())["bias"].normal_()
+                expected = None
+            linear = torch.nn.Linear(qkv.in_features, qkv.out_features)
+            linear.weight, linear.bias = qkv.weight, qkv.bias
+            x = torch.randn(2, 3, 32)
+            assert torch.equal(linear(x), qkv(x)) and (qkv.bias[32:64] == 0).all()
+            if not fill:
+                block.attn.qkv = linear
+        if expected is not None:
+            assert torch.equal(model(images).last_hidden_state, expected)
+            model = DINOv3ViT(TINY)
+
+
+def test_a_state_dict_names_the_biases_that_there_are(model):
+    state = model.state_dict()
+    assert "blocks.0.attn.qkv.q_bias" in state and "blocks.0.attn.qkv.v_bias" in state
+    assert not any("k_bias" in name or name.endswith("qkv.bias") for name in state)
+    assert [name for name, _ in model.named_parameters() if "bias" in name] == [
+        name for name, _ in model.named_parameters() if name.endswith(".bias")
+    ]
+    for source in (state, dict(model.named_parameters()) | dict(model.named_buffers())):
+        other = DINOv3ViT(TINY)
+        other.load_state_dict(source)
+        for name, parameter in other.named_parameters():
+            assert torch.equal(parameter, dict(model.named_parameters())[name]), name
+    del state["blocks.0.attn.qkv.q_bias"]
+    with pytest.raises(RuntimeError, match="Missing key.*blocks.0.attn.qkv.q_bias"):
+        other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="Unexpected key.*blocks.0.attn.qkv.k_bias"):
+        other.load_state_dict(model.state_dict() | {"blocks.0.attn.qkv.k_bias": torch.zeros(32)})
+    with pytest.raises(RuntimeError, match="qkv.bias is not zero in the third k_bias, which the config does not have"):
+        other.load_state_dict(dict(model.named_parameters()) | {"blocks.0.attn.qkv.bias": torch.ones(96)}, strict=False)
 
 
 def test_a_key_bias_that_the_config_has_is_kept():
     model = DINOv3ViT(TINY_GATED)
-    assert "blocks.0.attn.qkv.k_bias" in dict(model.named_parameters())
-    assert "blocks.0.attn.qkv.v_bias" not in dict(model.named_parameters())
+    assert "blocks.0.attn.qkv.k_bias" in model.state_dict()
+    assert "blocks.0.attn.qkv.v_bias" not in model.state_dict()
 
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
@@ -402,7 +445,7 @@ def test_initial_weights():
         tensor.fill_(float("nan"))
     empty.init_weights()
     assert all(t.isfinite().all() for t in empty.state_dict().values())
-    assert (empty.blocks[0].norm1.weight == 1).all() and (empty.blocks[0].attn.qkv.q_bias == 0).all()
+    assert (empty.blocks[0].norm1.weight == 1).all() and (empty.blocks[0].attn.qkv.bias == 0).all()
 
 
 # ---- graphs

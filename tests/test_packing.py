@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov3_lite import DINOv3ViT
-from dinov3_lite.attention import unpack
-from dinov3_lite.packing import pack
+from dinov3_lite.packing import pack, unpack
 
 
 @pytest.fixture(scope="module", params=[TINY, TINY_GATED], ids=["plain", "gated"])

@@ -6,6 +6,7 @@ The bounds: in float32 at most 1.5 times the reference's error, in bfloat16 and 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import replace
@@ -20,8 +21,8 @@ import reference
 from helpers import TINY, TINY_GATED, relative_error, trained_like, write_checkpoint
 
 from convert import convert
-from dinov3_lite import DINOv3Config, DINOv3ViT, compile
-from dinov3_lite.inference import fold
+from dinov3_lite import DINOv3Config, DINOv3ViT, optimize_for_inference
+from dinov3_lite.folding import fold
 from dinov3_lite.layouts import TRANSFORMERS
 
 # Depth is cut so that the whole fits into memory and minutes; widths, heads and MLPs are the released ones.
@@ -50,8 +51,10 @@ def test_every_hidden_state(variant, dtype):
     name, folder, cases = variant
     theirs = reference.load(folder, dtype)
     ours = DINOv3ViT.from_pretrained(folder, dtype=dtype)
-    prepared = {"ours": ours, "folded": fold(ours)}  # and packed, where oneDNN takes the dtype
-    prepared |= {f"compiled, dynamic={d}": compile(ours, dynamic=d).folded for d in (True, False)}
+    folded = copy.deepcopy(ours)
+    folded.blocks = torch.nn.ModuleList(map(fold, ours.blocks))
+    prepared = {"ours": ours, "folded": folded}
+    prepared |= {f"prepared, dynamic={d}": optimize_for_inference(ours, dynamic=d) for d in (True, False)}
     for size, (images, truth) in cases.items():
         their_errors = errors_of(theirs, images, truth)
         our_errors = {what: errors_of(model, images, truth) for what, model in prepared.items()}
@@ -131,7 +134,12 @@ def test_gradients_of_input_and_weights(name, tmp_path):
     def gradients(model, dtype):
         x = images.to(dtype, copy=True).requires_grad_()
         (model(x).last_hidden_state * target.to(dtype)).sum().backward()
-        return {"pixel_values": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        for name in [name for name in grads if name.endswith("qkv.bias")]:  # ours
+            thirds = dict(zip(("q_bias", "k_bias", "v_bias"), grads.pop(name).chunk(3), strict=True))
+            assert not thirds.pop("k_bias").any()
+            grads |= {name.replace("bias", third): grad for third, grad in thirds.items()}
+        return {"pixel_values": x.grad, **grads}
 
     def as_ours(grads):
         """Transformers' gradients under our names, by the table that loading goes by."""

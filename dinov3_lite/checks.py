@@ -1,0 +1,93 @@
+"""What a forward accepts. Everything else is a ValueError of one sentence: what was found, what was expected."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BATCH = ("batch", "channels", "height", "width")
+SINGLE = BATCH[1:]
+
+
+def check_images(
+    images: Tensor,
+    channels: int,
+    patch_size: int,
+    name: str = "pixel_values",
+    dims: tuple[str, ...] = BATCH,
+    pixels: bool = False,
+) -> tuple[int, int]:
+    """The patch grid (h, w) of images (batch, channels, height, width), or of one image without the batch.
+
+    pixels: whether they may be whole numbers.
+    """
+    p = patch_size
+    check_kind(images, channels, name, dims, pixels)
+    H, W = images.shape[-2:]
+    if p > H or p > W or H % p or W % p:
+        raise ValueError(
+            f"image height {H} and width {W} must be multiples of the patch size {p}: "
+            f"the nearest that work are height {_nearest_multiples(H, p)} and width {_nearest_multiples(W, p)}"
+        )
+    return H // p, W // p
+
+
+def check_kind(
+    images: Tensor, channels: int, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
+) -> None:
+    """Rank, channels and dtype of images of any size: see `check_images`."""
+    if images.ndim != len(dims) or images.shape[-3] != channels:
+        expected = ", ".join(dims).replace("channels", str(channels))
+        raise ValueError(f"{name} has shape {tuple(images.shape)}: expected ({expected})")
+    if not (pixels or images.is_floating_point()):
+        raise ValueError(
+            f"{name} is {images.dtype}: expected normalised floating-point images, "
+            "which dinov3_lite.ImageProcessor makes of pictures"
+        )
+
+
+def _nearest_multiples(size: int, p: int) -> str:
+    below = size // p * p
+    if below == size and size:
+        return f"{size}"
+    return f"{below} or {below + p}" if below else f"{p}"
+
+
+def check_mask(bool_masked_pos: Tensor, patches: Tensor) -> None:
+    """One boolean for each of the patches (B, P, C)."""
+    if bool_masked_pos.shape != patches.shape[:2] or bool_masked_pos.dtype != torch.bool:
+        raise ValueError(
+            f"bool_masked_pos is {bool_masked_pos.dtype} of shape {tuple(bool_masked_pos.shape)}: "
+            f"expected torch.bool of shape {tuple(patches.shape[:2])}, one value a patch"
+        )
+
+
+def check_keep_indices(keep_indices: Tensor, patches: Tensor) -> None:
+    """Indices (B, K) of the patches (B, P, C). A GPU itself reports those out of range."""
+    B, P = patches.shape[:2]
+    if keep_indices.ndim != 2 or keep_indices.shape[0] != B or keep_indices.dtype != torch.int64:
+        raise ValueError(
+            f"keep_indices is {keep_indices.dtype} of shape {tuple(keep_indices.shape)}: "
+            f"expected torch.int64 of shape ({B}, number of patches to keep)"
+        )
+    if torch.compiler.is_compiling() or keep_indices.device.type != "cpu" or not keep_indices.numel():
+        return
+    if keep_indices.min() < 0 or keep_indices.max() >= P:
+        raise ValueError(
+            f"keep_indices goes from {keep_indices.min()} to {keep_indices.max()}: expected 0 to {P - 1}, "
+            "the patches of the image row by row"
+        )
+
+
+def check_count(name: str, value: Any) -> int:
+    """`value` as an int, at least 1."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}: expected a whole number from 1 up")
+    return count
