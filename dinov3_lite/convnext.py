@@ -14,7 +14,8 @@ Inside, channels are last: the depthwise convolutions are fastest so, and norms 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from .checks import BATCH, check_kind
 from .config import DINOv3ConvNeXtConfig
 from .features import dtype_of
 from .interfaces import BackboneOutput, stages_of
-from .layers import DropPath, LayerNorm, LayerScale, Mlp
+from .layers import OURS, DropPath, LayerNorm, LayerScale, Mlp
 from .model import DINOv3Output
 
 
@@ -196,7 +197,7 @@ class DINOv3ConvNeXt(features.Sizes):
         """
         features.refuse(bool_masked_pos=bool_masked_pos, keep_indices=keep_indices)
         taps = range(self.depth) if output_hidden_states else (self.depth - 1,)
-        states = self.run_stages(pixel_values, taps)
+        states = self.run_stages(self.embed(pixel_values), taps)
         grid = states[-1].shape[1], states[-1].shape[2]
         last_hidden_state = self.norm(features.to_tokens(states[-1]))
         hidden_states = None
@@ -207,18 +208,21 @@ class DINOv3ConvNeXt(features.Sizes):
         output = (last_hidden_state, last_hidden_state[:, 0])
         return output if hidden_states is None else (*output, hidden_states)  # type: ignore[return-value]
 
-    def run_stages(self, pixel_values: Tensor, taps: Sequence[int]) -> list[Tensor]:
-        """Outputs (B, h, w, C) of the stages in `taps` (ascending indices); stops after the last of them."""
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """What the first stage gets: (B, H/4, W/4, C1). Arguments and errors are those of `forward`."""
         self.check_images(pixel_values)
-        dtype = self.residual_dtype or torch.promote_types(self.dtype, torch.float32)
-        x = self.stem(pixel_values.to(dtype_of(self.stem))).to(dtype)
+        return self.embed_patches(pixel_values).to(
+            self.residual_dtype or torch.promote_types(self.dtype, torch.float32)
+        )
+
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        """The stem over valid images, cast to its dtype."""
+        return self.stem(pixel_values.to(dtype_of(self.stem)))
+
+    def run_stages(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
+        """Outputs (B, h, w, C) of the stages in `taps` (ascending indices). No stage after the last of them runs."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        states = []
-        for i, stage in enumerate(self.stages[: max(taps, default=-1) + 1]):
-            x = stage(x, recompute)
-            if i in taps:
-                states.append(x)
-        return states
+        return run_units(self.stages, x, taps, recompute)
 
     # What Meta's and timm's classes have, by their names.
     get_intermediate_layers = features.get_intermediate_layers
@@ -240,10 +244,13 @@ class DINOv3ConvNeXt(features.Sizes):
         return f"{self.config.name}, {millions:.1f} M parameters, weights {self.weights_id}"
 
     def check_images(
-        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH
+        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
-        """The grid (h, w) of the last stage's map, or ValueError unless these are images of 32 x 32 pixels and more."""
-        check_kind(images, self.num_channels, name, dims)
+        """The grid (h, w) of the last stage's map, or ValueError unless these are images of 32 x 32 pixels and more.
+
+        pixels: whether they may be whole numbers.
+        """
+        check_kind(images, self.num_channels, name, dims, pixels)
         (H, W), least = images.shape[-2:], self.strides[-1]
         if least > H or least > W:
             raise ValueError(f"image height {H} and width {W} must be at least {least}, the stride of the last stage")
@@ -252,6 +259,19 @@ class DINOv3ConvNeXt(features.Sizes):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.weights_id = "from a state dict"
+
+
+def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *options: Any) -> list[Tensor]:
+    """One module after the other, up to the last in `taps`: the outputs of those in `taps`."""
+    states = []
+    for i, unit in enumerate(itertools.islice(units, max(taps) + 1 if taps else 0)):
+        x = unit(x, *options)
+        if i in taps:
+            states.append(x)
+    return states
+
+
+OURS.update({Stem, Downsample, DepthwiseConv, ConvNeXtBlock, Stage, nn.Identity})
 
 
 class DINOv3ConvNextBackbone(nn.Module):
@@ -287,7 +307,10 @@ class DINOv3ConvNextBackbone(nn.Module):
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         """pixel_values: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
         stages = [i - 1 for i in self.out_indices if i]
-        maps = [features.to_map(self.model, state) for state in self.model.run_stages(pixel_values, stages)]
+        maps = [
+            features.to_map(self.model, state)
+            for state in self.model.run_stages(self.model.embed(pixel_values), stages)
+        ]
         if self.out_indices[0] == 0:
             maps.insert(0, pixel_values)
         return BackboneOutput(tuple(maps), None)

@@ -94,7 +94,7 @@ def get_intermediate_layers(
     taps = block_indices(model, n)
     patch_size = model.patch_size if patch_size is None else patch_size
     outputs: list[tuple[Tensor, ...]] = []
-    for i, state in zip(taps, model.run_stages(x, taps), strict=True):
+    for i, state in zip(taps, model.run_stages(model.embed(x), taps), strict=True):
         parts = mean_token(state), on_grid(state, x, patch_size)  # (B, 1, C), (B, h, w, C)
         pooled, patches = (model.norm(t) if norm and i == model.depth - 1 else as_output(model, t) for t in parts)
         output = [patches.permute(0, 3, 1, 2) if reshape else patches.flatten(1, 2)]
@@ -120,7 +120,7 @@ def forward_features(model: Any, x: Tensor | list[Tensor], masks: Any = None) ->
             raise ValueError(f"x is a list of {len(x)} batches: expected at least one, and as many masks")
         return [forward_features(model, *pair) for pair in zip(x, masks or [None] * len(x), strict=True)]
     refuse(masks=masks)
-    (state,) = model.run_stages(x, (model.depth - 1,))
+    (state,) = model.run_stages(model.embed(x), (model.depth - 1,))
     normed = model.norm(to_tokens(state))
     return {
         "x_norm_clstoken": normed[:, 0],
@@ -153,7 +153,7 @@ def forward_intermediates(
         raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW', all that timm's ConvNeXt has")
     taps = block_indices(model, model.depth if indices is None else indices)
     last = taps[-1] if intermediates_only or stop_early else model.depth - 1
-    maps = [to_map(model, state) for state in model.run_stages(x, sorted({*taps, last}))]
+    maps = [to_map(model, state) for state in model.run_stages(model.embed(x), sorted({*taps, last}))]
     return maps[: len(taps)] if intermediates_only else (maps[-1], maps[: len(taps)])
 
 

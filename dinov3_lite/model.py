@@ -290,10 +290,13 @@ class DINOv3ViT(features.Sizes):
     block_indices = features.block_indices
 
     def check_images(
-        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH
+        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
-        """Return the patch grid (h, w) of images that `embed` takes. Raises ValueError for all others."""
-        return check_images(images, self.num_channels, self.patch_size, name, dims)
+        """Return the patch grid (h, w) of images that `embed` takes. Raises ValueError for all others.
+
+        pixels: whether they may be whole numbers.
+        """
+        return check_images(images, self.num_channels, self.patch_size, name, dims, pixels)
 
     def extra_repr(self) -> str:
         millions = sum(p.numel() for p in self.parameters()) / 1e6

@@ -59,9 +59,12 @@ EDGES = {
     "dinov3_lite/window.py": {"model"},
     "dinov3_lite/export.py": {"model"},
     "dinov3_lite/prepacked.py": set(),
-    "dinov3_lite/folding.py": {"image", "layers", "prepacked"},
-    "dinov3_lite/graphs.py": {"packing"},
-    "dinov3_lite/inference.py": {*("checks", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")},
+    "dinov3_lite/folding.py": {"convnext", "image", "layers", "prepacked"},
+    "dinov3_lite/graphs.py": set(),
+    "dinov3_lite/prepared.py": {
+        *("checks", "convnext", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")
+    },
+    "dinov3_lite/inference.py": {"convnext", "image", "model", "prepared"},
     "dinov3_lite/picture.py": set(),
     "dinov3_lite/sample.py": {"config", "image", "layouts", "model", "weights"},
     "dinov3_lite/__init__.py": {
