@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from timing import in_a_child, turns
 
 from dinov3_lite import DINOv3Config
-from dinov3_lite.layouts import TRANSFORMERS
+from dinov3_lite.checkpoint.layouts import TRANSFORMERS
 
 CONVERT = """
 import sys, torch

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from convert import convert
 from dinov3_lite import DINOv3Config, DINOv3ViT, optimize_for_inference
-from dinov3_lite.layouts import TRANSFORMERS, rename
+from dinov3_lite.checkpoint.layouts import TRANSFORMERS, rename
 from dinov3_lite.sample import made_weights
 
 REFERENCES = Path(sys.prefix) / "references" / "torchvision"

@@ -8,19 +8,27 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from dinov3_lite.files import checkpoint_files
-from dinov3_lite.layouts import LAYOUTS
-from dinov3_lite.weights import CARRIED, DTYPES, LITE_FILE, locate, open_source
+from dinov3_lite.checkpoint import DTYPES, open_checkpoint, weights_in
+from dinov3_lite.checkpoint.hub import locate
+from dinov3_lite.checkpoint.layouts import LAYOUTS
 
-from . import MAX_SHARD_SIZE, convert_opened
-from .describe import as_text, describe, summary
-from .plan import carried_tensors
+from .describe import describe, describe_as_text, describe_plan, plan_as_text, summary, summary_as_text
+from .plan import MAX_SHARD_SIZE, Plan, check, check_values, make_plan
 from .verify import verify
+from .writer import write
+
+EXAMPLE = """example:
+  python -m convert facebook/dinov3-vitb16-pretrain-lvd1689m --output vitb16.safetensors
+  python -m convert checkpoint_folder --to meta --dry-run
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     args = _parser().parse_args(argv)
     try:
         sources = _models(locate(args.source, revision=args.revision))
@@ -28,18 +36,13 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error)
     failed = []
     for source in sources:
+        output = args.output / source.name if args.output and len(sources) > 1 else args.output
         try:
-            if args.inspect:
-                description = describe(open_source(source))
-                print(json.dumps(description, indent=2) if args.json else as_text(description))
-            else:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always", UserWarning)
-                    _convert(
-                        source, args, args.output / source.name if args.output and len(sources) > 1 else args.output
-                    )
-                for warning in caught:
-                    print(f"convert: warning: {warning.message}", file=sys.stderr)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                _run(source, output, args)
+            for warning in caught:
+                print(f"convert: warning: {warning.message}", file=sys.stderr)
         except (OSError, ValueError) as error:
             failed.append(source)
             _fail(error)
@@ -48,27 +51,31 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _convert(source: Path, args: argparse.Namespace, output: Path | None) -> None:
+def _run(source: Path, output: Path | None, args: argparse.Namespace) -> None:
+    """One model: plan, then say what it is, say what would be done, or do it."""
     start = time.perf_counter()
-    opened = open_source(source)
-    dtype = DTYPES.get(args.dtype)
-    path = convert_opened(
-        opened,
-        output,
-        to=args.to,
-        dtype=dtype,
-        force=args.force,
-        allow_loss=args.allow_loss,
-        max_shard_size=args.max_shard_size,
-        progress=not args.quiet,
-    )
-    seconds = time.perf_counter() - start
-    verified = f"  {verify(opened, path, dtype)}" if args.verify else ""
+    opened = open_checkpoint(source, original=True)
+    plan = make_plan(opened, output, to=args.to, dtype=DTYPES.get(args.dtype), max_shard_size=args.max_shard_size)
+    if args.inspect:
+        _say(describe(plan), describe_as_text, args)
+        return
+    check(plan, force=args.force, allow_loss=args.allow_loss)
+    if args.dry_run:
+        check_values(plan)
+        _say(describe_plan(plan), plan_as_text, args)
+        return
+    write(plan, progress=not args.quiet)
+    _say(_done(plan, start, args.verify), summary_as_text, args)
+
+
+def _done(plan: Plan, start: float, verifies: bool) -> dict[str, Any]:
+    done = summary(plan, open_checkpoint(plan.path, original=True), time.perf_counter() - start)
+    return {**done, "verified": str(verify(plan))} if verifies else done
+
+
+def _say(content: dict[str, Any], as_text: Callable[[dict[str, Any]], str], args: argparse.Namespace) -> None:
     if not args.quiet:
-        print(summary(opened, open_source(path), seconds) + verified)
-        kept = {name.removeprefix(CARRIED) for name in carried_tensors(opened, LAYOUTS[args.to])}
-        for item in (item for item in opened.left_out if item.split("'")[1] not in kept):
-            print(f"  left out {item}")
+        print(json.dumps(content, indent=2) if args.json else as_text(content))
 
 
 def _models(path: Path) -> list[Path]:
@@ -80,7 +87,7 @@ def _models(path: Path) -> list[Path]:
 
 def _is_model(folder: Path) -> bool:
     try:
-        return bool(checkpoint_files(folder)) or (folder / LITE_FILE).is_file()
+        return any(weights_in(folder))
     except ValueError:  # a damaged index: a model all the same, which fails by itself
         return True
 
@@ -102,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m convert",
         description="Convert DINOv3 checkpoints between the layouts of transformers, Meta, timm and dinov3-lite.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", help="a checkpoint folder, a folder of such folders, a .safetensors or .pth file, or a hub id")
@@ -118,7 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="open again what was written, compare it with the source, run both")
     add("--allow-loss", action="store_true", help="go on where the layout can't hold something of the source")
     add("--inspect", action="store_true", help="say what the source is, and write nothing")
-    add("--json", action="store_true", help="with --inspect: as JSON")
+    add("--dry-run", action="store_true", help="say what would be written where, and write nothing")
+    add("--json", action="store_true", help="say it as JSON, one object a model")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--force", action="store_true", help="replace existing output")
     add("--quiet", action="store_true", help="no progress bar and no summary")

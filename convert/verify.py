@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dinov3_lite.layouts import TRANSFORMERS, kind
+from dinov3_lite.checkpoint import Checkpoint, open_checkpoint
+from dinov3_lite.checkpoint.files import Span
+from dinov3_lite.checkpoint.layouts.table import pattern
+from dinov3_lite.checkpoint.layouts.transformers import opens
 from dinov3_lite.model import DINOv3ViT
-from dinov3_lite.weights import Checkpoint, open_source
 
-from . import convert_opened
-from .plan import losses
+from .plan import Plan, make_plan
+from .writer import write
 
 
 @dataclass(frozen=True)
@@ -37,27 +40,33 @@ class Verified:
         return f"{tensors}; hidden states within {max(self.errors):.1e} of transformers' (each: {each})"
 
 
-def verify(source: Checkpoint, path: Path, dtype: torch.dtype | None) -> Verified:
-    """Compare what was written at `path` with its source.
+def verify(plan: Plan) -> Verified:
+    """Compare what was written by the plan with its source, tensor by tensor, and run both.
 
     Raises ValueError that names the tensor if one differs or is not finite.
     """
-    written = open_source(path)
-    weights_dtype = dtype or source.dtype
-    lost = written.layout.assumed.keys() if losses(source, written.layout) else ()
+    source, written = plan.source, open_checkpoint(plan.path, original=plan.layout.is_folder)
+    weights_dtype = plan.dtype or source.dtype
     compared = 0
-    for name, pieces in source.pieces.items():
-        if name not in written.pieces or kind(name) in lost:
+    for name, spans in source.spans.items():
+        if name not in written.spans or pattern(name) in plan.lost:
             continue
         target = torch.float32 if name == "rope_embed.periods" else weights_dtype
-        a = torch.cat([piece.load().to(target) for piece in pieces]) if pieces else torch.empty(0)
-        b = torch.cat([piece.load().to(target) for piece in written.pieces[name]]) if pieces else torch.empty(0)
-        if not a.isfinite().all():
+        expected, found = _joined(spans, target), _joined(written.spans[name], target)
+        if not expected.isfinite().all():
             raise ValueError(f"{source.path}: tensor {name!r} holds NaN or infinity")
-        if not torch.equal(a, b):
-            raise ValueError(f"{path}: tensor {name!r} differs from its source: convert again")
+        if not torch.equal(expected, found):
+            raise ValueError(f"{plan.path}: tensor {name!r} differs from its source: convert again")
         compared += 1
+    for name in source.carried.keys() & written.carried.keys():
+        a, b = (_joined([c.carried[name].span()], plan.dtype or c.carried[name].dtype) for c in (source, written))
+        if not torch.equal(a, b):
+            raise ValueError(f"{plan.path}: tensor {name!r} differs from its source: convert again")
     return Verified(compared, _forward_errors(source, written))
+
+
+def _joined(spans: list[Span], dtype: torch.dtype) -> Tensor:
+    return torch.cat([span.load().to(dtype) for span in spans]) if spans else torch.empty(0)
 
 
 def _forward_errors(source: Checkpoint, written: Checkpoint) -> list[float] | None:
@@ -66,8 +75,8 @@ def _forward_errors(source: Checkpoint, written: Checkpoint) -> list[float] | No
         return None
     with tempfile.TemporaryDirectory() as scratch, transformers_module() as transformers:
         folder = source.path
-        if source.layout is not TRANSFORMERS or not folder.is_dir():
-            folder = convert_opened(source, Path(scratch), to="transformers", allow_loss=True)
+        if not opens(source.layout, folder):
+            folder = write(make_plan(source, scratch, to="transformers"))
         theirs = transformers.DINOv3ViTModel.from_pretrained(folder, dtype=torch.float32).eval()
         ours = DINOv3ViT.from_pretrained(written.path, dtype=torch.float32)
         p = source.config.patch_size

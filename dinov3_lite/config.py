@@ -9,6 +9,10 @@ MODEL_TYPE = "dinov3_vit"
 CONVNEXT_TYPE = "dinov3_convnext"
 ACTIVATIONS = ("gelu", "silu")
 
+# Parameters that enter the residual stream directly: in released models that stream leaves float16's range, so they
+# stay in float32 where the rest is in float16.
+FLOAT32_UNDER_HALF = ("cls_token", "register_tokens", "mask_token")
+
 
 @dataclass(frozen=True)
 class DINOv3Config:

@@ -55,8 +55,8 @@ def optimize_for_inference(
     inside = [module for module in model.modules() if isinstance(module, BACKBONES)]
     if not inside:
         raise ValueError(
-            f"model is a {type(model).__name__} without a DINOv3ViT or a DINOv3ConvNeXt inside: there is nothing to "
-            "prepare"
+            f"model is a {type(model).__name__} without a DINOv3ViT inside: there is nothing to prepare, and no "
+            "DINOv3ConvNeXt either"
         )
     if model.training or any(backbone.training for backbone in inside):
         raise ValueError("the model is in training mode, where features are random: call model.eval() first")

@@ -17,12 +17,13 @@ from torch.utils import _pytree
 
 from . import features
 from .attention import resolve_attention
+from .checkpoint import assign, open_checkpoint
+from .checkpoint.hub import locate
 from .checks import BATCH, SINGLE, check_images, check_keep_indices, check_mask
-from .config import DINOv3Config
+from .config import FLOAT32_UNDER_HALF, DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
 from .packing import PackedAttention, Tokens, pack, unpack
 from .rope import RotaryEmbedding2D, rope_periods
-from .weights import FLOAT32_UNDER_HALF, assign, open_checkpoint
 
 
 class DINOv3Output(NamedTuple):
@@ -160,7 +161,8 @@ class DINOv3ViT(features.Sizes):
         resolve_attention(attention)
         if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
-        opened = open_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        opened = open_checkpoint(path)
         with torch.device("meta"):
             model = cls(opened.config, attention)
         assign(model, opened, dtype=dtype, device=device)

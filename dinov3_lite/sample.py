@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint.layouts import TRANSFORMERS, rename
+from .checkpoint.layouts.cards import NOTE_KEY
 from .config import DINOv3Config
 from .image import BILINEAR, IMAGENET_MEAN, IMAGENET_STD, ImageProcessor
-from .layouts import TRANSFORMERS, rename
 from .model import DINOv3ViT
-from .weights import NOTE_KEY
 
 NOTE = "made, not trained"
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from convert import convert
 from dinov3_lite import DINOv3Config, DINOv3ViT, ImageProcessor, picture
 from dinov3_lite.__main__ import COMMANDS, main
+from dinov3_lite.checkpoint import DTYPES
 from dinov3_lite.commands import arguments as shared
 from dinov3_lite.commands import export as export_command
 from dinov3_lite.export import FORMATS
 from dinov3_lite.sample import made_weights
-from dinov3_lite.weights import DTYPES
 
 Image = pytest.importorskip("PIL.Image")
 

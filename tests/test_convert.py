@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from convert import convert
 from convert.__main__ import main
 from dinov3_lite import DINOv3Config, DINOv3ViT
-from dinov3_lite.weights import LITE_FILE, open_checkpoint
+from dinov3_lite.checkpoint import CONVERTED, open_checkpoint
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def folder(tmp_path) -> Path:
 
 def test_the_file_describes_itself(folder):
     path = convert(folder)
-    assert path == folder / LITE_FILE
+    assert path == folder / CONVERTED
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert DINOv3Config.from_dict(json.loads(metadata["config"])) == TINY
@@ -61,11 +62,11 @@ def test_every_tensor_is_aligned_for_its_dtype_and_the_data_for_a_cache_line(fol
 
 def test_a_converted_file_can_be_cast_again(folder, tmp_path):
     half = convert(convert(folder), tmp_path, dtype=torch.bfloat16)
-    assert half == tmp_path / LITE_FILE
+    assert half == tmp_path / CONVERTED
     opened = open_checkpoint(half)
     assert opened.dtype == torch.bfloat16
-    assert opened.metadata["source_layout"] == "transformers"
-    assert opened.metadata["source_digest"] == open_checkpoint(folder).digest() != opened.digest()
+    assert opened.card.source_layout == "transformers"
+    assert opened.card.source_digest == open_checkpoint(folder).digest() != opened.digest()
 
 
 def test_an_existing_output_is_kept_unless_forced(folder):
@@ -99,7 +100,7 @@ def test_two_conversions_at_once(folder):
     command = [sys.executable, "-c", script, str(folder), "--force", "--quiet"]
     running = [subprocess.Popen(command, cwd=Path(__file__).parent) for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]
-    DINOv3ViT.from_pretrained(folder / LITE_FILE)
+    DINOv3ViT.from_pretrained(folder / CONVERTED)
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -116,13 +117,13 @@ class TestWholeOrNotAtAll:
     CRASH = """
 import os, signal, sys
 import convert
-class Bar(convert.tqdm):
+class Bar(convert.writer.tqdm):
     pieces = 0
     def update(self, n):
         Bar.pieces += 1
         if Bar.pieces == 20:
             {act}
-convert.tqdm = Bar
+convert.writer.tqdm = Bar
 convert.convert(sys.argv[1], force=True, to=sys.argv[2])
 """
 
@@ -132,13 +133,13 @@ convert.convert(sys.argv[1], force=True, to=sys.argv[2])
 
     def test_killed(self, folder):
         assert self.crash(folder, "os.kill(os.getpid(), signal.SIGKILL)").returncode == -signal.SIGKILL
-        assert not (folder / LITE_FILE).exists()
+        assert not (folder / CONVERTED).exists()
         assert convert(folder).exists()
 
     def test_killed_while_replacing(self, folder):
         before = convert(folder).read_bytes()
         self.crash(folder, "os.kill(os.getpid(), signal.SIGKILL)")
-        assert (folder / LITE_FILE).read_bytes() == before
+        assert (folder / CONVERTED).read_bytes() == before
 
     @pytest.mark.parametrize("to", ["lite", "meta"])
     def test_failed(self, folder, to):
@@ -176,7 +177,7 @@ def test_summary_line(folder, capsys):
     assert main([str(folder)]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("vit-c32-d3-h2  0.0 M parameters  float32  0.1 MB  ")
-    assert out.rstrip().endswith(str(folder / LITE_FILE)) and out.count("\n") == 1
+    assert out.rstrip().endswith(str(folder / CONVERTED)) and out.count("\n") == 1
     digest = open_checkpoint(folder).digest()[:8]
     assert f"transformers {digest} -> lite {digest}" in out
     assert err == ""
@@ -200,9 +201,9 @@ def test_a_folder_of_models_goes_on_past_a_bad_one(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out.count("\n") == 2 and err.count("\n") == 2 and "b/config.json" in err
     assert err.splitlines()[1] == f"convert: 1 of 3 failed: {tmp_path / 'b'}"
-    assert (tmp_path / "a" / LITE_FILE).exists() and (tmp_path / "c" / LITE_FILE).exists()
+    assert (tmp_path / "a" / CONVERTED).exists() and (tmp_path / "c" / CONVERTED).exists()
     assert main([str(tmp_path), "--output", str(tmp_path / "out"), "--quiet"]) == 1
-    assert (tmp_path / "out" / "c" / LITE_FILE).exists()
+    assert (tmp_path / "out" / "c" / CONVERTED).exists()
 
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", str(ROOT / "tests")])
@@ -302,5 +303,68 @@ def test_the_licence_goes_along(folder, tmp_path):
     (folder / "LICENSE.md").write_text("DINOv3 License Agreement")
     path = convert(folder, tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE.md").read_text() == "DINOv3 License Agreement"
-    assert open_checkpoint(path).license == "dinov3-license"
-    assert open_checkpoint(convert(path, tmp_path / "again")).license == "dinov3-license"
+    assert open_checkpoint(path).card.license == "dinov3-license"
+    assert open_checkpoint(convert(path, tmp_path / "again")).card.license == "dinov3-license"
+
+
+# ---- --dry-run, and --json
+
+
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(folder, tmp_path, capsys):
+    (folder / "LICENSE.md").write_text("DINOv3 License Agreement")
+    before = sorted(tmp_path.rglob("*"))
+    options = [str(folder), "--to", "transformers", "--output", str(tmp_path / "out"), "--max-shard-size", "40KB"]
+    assert main([*options, "--dry-run", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert main([*options, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main([*options, "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    written = sorted(str(file) for file in (tmp_path / "out").iterdir())
+    assert sorted(file["path"] for file in said["files"]) == written and all(path in text for path in written)
+    assert said["bytes"] == sum(t.nbytes for t in DINOv3ViT(TINY).parameters())
+    assert said["path"] == done["path"] == str(tmp_path / "out") and said["to"] == "transformers"
+    assert said["lost"] == said["left_out"] == [] and done["weights"] == said["weights"]
+
+
+def test_a_dry_run_fails_as_the_real_run_would(folder, tmp_path, capsys):
+    weights = trained_like(TINY)
+    weights["norm.bias"][3] = 1e6
+    large = write_checkpoint(tmp_path / "large", TINY, weights)
+    convert(folder, tmp_path / "there")
+    (tmp_path / "file").write_text("")
+    for options in (
+        [folder, "--to", "timm", "--output", tmp_path / "new"],
+        [folder, "--output", tmp_path / "there"],
+        [folder, "--output", tmp_path / "file" / "x.safetensors"],
+        [large, "--dtype", "float16", "--output", tmp_path / "half"],
+        [folder / "config.json"],
+    ):
+        errors = []
+        for more in (["--dry-run"], []):
+            assert main([*map(str, options), *more]) == 1
+            out, err = capsys.readouterr()
+            assert out == "" and err.count("\n") == 1
+            errors.append(err)
+        assert errors[0] == errors[1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_without_room_is_told_before_writing(folder, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    for more in (["--dry-run"], []):
+        assert main([str(folder), *more]) == 1
+        assert re.search(r"1000 bytes are free on this disk, \d+ are needed", capsys.readouterr().err)
+    assert not (folder / CONVERTED).exists()
+
+
+def test_inspect_says_what_a_layout_would_lose(folder, capsys):
+    assert main([str(folder), "--inspect", "--to", "timm"]) == 0
+    assert "--to timm loses 'mask_token': it has no mask token" in capsys.readouterr().out
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "example:\n  python -m convert " in capsys.readouterr().out

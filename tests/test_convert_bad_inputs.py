@@ -15,10 +15,12 @@ import torch
 from helpers import TINY, trained_like, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from convert import convert
 from convert.__main__ import main
-from dinov3_lite.layouts import META, rename
-from dinov3_lite.weights import open_checkpoint
+from convert.plan import make_plan
+from convert.verify import verify
+from convert.writer import write
+from dinov3_lite.checkpoint import open_checkpoint
+from dinov3_lite.checkpoint.layouts import META, rename
 
 
 def lite_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -291,12 +293,11 @@ def test_a_read_only_target(tmp_path, capsys):
 
 
 def test_verify_names_a_tensor_that_differs(tmp_path):
-    from convert.verify import verify
-
     source = write_checkpoint(tmp_path / "source", TINY)
-    path = convert(source, tmp_path / "hf", to="transformers")
+    plan = make_plan(open_checkpoint(source), tmp_path / "hf", to="transformers")
+    path = write(plan)
     tensors = load_file(path / M)
     tensors["layer.1.mlp.up_proj.weight"][3, 3] += 1e-6
     save_file(tensors, path / M)
     with pytest.raises(ValueError, match=r"tensor 'blocks.1.mlp.fc1.weight' differs from its source"):
-        verify(open_checkpoint(source), path, None)
+        verify(plan)

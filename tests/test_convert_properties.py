@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from convert import convert
 from dinov3_lite import DINOv3Config
-from dinov3_lite.layouts import LAYOUTS
-from dinov3_lite.weights import open_checkpoint
+from dinov3_lite.checkpoint import open_checkpoint
+from dinov3_lite.checkpoint.layouts import LAYOUTS
 
 
 def examples(count: int) -> settings:

@@ -12,6 +12,11 @@ from packaging.version import Version
 
 import dinov3_lite
 
+# The rooms of the library that know files, for those who may use any of them.
+CHECKPOINT = {
+    f"dinov3_lite.checkpoint{room}"
+    for room in ("", ".containers", ".files", ".hub", ".layouts", ".layouts.table", ".layouts.transformers", ".saving")
+}
 # The floors: a file may import, of ours, only what stands here. `lazily` counts as importing.
 EDGES = {
     "kernels/availability.py": set(),
@@ -39,19 +44,35 @@ EDGES = {
     "dinov3_lite/rope.py": {"config"},
     "dinov3_lite/checks.py": set(),
     "dinov3_lite/attention.py": {"kernels", "kernels.availability", "rope"},
-    "dinov3_lite/files.py": set(),
-    "dinov3_lite/layouts.py": {"config", "files", "rope"},
-    "dinov3_lite/hub.py": set(),
-    "dinov3_lite/weights.py": {"config", "files", "hub", "layouts"},
+    "dinov3_lite/checkpoint/files.py": set(),
+    "dinov3_lite/checkpoint/pickles.py": set(),
+    "dinov3_lite/checkpoint/pth.py": {"checkpoint.files", "checkpoint.pickles"},
+    "dinov3_lite/checkpoint/choose.py": set(),
+    "dinov3_lite/checkpoint/containers.py": {"checkpoint.files"},
+    "dinov3_lite/checkpoint/layouts/table.py": set(),
+    "dinov3_lite/checkpoint/layouts/vit.py": {"checkpoint.layouts.table", "config", "rope"},
+    "dinov3_lite/checkpoint/layouts/*": {"checkpoint.files", "dinov3_lite/checkpoint/layouts/*", "config"},
+    "dinov3_lite/checkpoint/hub.py": {"checkpoint.layouts", "checkpoint.layouts.timm"},
+    "dinov3_lite/checkpoint/__init__.py": {
+        *("checkpoint.containers", "checkpoint.files"),
+        *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
+    },
+    "dinov3_lite/checkpoint/saving.py": {
+        *("checkpoint", "checkpoint.containers", "checkpoint.files"),
+        *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
+    },
     "dinov3_lite/packing.py": {"attention", "kernels"},
     "dinov3_lite/features.py": {"config"},
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
-    "dinov3_lite/model.py": {*("attention", "checks", "config", "features", "layers", "packing", "rope", "weights")},
+    "dinov3_lite/model.py": {
+        *("attention", "checkpoint", "checkpoint.hub", "checks", "config", "features", "layers", "packing", "rope")
+    },
+    "dinov3_lite/image.py": {"checkpoint", "checkpoint.hub", "pixels"},
     "dinov3_lite/convnext.py": {
-        *("checks", "config", "convnext_features", "features", "interfaces", "layers", "model")
+        *("checkpoint", "checkpoint.hub", "checks", "config", "convnext_features", "features", "interfaces", "layers"),
+        "model",
     },
     "dinov3_lite/convnext_features.py": {"config", "features"},
-    "dinov3_lite/image.py": {"pixels", "weights"},
     "dinov3_lite/pixels.py": set(),
     "dinov3_lite/encoder.py": {"model"},
     "dinov3_lite/interfaces.py": {"features", "model"},
@@ -66,7 +87,7 @@ EDGES = {
     },
     "dinov3_lite/inference.py": {"convnext", "image", "model", "prepared"},
     "dinov3_lite/picture.py": set(),
-    "dinov3_lite/sample.py": {"config", "image", "layouts", "model", "weights"},
+    "dinov3_lite/sample.py": {"checkpoint.layouts", "checkpoint.layouts.cards", "config", "image", "model"},
     "dinov3_lite/__init__.py": {
         *("config", "convnext", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
     },
@@ -74,18 +95,17 @@ EDGES = {
     "dinov3_lite/__main__.py": {"console"},
     "dinov3_lite/commands/*": {
         "dinov3_lite/commands/*",
+        "checkpoint",
         "console",
         "export",
         "image",
         "model",
         "picture",
         "sample",
-        "weights",
     },
-    "convert/verify.py": {"convert/*", "dinov3_lite.layouts", "dinov3_lite.model", "dinov3_lite.weights"},
-    "convert/describe.py": {"dinov3_lite.image", "dinov3_lite.rope", "dinov3_lite.weights"},
-    "convert/*": {f"dinov3_lite.{name}" for name in ("config", "files", "hub", "image", "layouts", "weights")}
-    | {"convert/*"},
+    "convert/verify.py": {"convert/*", *CHECKPOINT, "dinov3_lite.model"},
+    "convert/describe.py": {"convert/*", "dinov3_lite.checkpoint", "dinov3_lite.image", "dinov3_lite.rope"},
+    "convert/*": {"convert/*", *CHECKPOINT},
 }
 OURS = ("dinov3_lite", "convert", "kernels")
 
@@ -125,13 +145,26 @@ def test_nothing_imports_upwards(file):
     assert imports(file) <= allowed | (own if folder in allowed else set())
 
 
+@pytest.mark.parametrize("package", OURS)
+def test_nothing_imports_in_a_circle(package):
+    """Every module can stand before all that import it."""
+    files = {file for file in library_files() if file.parts[0] == package}
+    edges = {
+        ".".join(file.with_suffix("").parts[1:]).removesuffix("__init__").rstrip("."): imports(file) for file in files
+    }
+    done: set[str] = set()
+    while ready := {module for module in edges.keys() - done if edges[module] & edges.keys() <= done | {module}}:
+        done |= ready
+    assert not {module: edges[module] for module in edges.keys() - done}
+
+
 def test_the_library_never_names_its_references():
     for file in library_files():
         if file == Path("convert/verify.py"):
             continue  # --verify compares with transformers where it is installed
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             assert not {name.split(".")[0] for name in names} & {"transformers", "timm", "torchvision"}, file
 
 
@@ -154,7 +187,7 @@ except AttributeError as error:
 
 
 def test_no_name_of_the_package_hides_a_module():
-    modules = {file.stem for file in library_files() if file.parent.name == "dinov3_lite"}
+    modules = {file.stem for file in library_files() if file.parent == Path("dinov3_lite")} | {"checkpoint", "kernels"}
     assert not modules & set(dinov3_lite.__all__)
     assert sorted(dinov3_lite._MODULES) == sorted(dinov3_lite.__all__)
 

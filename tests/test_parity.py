@@ -22,8 +22,8 @@ from helpers import TINY, TINY_GATED, relative_error, trained_like, write_checkp
 
 from convert import convert
 from dinov3_lite import DINOv3Config, DINOv3ViT, optimize_for_inference
+from dinov3_lite.checkpoint.layouts import TRANSFORMERS
 from dinov3_lite.folding import fold
-from dinov3_lite.layouts import TRANSFORMERS
 
 # Depth is cut so that the whole fits into memory and minutes; widths, heads and MLPs are the released ones.
 DEPTHS = {"vits16": 12, "vits16plus": 12, "vitb16": 12, "vitl16": 6, "vitl16plus": 4, "vith16plus": 3, "vit7b16": 2}

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from .. import export as exporting
+    from ..checkpoint import DTYPES
     from ..model import DINOv3ViT
-    from ..weights import DTYPES
 
     model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
     output = args.output or Path(f"{model.config.name}{exporting.FORMATS[args.format].suffix}")

@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from ..checkpoint import DTYPES
     from ..image import ImageProcessor
     from ..model import DINOv3ViT
-    from ..weights import DTYPES
 
     _check_outputs(args)
     model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)

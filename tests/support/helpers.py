@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov3_lite import DINOv3Config
-from dinov3_lite.layouts import TRANSFORMERS
+from dinov3_lite.checkpoint.layouts import TRANSFORMERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ def trained_like(config: DINOv3Config, seed: int = 0, outliers: bool = False) ->
         return torch.randn(shape, generator=generator) * std
 
     weights = {}
-    for equation in TRANSFORMERS.equations(config):
+    for equation in TRANSFORMERS.table(config).equations(config):
         for name, shape in equation.theirs:
             if "norm" in name and name.endswith("weight"):
                 weights[name] = torch.exp(normal(shape, 0.7))

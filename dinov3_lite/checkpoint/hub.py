@@ -1,4 +1,4 @@
-"""From a hub id to a local folder, by huggingface_hub, which is imported when it is first needed."""
+"""From a source to a local file or folder: a hub id is downloaded by huggingface_hub, imported when first needed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,34 @@ import os
 import re
 from pathlib import Path
 
-FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json", "LICENSE*")
+from .layouts import LAYOUTS
+from .layouts.timm import ungated_copy
 
-# How timm calls the variants; its copies of the weights are ungated.
-TIMM_SIZES = {
-    "vits16": "small", "vits16plus": "small_plus", "vitb16": "base", "vitl16": "large", "vith16plus": "huge_plus",
-    "vit7b16": "7b",
-}  # fmt: skip
+SIDE_FILES = sorted({name for layout in LAYOUTS.values() for name in layout.side_files})
+FILES = (*SIDE_FILES, "*.safetensors", "*.safetensors.index.json", "LICENSE*")
+
+
+def locate(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local file or folder that `source` names, downloaded first if it is a hub id.
+
+    Raises FileNotFoundError, in one sentence with the next step, if there is no such thing.
+    """
+    path = Path(source)
+    if os.fspath(source) and path.exists():
+        return path
+    if is_hub_id(os.fspath(source)):
+        return download(os.fspath(source), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (owner/name) either")
 
 
 def is_hub_id(source: str) -> bool:
+    """Whether it is of the form owner/name."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
 
 
@@ -71,7 +89,5 @@ def download(
 
 def _ungated(repo_id: str) -> str:
     """Where the same weights need no request, if timm has them."""
-    match = re.search(r"dinov3-(\w+)-pretrain-(\w+)$", repo_id)
-    if not match or match[1] not in TIMM_SIZES:
-        return ""
-    return f"; timm's copy needs no request: timm/vit_{TIMM_SIZES[match[1]]}_patch16_dinov3.{match[2]}"
+    copy = ungated_copy(repo_id)
+    return f"; timm's copy needs no request: {copy}" if copy else ""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from convert import convert
 from dinov3_lite import DINOv3ViT
-from dinov3_lite.weights import LITE_FILE, open_checkpoint
+from dinov3_lite.checkpoint import CONVERTED, open_checkpoint
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of memory in /proc")
 
@@ -385,7 +385,7 @@ def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):
             ValueError, match=r"'blocks.1.mlp.fc2.bias' reaches 1e\+05, beyond float16's 65504: use bfloat16"
         ):
             load(folder, dtype=torch.float16)
-    assert not (folder / LITE_FILE).exists()
+    assert not (folder / CONVERTED).exists()
 
 
 # ---- the hub, without a network

@@ -1,6 +1,6 @@
 """Meta's own class writes files and strictly loads ours: run where DINOV3_REPO names a clone of facebookresearch/dinov3.
 
-git clone https://github.com/facebookresearch/dinov3 && DINOV3_REPO=dinov3 pytest tests/test_meta_repository.py
+git clone https://github.com/facebookresearch/dinov3 && DINOV3_REPO=dinov3 pytest tests/test_checkpoint_meta.py
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def test_the_names_of_whole_models_are_those_that_the_hub_code_expects(hub, tmp_
     from dinov3.hub import backbones
 
     source = Path(backbones.__file__).read_text()
-    from convert.plan import _META_HASHES
+    from dinov3_lite.checkpoint.layouts.meta import HASHES
 
-    assert all(f'"{digits}"' in source for digits in (*_META_HASHES.values(), "eadcf0ff"))
+    assert all(f'"{digits}"' in source for digits in (*HASHES.values(), "eadcf0ff"))
     assert DINOv3Config.from_name("vitl16") == VARIANTS["vitl16"]

@@ -9,20 +9,18 @@ import torch
 from helpers import TINY, TINY_GATED
 
 from dinov3_lite import DINOv3Config, DINOv3ViT
-from dinov3_lite.config import VARIANTS
-from dinov3_lite.layouts import (
+from dinov3_lite.checkpoint.layouts import (
     LAYOUTS,
     META,
     TIMM,
     TRANSFORMERS,
-    Layout,
     detect,
-    infer_config,
-    lite_shapes,
-    numel,
+    model_tensors,
     rename,
-    shape_of,
 )
+from dinov3_lite.checkpoint.layouts.table import Layout, numel
+from dinov3_lite.checkpoint.layouts.vit import VIT, infer_config
+from dinov3_lite.config import VARIANTS
 from dinov3_lite.rope import rope_periods
 
 ODD = {
@@ -38,7 +36,7 @@ CONFIGS = {**VARIANTS, **ODD}
 def test_our_table_is_the_state_dict(name):
     with torch.device("meta"):
         state = DINOv3ViT(CONFIGS[name]).state_dict()
-    assert {name: shape for name, (shape, _) in lite_shapes(CONFIGS[name]).items()} == {
+    assert {name: shape for name, (shape, _) in model_tensors(CONFIGS[name]).items()} == {
         name: tuple(tensor.shape) for name, tensor in state.items()
     }
 
@@ -83,25 +81,29 @@ def test_meta_names_and_shapes_of_a_released_file():
 
 
 def their_shapes(layout: Layout, config: DINOv3Config) -> dict[str, tuple[int, ...]]:
-    shapes = {name: shape for equation in layout.equations(config) for name, shape in equation.theirs}
-    return shapes | {name: tuple(t.shape) for name, t in layout.masks(config).items()}
+    shapes = {name: shape for equation in layout.table(config).equations(config) for name, shape in equation.theirs}
+    return shapes | {name: tuple(t.shape) for name, t in layout.table(config).masks(config).items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_both_sides_of_each_row_add_up(layout, name):
     config = CONFIGS[name]
-    shapes = lite_shapes(config)
+    shapes = model_tensors(config)
     covered = set()
-    for equation in layout.equations(config):
+    for equation in layout.table(config).equations(config):
         assert sum(numel(shape) for _, shape in equation.theirs) == sum(numel(shape) for _, shape in equation.ours)
         for ours, shape in equation.ours:
             if ours in shapes:
                 assert shapes[ours][0] == shape and ours not in covered
                 covered.add(ours)
-    left = {kind for kind in layout.assumed if any(kind.format(i=i) in shapes for i in range(config.num_hidden_layers))}
+    left = {
+        kind
+        for kind in layout.table(config).assumed
+        if any(kind.format(i=i) in shapes for i in range(config.num_hidden_layers))
+    }
     assert covered | {kind.format(i=i) for kind in left for i in range(config.num_hidden_layers)} == shapes.keys()
-    names = [name for equation in layout.equations(config) for name, _ in equation.theirs]
+    names = [name for equation in layout.table(config).equations(config) for name, _ in equation.theirs]
     assert len(names) == len(set(names))
 
 
@@ -118,9 +120,9 @@ def test_the_config_is_read_off_the_tensors(layout, name):
     def read(name: str) -> torch.Tensor:
         if name == "rope_embed.periods":
             return rope_periods(config).bfloat16()
-        return layout.masks(config)[name] if name.endswith("mask") else torch.ones(shapes[name])
+        return layout.table(config).masks(config)[name] if name.endswith("mask") else torch.ones(shapes[name])
 
-    inferred = infer_config(layout, shapes, read)
+    inferred = infer_config(layout.table(config), shapes, read)
     biases = {"query_bias": True, "value_bias": True} if name == "gated without bias" else {}
     expected = replace(config, **biases)
     assert {k: v for k, v in inferred.to_dict().items() if k != "image_size"} == {
@@ -139,19 +141,20 @@ def test_renaming_shares_what_it_does_not_join():
 
 def test_shape_letters():
     config = DINOv3Config.from_name("vith16plus")
-    assert shape_of("3C,C", config) == (3840, 1280)
-    assert shape_of("C,I,p,p", config) == (1280, 3, 16, 16)
-    assert shape_of("1,R,C", config) == (1, 4, 1280)
-    assert shape_of("2F", config) == (10240,)
-    assert shape_of("E", config) == (16,)
+    assert VIT.shape(("C", "I", "p", "p"), config) == (1280, 3, 16, 16)
+    assert VIT.shape(("1", "R", "C"), config) == (1, 4, 1280)
+    assert VIT.shape(("F", "C"), config) == (5120, 1280)
+    assert VIT.shape(("E",), config) == (16,)
+    assert model_tensors(config)["blocks.3.attn.qkv.weight"] == ((3840, 1280), 3)
+    assert model_tensors(config)["blocks.0.mlp.w12.bias"] == ((10240,), 2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_detection_by_names(layout, name):
     names = list(their_shapes(layout, CONFIGS[name]))
-    assert detect(names) is layout
-    assert detect([*names[: len(names) // 2], "something.else"]) is layout
+    assert detect(names) == (layout, DINOv3Config)
+    assert detect([*names[: len(names) // 2], "something.else"]) == (layout, DINOv3Config)
 
 
 @pytest.mark.parametrize("names", [[], ["encoder.layer.0.attention.query.weight", "fc.bias"]])

@@ -6,7 +6,6 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -15,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from convert import convert
 from dinov3_lite import DINOv3Config, DINOv3ViT, ImageProcessor
-from dinov3_lite.layouts import LAYOUTS, META, rename
+from dinov3_lite.checkpoint import open_checkpoint
+from dinov3_lite.checkpoint.layouts import LAYOUTS, META, rename
+from dinov3_lite.checkpoint.layouts.table import Card
 from dinov3_lite.rope import rope_periods
-from dinov3_lite.weights import open_checkpoint
 
 # A width of which timm's layout can tell the head dim (64).
 WIDE = replace(TINY, hidden_size=128, num_attention_heads=2, intermediate_size=96)
@@ -94,6 +94,37 @@ def test_shards_in_and_out(tmp_path):
     assert all(torch.equal(result[key], expected[key]) for key in expected)
 
 
+# ---- what a file can't say
+
+
+@pytest.mark.parametrize(
+    ("to", "changes", "message"),
+    [
+        (
+            "meta",
+            {"layer_norm_eps": 1e-3},
+            r"'layer_norm_eps' 0.001: its files don't say it, and its readers take 1e-05",
+        ),
+        ("timm", {"layer_norm_eps": 1e-3}, "'layer_norm_eps' 0.001"),
+        ("meta", {"use_gated_mlp": True}, "'hidden_act' 'gelu': its files don't say it, and its readers take 'silu'"),
+        ("timm", {"num_attention_heads": 4}, "'num_attention_heads' 4: .* its readers take 2"),
+        ("timm", {"rope_theta": 50.0}, "'rope_embed.periods': it computes RoPE periods from the config"),
+        (
+            "timm",
+            {"hidden_size": 48, "num_attention_heads": 1},
+            "the config: what its readers make of the tensors is none",
+        ),
+    ],
+)
+def test_what_readers_would_take_for_something_else_is_a_loss(to, changes, message, tmp_path):
+    config = replace(WIDE, **changes)
+    source = write_checkpoint(tmp_path / "source", config, holdable(config))
+    with pytest.raises(ValueError, match=f"the {to} layout can't hold .*{message}"):
+        convert(source, tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+    assert open_checkpoint(convert(source, tmp_path / "lite")).config == config
+
+
 # ---- Meta
 
 
@@ -110,14 +141,13 @@ def test_a_meta_file_is_what_metas_strict_loader_expects(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "ending"), [("vitl16", "-8aa4cbdd.pth"), ("vits16", "-08c60483.pth")])
-def test_meta_file_names(name, ending, tmp_path):
-    from convert.plan import output_name
+def test_meta_file_names(name, ending):
+    assert META.file_name(Card(DINOv3Config.from_name(name)), []).endswith(ending)
 
-    class Opened:
-        config = DINOv3Config.from_name(name)
-        carried: ClassVar[dict] = {}
 
-    assert output_name(Opened(), META).endswith(ending)
+def test_the_satellite_vit_l_gets_the_name_that_metas_hub_code_gives_its_norm():
+    card = Card(DINOv3Config.from_name("vitl16"))
+    assert META.file_name(card, ["local_cls_norm.weight"]) == "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"
 
 
 def test_metas_rounded_periods_are_kept_to_the_bit_and_transformers_refuses_them(tmp_path):
@@ -187,18 +217,6 @@ def test_what_the_model_does_not_use_goes_through_our_file_bit_for_bit(tmp_path)
             assert back[key].dtype == dtype and torch.equal(back[key], tensors[key].to(dtype)), key
     hf = load_file(convert(lite, tmp_path / "hf", to="transformers") / "model.safetensors")
     assert not any("local" in key for key in hf)
-
-
-def test_the_satellite_vit_l_gets_the_name_that_metas_hub_code_gives_its_norm(tmp_path):
-    config = replace(DINOv3Config.from_name("vitl16"), patch_size=2)
-
-    class Opened:
-        carried: ClassVar[dict] = {"local_cls_norm.weight": None}
-
-    Opened.config = replace(config, patch_size=16)
-    from convert.plan import output_name
-
-    assert output_name(Opened(), META) == "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"
 
 
 def with_masks(folder: Path, mask: torch.Tensor, config=TINY, seed: int = 0) -> tuple[Path, dict[str, torch.Tensor]]:

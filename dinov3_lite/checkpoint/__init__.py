@@ -1,0 +1,301 @@
+"""Checkpoints: open any supported one without reading it, check it against its config, give a model its tensors.
+
+The way of a load: `hub.locate` makes a local path of a source, `files.weight_files` lists the files of weights in it,
+`containers.read_headers` opens them, `layouts.detect` tells whose names they have, the layout's card gives the config
+(or the tensors show it), `match` finds each of the model's tensors in the files, `assign` makes them the model's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .containers import cast, read_headers
+from .files import Span, StoredTensor, cut, read_json, read_license, weight_files
+from .layouts import LAYOUTS, LITE, carried_names, detect, model_tensors, own_name, prefix_of, reason_of
+from .layouts.table import Beside, Card, Config, Layout, Shape, Table, masked, numel
+from .layouts.vit import storage_dtype
+
+# What --dtype of the command lines offers.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ONE_MODEL = "weights and config must be of one model"
+CONVERTED = LITE.files[0]
+"""The converted copy that may lie beside the weights it was made of."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint, checked to hold exactly the tensors that its config calls for."""
+
+    path: Path
+    layout: Layout
+    card: Card
+    """What is said of the weights; its config is never None here."""
+    spans: dict[str, list[Span]]
+    """For each of the model's tensors: the stored elements that make it up."""
+    left_out: list[str]
+    """Tensors of the files that are not the model's, each with the reason."""
+    carried: dict[str, StoredTensor]
+    """Those of them that some layout knows by these names: files of that layout and our own keep them."""
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.card.config
+
+    @property
+    def table(self) -> Table:
+        """How its layout stores models of its family."""
+        return self.layout.table(self.config)
+
+    def names(self) -> list[str]:
+        """The model's tensors, in the order of the model."""
+        return list(model_tensors(self.config))
+
+    def tensor(self, name: str) -> Tensor:
+        """The model's tensor `name`: memory-mapped where the layout stores it whole."""
+        parts = [span.read() for span in self.spans[name]]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype)
+        return flat.view(model_tensors(self.config)[name][0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights.
+
+        Raises ValueError if they have several, apart from the tensors that are kept in float32 on purpose.
+        """
+        first = self.spans[self.table.family.weight][0].stored
+        for name, spans in self.spans.items():
+            if name in self.table.assumed or name == "rope_embed.periods":  # Meta's are bfloat16 under float32 weights
+                continue
+            for stored in (span.stored for span in spans):
+                if stored.dtype not in (first.dtype, storage_dtype(name, first.dtype)):
+                    raise ValueError(
+                        f"{stored.file}: tensor {stored.name!r} is {stored.dtype} "
+                        f"but {first.name!r} is {first.dtype}: say which dtype you want"
+                    )
+        return first.dtype
+
+    @property
+    def rope(self) -> str:
+        """Where the RoPE periods come from: "computed" from the config, or "stored" in the source and kept."""
+        return self.card.rope or ("computed" if "rope_embed.periods" in self.table.assumed else "stored")
+
+    def digest(self, dtype: torch.dtype | None = None) -> str:
+        """A SHA-256 over samples of every tensor, as cast to `dtype`: the same for the same weights in any layout.
+
+        Loading stays instant and most pages stay on disk. Training changes every number and so the digest; a change of
+        a few by hand may go unseen.
+        """
+        sha = hashlib.sha256()
+        for name, sample in self.samples:
+            sample = sample if dtype is None else sample.to(storage_dtype(name, dtype))
+            sha.update(sample.view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+    @cached_property
+    def samples(self) -> list[tuple[str, Tensor]]:
+        """A few numbers of each tensor, of each of those that are fused in one of ours."""
+        return [
+            (name, span.sample())
+            for name, (shape, fused) in model_tensors(self.config).items()
+            if name not in ("rope_embed.periods", "mask_token")  # not stored in every layout
+            for span in itertools.chain(*cut(self.spans[name], [numel(shape) // fused] * fused))
+        ]
+
+    @property
+    def weights_id(self) -> str:
+        """Layout and digest, as in `transformers 3f9a1c2e`: what a log should show of the weights that ran."""
+        digest = self.card.digest or self.digest()
+        return f"{self.layout.name} {digest[:8]}" + (f" ({self.card.note})" if self.card.note else "")
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, original: bool = False) -> Checkpoint:
+    """Open a local folder or file and check names, shapes and dtypes; of the data only samples are read.
+
+    Of a folder with a converted copy beside its weights, the copy is opened, or with `original` the weights.
+    Raises FileNotFoundError or ValueError, in one sentence that names the file and the tensor; also if the copy was
+    made of other weights than those beside it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return _open(path, [path])
+    files, copy = weights_in(path)
+    if not files and not copy:
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"{path}: no model.safetensors, model.safetensors.index.json, single .pth or {CONVERTED} in this folder "
+            f"(it holds {found})"
+        )
+    if files and (original or not copy):
+        return _open(path, files)
+    converted = _open(copy[0], copy)
+    if files:
+        _check_current(converted, _open(path, files))
+    return converted
+
+
+def weights_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of weights in a folder, in the order in which layouts look for them, and the converted copy of them."""
+    names = [name for layout in LAYOUTS.values() if not layout.mark for name in layout.files]
+    return weight_files(folder, list(dict.fromkeys(names))), weight_files(folder, [CONVERTED])
+
+
+def _open(path: Path, files: list[Path]) -> Checkpoint:
+    """Headers -> names without prefix -> layout -> card -> config -> match."""
+    file = files[0]
+    stored, metadata = read_headers(files)
+    stored, left_out = _without_prefix(file, stored)
+    try:
+        layout, config_class = detect(stored, metadata)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    table = layout.tables[config_class]
+    card = layout.read_card(_beside(file, layout, metadata))
+    if card.config is None:
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
+        try:
+            card = replace(card, config=table.family.infer(table, shapes, lambda name: stored[name].read()))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    carried = carried_names(layout, table, stored)
+    checkpoint = Checkpoint(
+        path=path,
+        layout=layout,
+        card=card,
+        spans=match(file, table, card.config, {name: stored[name] for name in stored if name not in carried}),
+        left_out=left_out + [f"{own!r} ({reason_of(own)})" for own in carried.values()],
+        carried={own: stored[name] for name, own in carried.items()},
+    )
+    if card.digest and checkpoint.digest() != card.digest:
+        raise ValueError(f"{file}: its tensors are not those it was written with (another digest): convert again")
+    return checkpoint
+
+
+def _beside(file: Path, layout: Layout, metadata: dict[str, str]) -> Beside:
+    """What lies beside the tensors: the layout says in which files."""
+    paths = [file.with_name(name) for name in layout.side_files]
+    files = {path.name: read_json(path) for path in paths if path.is_file()}
+    return Beside(metadata, files, "" if layout.mark else read_license(file.parent), file)
+
+
+def _without_prefix(file: Path, stored: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The backbone's tensors under its own names, and what else the files hold."""
+    prefix = prefix_of(stored)
+    result: dict[str, StoredTensor] = {}
+    left_out = []
+    for name, tensor in stored.items():
+        if not name.startswith(prefix):
+            left_out.append(f"{name!r} (outside of {prefix!r})")
+            continue
+        own = own_name(name, prefix)
+        if own in result:
+            raise ValueError(f"{file}: tensor {name!r} is also there as {result[own].name!r}: remove one")
+        result[own] = tensor
+    return result, left_out
+
+
+def match(file: Path, table: Table, config: Config, stored: dict[str, StoredTensor]) -> dict[str, list[Span]]:
+    """The stored elements that make up each of the model's tensors.
+
+    Raises ValueError if a tensor is missing, left over, misshapen, or holds what the config says there is not.
+    """
+    the_config = f"the config ({config.name})"
+    equations = table.equations(config)
+    expected = {name: shape for equation in equations for name, shape in equation.theirs}
+    expected |= {e.mask: e.theirs[0][1] for e in equations if e.mask in stored}
+    if missing := expected.keys() - stored.keys():
+        raise ValueError(f"{file}: lacks {_listed(missing)}, which {the_config} calls for: {ONE_MODEL}")
+    if extra := stored.keys() - expected.keys():
+        raise ValueError(f"{file}: holds {_listed(extra)}, which {the_config} has no place for: {ONE_MODEL}")
+    misshapen = [name for name, shape in expected.items() if stored[name].shape != shape]
+    if misshapen:
+        shapes_found = ", ".join(f"{name!r} has shape {stored[name].shape}, not {expected[name]}" for name in misshapen)
+        raise ValueError(f"{stored[misshapen[0]].file}: against {the_config}, tensor {shapes_found}: {ONE_MODEL}")
+
+    shapes: dict[str, Shape] = {name: shape for name, (shape, _) in model_tensors(config).items()}
+    spans: dict[str, list[Span]] = {}
+    for equation in equations:
+        theirs = [_masked(file, stored, name, equation.mask).span() for name, _ in equation.theirs]
+        runs = cut(theirs, [numel(shape) for _, shape in equation.ours])
+        for (name, _), run in zip(equation.ours, runs, strict=True):
+            if name in shapes:
+                spans[name] = run
+            # a key bias without its mask acts in no model of a config that has none: it was masked in training
+            elif (equation.mask in stored or not name.endswith("k_bias")) and any(part.read().any() for part in run):
+                raise ValueError(
+                    f"{file}: tensor {equation.theirs[0][0]!r} holds a {name.rsplit('.')[-1]} that is not zero, "
+                    f"which {the_config} says the model lacks: {ONE_MODEL}"
+                )
+    for pattern, assumed in table.assumed.items():
+        for number in table.family.numbers(pattern, config):
+            if (name := pattern.format(**number)) in shapes:
+                spans[name] = [StoredTensor.in_memory(name, assumed.make(config)).span()]
+    return {name: spans[name] for name in shapes}
+
+
+def _masked(file: Path, stored: dict[str, StoredTensor], name: str, mask: str) -> StoredTensor:
+    """The tensor times its mask, where the file has one that changes more than a key bias of zeros."""
+    tensor = stored[name]
+    if mask not in stored:
+        return tensor
+    try:
+        product = masked(tensor.read(), stored[mask].read(), mask)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return tensor if torch.equal(product, tensor.read()) else StoredTensor.in_memory(name, product, tensor.file)
+
+
+def _listed(names: Iterable[str]) -> str:
+    quoted = [repr(name) for name in sorted(names)]
+    return f"tensor{'s' * (len(quoted) > 1)} {', '.join(quoted)}"
+
+
+def _check_current(converted: Checkpoint, source: Checkpoint) -> None:
+    """A converted file beside its source must come from it: stale weights would be loaded silently."""
+    if converted.card.source_digest != source.digest() or converted.config != source.config:
+        raise ValueError(
+            f"{converted.path}: was converted from other weights, or another config, than those beside it: "
+            "run `python -m convert --force` on the folder, or load the file by its own path"
+        )
+
+
+def read_preprocessing(path: Path) -> dict[str, Any] | None:
+    """The parsed preprocessor_config.json of a checkpoint folder, or the copy of it in a converted file."""
+    file = path / "preprocessor_config.json" if path.is_dir() else path.with_name("preprocessor_config.json")
+    if path.is_dir() and file.is_file():
+        return read_json(file)
+    if path.is_file() or (path.is_dir() and any(weights_in(path))):
+        return open_checkpoint(path).card.preprocessing
+    return None
+
+
+def assign(
+    model: nn.Module,
+    opened: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Make the checkpoint's tensors the model's parameters and buffers, one at a time; nothing keeps its initial value.
+
+    A tensor that needs no cast, no move and no fusing stays memory-mapped. Raises ValueError if float16 can't hold a
+    weight.
+    """
+    weights_dtype = dtype or opened.dtype
+    state = {}
+    for name in model.state_dict():
+        tensor = opened.tensor(name)
+        state[name] = cast(tensor, name, storage_dtype(name, weights_dtype)).to(device)
+    model.load_state_dict(state, strict=True, assign=True)

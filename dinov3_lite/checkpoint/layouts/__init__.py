@@ -1,0 +1,109 @@
+"""The layouts that checkpoints come in, and which of them a file speaks. One file a layout; a new one is added here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from .lite import LITE
+from .meta import META
+from .table import Card, Config, Layout, Read, Shape, Table, numel, pattern, shapes_of
+from .timm import TIMM
+from .transformers import TRANSFORMERS
+
+LAYOUTS = {layout.name: layout for layout in (LITE, TRANSFORMERS, META, TIMM)}
+__all__ = ["LAYOUTS", "LITE", "META", "TIMM", "TRANSFORMERS", "detect", "model_tensors", "prefix_of", "rename"]
+
+
+def model_tensors(config: Config) -> Mapping[str, tuple[Shape, int]]:
+    """Shape and number of fused tensors of each of the model's tensors by its name, in the order of its state dict."""
+    return shapes_of(LITE.table(config).family, config)
+
+
+def rename(weights: Mapping[str, Tensor], layout: Layout, config: Config) -> dict[str, Tensor]:
+    """A state dict of the model in that layout: names and cuts are theirs, data is shared where nothing is joined."""
+    result: dict[str, Tensor] = {}
+    for equation in layout.table(config).equations(config):
+        parts = [
+            weights[name].flatten() if name in weights else torch.zeros(shape).flatten()
+            for name, shape in equation.ours
+        ]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        cut = flat.split([numel(shape) for _, shape in equation.theirs])
+        result |= {name: t.view(shape) for (name, shape), t in zip(equation.theirs, cut, strict=True)}
+    return result | layout.table(config).masks(config)
+
+
+def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) -> tuple[Layout, type]:
+    """The layout that these tensor names speak and the config class of the model: those that know the most of them.
+
+    metadata: the file's own; a file that is marked as of a layout is of that layout.
+    Raises ValueError if no layout knows any of the names.
+    """
+    patterns = set(map(pattern, names))
+    marked = [layout for layout in LAYOUTS.values() if layout.mark and layout.mark in (metadata or {})]
+    best: tuple[int, bool, Layout, type] | None = None
+    for layout in marked or LAYOUTS.values():
+        for config_class, table in layout.tables.items():
+            known = len(patterns & table.patterns)
+            if known and (best is None or (known, not layout.mark) > best[:2]):
+                best = known, not layout.mark, layout, config_class
+    if best is None:
+        example = min(names, default="none")
+        raise ValueError(
+            f"none of its {len(names)} tensors (first: {example!r}) has a name of the layouts {', '.join(LAYOUTS)}: "
+            "this is not a DINOv3 vision transformer"
+        )
+    return best[2], best[3]
+
+
+def prefix_of(names: Collection[str]) -> str:
+    """What stands before the names of the backbone's tensors, as `module.`, `backbone.` or `teacher.backbone.`."""
+    tables = [table for layout in LAYOUTS.values() for table in layout.tables.values()]
+    anchors = {name for table in tables for name in table.theirs(table.family.anchor)}
+    prefixes = {name[: -len(a)] for name in names for a in anchors if ("." + name).endswith("." + a)}
+    patterns = frozenset().union(*(table.patterns for table in tables))
+
+    def preference(prefix: str) -> tuple[bool, bool, int]:
+        known = sum(pattern(own_name(name, prefix)) in patterns for name in names if name.startswith(prefix))
+        return known > 1, "teacher" in prefix or "ema" in prefix, known
+
+    if len(prefixes) < 2:
+        return next(iter(prefixes), "")
+    return max(sorted(prefixes), key=preference)
+
+
+def own_name(name: str, prefix: str) -> str:
+    """The backbone's own name of a tensor."""
+    own = name.removeprefix(prefix)
+    for layout in LAYOUTS.values():
+        for start, written in layout.in_memory.items():
+            if own.startswith(start):
+                return written + own.removeprefix(start)
+    return own
+
+
+def carried_names(layout: Layout, table: Table, names: Iterable[str]) -> dict[str, str]:
+    """The tensors that the model does not need and that are kept: their names here, and in the layout that has them."""
+    return {
+        name: name.removeprefix(layout.carries)
+        for name in sorted(names)
+        if name in table.carried or (layout.carries and name.startswith(layout.carries))
+    }
+
+
+def reason_of(name: str) -> str:
+    """Why the model does not need a tensor that some layout has."""
+    tables = (table for layout in LAYOUTS.values() for table in layout.tables.values())
+    return next((table.carried[name] for table in tables if name in table.carried), "unknown to this release")
+
+
+def reader_config(layout: Layout, card: Card, shapes: Mapping[str, Shape], read: Read) -> Config:
+    """The config that a reader of that layout's files takes: what their card says, else what their tensors show."""
+    said = layout.read_card(layout.write_card(card)).config
+    if said is not None:
+        return said
+    table = layout.table(card.config)
+    return table.family.infer(table, shapes, read)

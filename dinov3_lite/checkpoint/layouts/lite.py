@@ -1,0 +1,81 @@
+"""Our own file: the model's state dict as it is, in one safetensors file whose metadata says all there is to say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+
+from ...config import DINOv3Config
+from ..files import parse_json_object
+from .table import Beside, Card, Layout, Table
+from .vit import VIT
+
+FILE = "dinov3_lite.safetensors"
+MARK = "dinov3_lite"
+VERSION = "1"
+
+
+def read_card(beside: Beside) -> Card:
+    """The card in the file's metadata. Raises ValueError if that is missing or of another release."""
+    said = beside.metadata
+    if MARK not in said:
+        raise ValueError(f"{beside.weights}: a converted file whose metadata is lost: convert it again from its source")
+    if said[MARK] != VERSION:
+        raise ValueError(
+            f"{beside.weights}: converted file of version {said[MARK]}, this release reads {VERSION}: convert again"
+        )
+    try:
+        return Card(
+            config=DINOv3Config.from_dict(parse_json_object(said["config"])),
+            preprocessing=parse_json_object(said["preprocessing"]) if "preprocessing" in said else None,
+            license=said.get("license", ""),
+            note=said.get("note", ""),
+            source_layout=said.get("source_layout", ""),
+            source_digest=said.get("source_digest", ""),
+            digest=said["digest"],
+            rope=said.get("rope", ""),
+        )
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{beside.weights}: its metadata is not what this library writes ({error}): convert again"
+        ) from error
+
+
+def write_card(card: Card) -> Beside:
+    """The metadata of a file."""
+    metadata = {
+        "format": "pt",
+        MARK: VERSION,
+        "config": json.dumps(card.config.to_dict()) if card.config else "",
+        "source_layout": card.source_layout,
+        "source_digest": card.source_digest,
+        "digest": card.digest,
+        "rope": card.rope,
+    }
+    if card.preprocessing is not None:
+        metadata["preprocessing"] = json.dumps(card.preprocessing)
+    if card.license:
+        metadata["license"] = card.license
+    if card.note:
+        metadata["note"] = card.note
+    return Beside(metadata=metadata)
+
+
+def file_name(card: Card, carried: Collection[str]) -> str:
+    """One name for all."""
+    return FILE
+
+
+LITE = Layout(
+    name="lite",
+    tables={DINOv3Config: Table(VIT)},
+    container=".safetensors",
+    files=(FILE,),
+    read_card=read_card,
+    write_card=write_card,
+    file_name=file_name,
+    side_files=(),
+    keeps_float32=True,
+    mark=MARK,
+    carries="carried.",
+)

@@ -1,0 +1,71 @@
+"""Meta's .pth files, and those of all code that descends from Meta's repository (facebookresearch/dinov3)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from ...config import VARIANTS, DINOv3Config
+from .cards import read_foreign_card
+from .table import Beside, Card, Layout, Row, Table
+from .vit import VIT
+
+QKV = "blocks.{i}.attn.qkv"
+ROWS = (
+    Row(("register_tokens",), ("storage_tokens",)),
+    Row(("mask_token",), ("mask_token",), shape=("1", "C")),
+    Row((f"{QKV}.q_bias", f"{QKV}.k_bias", f"{QKV}.v_bias"), (f"{QKV}.bias",), mask=f"{QKV}.bias_mask"),
+    Row(("blocks.{i}.mlp.w12.weight",), ("blocks.{i}.mlp.w1.weight", "blocks.{i}.mlp.w2.weight")),
+    Row(("blocks.{i}.mlp.w12.bias",), ("blocks.{i}.mlp.w1.bias", "blocks.{i}.mlp.w2.bias")),
+)
+LOCAL_NORM = ("local_cls_norm.weight", "local_cls_norm.bias")
+
+# The end of the file name that Meta's hub code knows a variant by: a ViT-L without one is refused.
+HASHES = {
+    "vits16": "08c60483", "vits16plus": "4057cbaa", "vitb16": "73cec8be", "vitl16": "8aa4cbdd",
+    "vitl16plus": "46503df0", "vith16plus": "7c1da9a5", "vit7b16": "a955f4ea",
+}  # fmt: skip
+SATELLITE_VITL = "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"
+
+
+def copies(config: DINOv3Config) -> dict[str, str]:
+    """The strict loader of the 7B wants the norm of local crops' CLS tokens, which only pretraining uses."""
+    is_7b = config.hidden_size == VARIANTS["vit7b16"].hidden_size
+    return {name: name.removeprefix("local_cls_") for name in LOCAL_NORM} if is_7b else {}
+
+
+def write_card(card: Card) -> Beside:
+    """Nothing but a licence: its readers know the model by its name."""
+    return Beside(license=card.license)
+
+
+def file_name(card: Card, carried: Collection[str]) -> str:
+    """The name by which Meta's hub code knows the variant."""
+    name = variant_ignoring_biases(card.config) if card.config else ""
+    if name == "vitl16" and LOCAL_NORM[0] in carried:
+        return SATELLITE_VITL  # the only ViT-L whose strict loader wants that norm
+    return f"dinov3_{name}_pretrain-{HASHES[name]}.pth" if name in HASHES else f"dinov3_{name}.pth"
+
+
+def variant_ignoring_biases(config: DINOv3Config) -> str:
+    """The released variant of these sizes, with or without query and value biases."""
+    bias = config.hidden_size != VARIANTS["vit7b16"].hidden_size
+    return replace(config, query_bias=bias, value_bias=bias, key_bias=False).name
+
+
+META = Layout(
+    name="meta",
+    tables={
+        DINOv3Config: Table(
+            VIT,
+            ROWS,
+            carried=dict.fromkeys(LOCAL_NORM, "normalises the CLS token of local crops in pretraining"),
+            copies=copies,
+        )
+    },
+    container=".pth",
+    files=("*.pth", "*.pt"),
+    read_card=read_foreign_card,
+    write_card=write_card,
+    file_name=file_name,
+)

@@ -1,0 +1,266 @@
+"""What a layout is made of: equations between its tensors and the model's, and a card that says the rest.
+
+A model family lists its tensors (`ModelTensor`), a layout's table only where it differs (`Row`). A row is an
+equation: their tensors, one after the other along the first axis, hold what ours hold, one after the other. Names and
+cuts in both directions follow from it. `{i}` in a name is the block's number; shapes are in letters that the family
+reads off a config. Nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Letters = tuple[str, ...]
+Config = Any  # a frozen dataclass, one class a model family
+Read = Callable[[str], Tensor]
+"""A tensor of a file by its name in the file."""
+
+
+class ModelTensor(NamedTuple):
+    """One tensor of ours: its name in the model's state dict, its shape, and the config switches it exists under."""
+
+    name: str
+    shape: Letters
+    when: Mapping[str, bool] = MappingProxyType({})
+    fused: int = 1
+    """How many tensors of `shape` lie in it, one after the other along the first axis: 3 in qkv."""
+
+    def exists(self, config: Config) -> bool:
+        """Whether a model of that config has it."""
+        return all(getattr(config, switch) == value for switch, value in self.when.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """The models of one config class: their tensors in the order of the state dict, and what a config says of them."""
+
+    tensors: tuple[ModelTensor, ...]
+    sizes: Callable[[Config], Mapping[str, int]]
+    """What the letters of shapes stand for."""
+    numbers: Callable[[str, Config], list[dict[str, int]]]
+    """What `{i}` in a name runs through: one empty dict for a name without it."""
+    infer: Callable[[Table, Mapping[str, Shape], Read], Config]
+    """The config of tensors that come without one. Raises ValueError if it can't be told."""
+    anchor: str
+    """The tensor by which a backbone is found in a bigger model: what stands before it stands before all."""
+    weight: str
+    """The tensor whose dtype is that of the weights."""
+    unseen: tuple[str, ...]
+    """The config fields that change what the model computes and that no tensor's name or shape shows."""
+
+    def shape(self, letters: Letters, config: Config) -> Shape:
+        """The shape that ("C", "F") stands for: digits stand for themselves."""
+        sizes = self.sizes(config)
+        return tuple(int(letter) if letter.isdigit() else sizes[letter] for letter in letters)
+
+
+@functools.lru_cache(maxsize=8)
+def shapes_of(family: Family, config: Config) -> Mapping[str, tuple[Shape, int]]:
+    """Shape and number of fused tensors of each of the model's tensors by its name, in the order of the state dict."""
+    result = {}
+    for tensor in family.tensors:
+        if tensor.exists(config):
+            first, *rest = family.shape(tensor.shape, config)
+            for number in family.numbers(tensor.name, config):
+                result[tensor.name.format(**number)] = (first * tensor.fused, *rest), tensor.fused
+    return MappingProxyType(result)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a layout differs: `theirs`, one after the other, hold `ours`, one after the other.
+
+    One of ours that a config lacks counts as zeros if the row holds another that exists: Meta's key bias.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    shape: Letters | None = None
+    """Of each of theirs; None: equal parts of ours along the first axis."""
+    mask: str = ""
+    """A tensor beside theirs, of its shape: where a file has it, readers multiply theirs by it. Written as ones, and as
+    zeros for what the config lacks; not written where it lacks no key bias."""
+
+
+class Assumed(NamedTuple):
+    """What a layout does not store: the value that its readers take instead, and the words for it."""
+
+    make: Callable[[Config], Tensor]
+    reason: str
+
+
+class Equation(NamedTuple):
+    """One row for one block: (name, shape) of theirs and of ours, and the name of the mask beside theirs, if any."""
+
+    theirs: list[tuple[str, Shape]]
+    ours: list[tuple[str, Shape]]
+    mask: str
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """How a layout stores the models of one family."""
+
+    family: Family
+    differences: tuple[Row, ...] = ()
+    assumed: Mapping[str, Assumed] = field(default_factory=dict)
+    """By our name: what it does not store."""
+    carried: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that its files may hold and the model does not need, with the reason: our own file carries them along."""
+    copies: Callable[[Config], Mapping[str, str]] = lambda config: {}
+    """Which of the carried are written as copies of which of ours where the source has none."""
+
+    @functools.cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """A row for each of the model's tensors that it stores, in the order of the model."""
+        differing = {name: row for row in self.differences for name in row.ours}
+        rows = [
+            differing.get(tensor.name, Row((tensor.name,), (tensor.name,)))
+            for tensor in self.family.tensors
+            if tensor.name not in self.assumed
+        ]
+        return tuple(dict.fromkeys(rows))
+
+    @functools.cached_property
+    def patterns(self) -> frozenset[str]:
+        """All names that it knows, with # for numbers."""
+        return frozenset(pattern(name) for row in self.rows for name in (*row.theirs, row.mask) if name)
+
+    def theirs(self, ours: str) -> tuple[str, ...]:
+        """What it calls that tensor of ours; nothing where it does not store it, or only with others in one."""
+        return next((row.theirs for row in self.rows if row.ours[0] == ours), ())
+
+    def equations(self, config: Config) -> list[Equation]:
+        """The rows that a config calls for, block by block, with names and shapes filled in."""
+        tensors = {tensor.name: tensor for tensor in self.family.tensors}
+        result = []
+        for row in self.rows:
+            ours = [tensors[name] for name in row.ours]
+            if any(tensor.exists(config) for tensor in ours):
+                wholes = [self.family.shape(tensor.shape, config) for tensor in ours]
+                wholes = [(shape[0] * t.fused, *shape[1:]) for t, shape in zip(ours, wholes, strict=True)]
+                part = (sum(shape[0] for shape in wholes) // len(row.theirs), *wholes[0][1:])
+                shape = self.family.shape(row.shape, config) if row.shape else part
+                for number in self.family.numbers(row.ours[0], config):
+                    theirs = [(name.format(**number), shape) for name in row.theirs]
+                    named = [(name.format(**number), whole) for name, whole in zip(row.ours, wholes, strict=True)]
+                    result.append(Equation(theirs, named, row.mask.format(**number)))
+        return result
+
+    def masks(self, config: Config) -> dict[str, Tensor]:
+        """The masks that are written beside fused biases: (3C,), ones but for the key bias, which the config lacks."""
+        names = {equation.mask: equation for equation in self.equations(config) if equation.mask}
+        if not names or config.key_bias:
+            return {}
+        ones = torch.ones(config.hidden_size, device="cpu")
+        return {name: torch.cat((ones, torch.zeros_like(ones), ones)) for name in names}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is said of weights beside their names, shapes and values. Empty: not said."""
+
+    config: Config | None = None
+    preprocessing: dict[str, Any] | None = None
+    """The content of preprocessor_config.json."""
+    license: str = ""
+    """The name of the weights' licence: `dinov3-license`, or that of the file that holds it."""
+    note: str = ""
+    """A word of the checkpoint's maker on the weights, as the sample's "made, not trained"."""
+    source_layout: str = ""
+    """Of a converted file: the layout that it was converted from, and the digest of those weights."""
+    source_digest: str = ""
+    digest: str = ""
+    """What the digest of the weights is to be."""
+    rope: str = ""
+    """Where the RoPE periods came from: "computed" from the config, or "stored" in the source."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A card as it lies beside the tensors: in the file's own metadata, in JSON files, in a licence file."""
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """The content of the side files that there are, by name."""
+    license: str = ""
+    weights: Path = Path()
+    """The file of weights, for messages."""
+
+    def path(self, name: str) -> Path:
+        """Where a side file lies, for messages."""
+        return self.weights.with_name(name)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A way to store checkpoints: tables of names and cuts by config class, the container, the files, the card."""
+
+    name: str
+    tables: Mapping[type, Table]
+    container: str
+    """The suffix of its file of weights, which names the format of it."""
+    files: tuple[str, ...]
+    """What its file of weights is called in a folder, the first to look for first; `*` stands for any name."""
+    read_card: Callable[[Beside], Card]
+    """What a card says; raises ValueError that names the file."""
+    write_card: Callable[[Card], Beside]
+    """How it says a card: what it can't say is left away."""
+    file_name: Callable[[Card, Collection[str]], str]
+    """The name that its readers look for, by the card and the names of the tensors carried along."""
+    side_files: tuple[str, ...] = ("config.json", "preprocessor_config.json")
+    """The JSON files that its readers look for beside the weights."""
+    is_folder: bool = False
+    """Whether a checkpoint is a folder of files, and not the one file of weights."""
+    is_sharded: bool = False
+    """Whether big weights are cut into several files with an index."""
+    keeps_float32: bool = False
+    """Whether tensors that float16 is too narrow for may stay in float32: other readers expect one dtype."""
+    in_memory: Mapping[str, str] = field(default_factory=dict)
+    """Other beginnings that its names have in memory, and those that they have in its files."""
+    mark: str = ""
+    """The key in a file's metadata by which its files say that they are its."""
+    carries: str = ""
+    """What it puts before the names of other layouts' tensors that it carries along; empty: it carries none."""
+
+    def table(self, config: Config) -> Table:
+        """How it stores models of that config."""
+        return self.tables[type(config)]
+
+
+def pattern(name: str) -> str:
+    """The name with # for each number and for each `{i}`: names of one row have one pattern."""
+    return re.sub(r"(?<![^.])(\d+|\{\w+\})(?![^.])", "#", name)
+
+
+def numel(shape: Shape) -> int:
+    """How many elements a tensor of that shape has."""
+    return math.prod(shape)
+
+
+def masked(bias: Tensor, mask: Tensor, name: str) -> Tensor:
+    """The bias times its mask, in the bias's dtype, as Meta's layer computes it at each forward.
+
+    Raises ValueError that names the mask if it is of another shape or not a number everywhere.
+    """
+    if bias.shape != mask.shape:
+        raise ValueError(
+            f"tensor {name!r} has shape {tuple(mask.shape)}, but the bias that it masks {tuple(bias.shape)}"
+        )
+    if not mask.isfinite().all():
+        raise ValueError(
+            f"tensor {name!r} holds NaN or infinity, as in a model whose weights were neither initialised nor loaded: "
+            "save it once they are"
+        )
+    return bias * mask.to(bias.dtype)

@@ -1,0 +1,94 @@
+"""transformers' DINOv3ViTModel, as all its releases write it to disk: a folder with its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from ...config import MODEL_TYPE, DINOv3Config
+from .cards import CONFIG, NOTE_KEY, PREPROCESSOR, read_foreign_card
+from .table import Beside, Card, Layout, Row, Table
+from .vit import COMPUTED_PERIODS, VIT
+
+FILE = "model.safetensors"
+
+
+def _row(ours: str, *theirs: str) -> Row:
+    return Row((ours,), theirs)
+
+
+# fmt: off
+ROWS = (
+    _row("cls_token",                   "embeddings.cls_token"),
+    _row("register_tokens",             "embeddings.register_tokens"),
+    _row("mask_token",                  "embeddings.mask_token"),
+    _row("patch_embed.proj.weight",     "embeddings.patch_embeddings.weight"),
+    _row("patch_embed.proj.bias",       "embeddings.patch_embeddings.bias"),
+    _row("blocks.{i}.norm1.weight",     "layer.{i}.norm1.weight"),
+    _row("blocks.{i}.norm1.bias",       "layer.{i}.norm1.bias"),
+    _row("blocks.{i}.attn.qkv.weight",  *(f"layer.{{i}}.attention.{part}_proj.weight" for part in "qkv")),
+    _row("blocks.{i}.attn.qkv.q_bias",  "layer.{i}.attention.q_proj.bias"),
+    _row("blocks.{i}.attn.qkv.k_bias",  "layer.{i}.attention.k_proj.bias"),
+    _row("blocks.{i}.attn.qkv.v_bias",  "layer.{i}.attention.v_proj.bias"),
+    _row("blocks.{i}.attn.proj.weight", "layer.{i}.attention.o_proj.weight"),
+    _row("blocks.{i}.attn.proj.bias",   "layer.{i}.attention.o_proj.bias"),
+    _row("blocks.{i}.ls1.gamma",        "layer.{i}.layer_scale1.lambda1"),
+    _row("blocks.{i}.norm2.weight",     "layer.{i}.norm2.weight"),
+    _row("blocks.{i}.norm2.bias",       "layer.{i}.norm2.bias"),
+    _row("blocks.{i}.mlp.fc1.weight",   "layer.{i}.mlp.up_proj.weight"),
+    _row("blocks.{i}.mlp.fc1.bias",     "layer.{i}.mlp.up_proj.bias"),
+    _row("blocks.{i}.mlp.fc2.weight",   "layer.{i}.mlp.down_proj.weight"),
+    _row("blocks.{i}.mlp.fc2.bias",     "layer.{i}.mlp.down_proj.bias"),
+    _row("blocks.{i}.mlp.w12.weight",   "layer.{i}.mlp.gate_proj.weight", "layer.{i}.mlp.up_proj.weight"),
+    _row("blocks.{i}.mlp.w12.bias",     "layer.{i}.mlp.gate_proj.bias",   "layer.{i}.mlp.up_proj.bias"),
+    _row("blocks.{i}.mlp.w3.weight",    "layer.{i}.mlp.down_proj.weight"),
+    _row("blocks.{i}.mlp.w3.bias",      "layer.{i}.mlp.down_proj.bias"),
+    _row("blocks.{i}.ls2.gamma",        "layer.{i}.layer_scale2.lambda1"),
+)
+# fmt: on
+
+
+def read_card(beside: Beside) -> Card:
+    """What its two JSON files say. Raises ValueError if the config is not there."""
+    if CONFIG not in beside.files:
+        raise ValueError(
+            f"{beside.path(CONFIG)}: missing: a checkpoint in transformers' layout needs the config it came with"
+        )
+    if "model_type" not in beside.files[CONFIG]:
+        raise ValueError(
+            f"{beside.path(CONFIG)}: no model_type in it, expected {MODEL_TYPE!r}: this is no model's config.json"
+        )
+    return read_foreign_card(beside)
+
+
+def write_card(card: Card) -> Beside:
+    """Its two JSON files."""
+    note = {NOTE_KEY: card.note} if card.note else {}
+    files = {CONFIG: {**card.config.to_dict(), **note}} if card.config else {}
+    if card.preprocessing is not None:
+        files[PREPROCESSOR] = card.preprocessing
+    return Beside(metadata={"format": "pt"}, files=files, license=card.license)
+
+
+def opens(layout: Layout, path: Path) -> bool:
+    """Whether transformers itself opens a checkpoint of that layout at that path."""
+    return layout is TRANSFORMERS and path.is_dir()
+
+
+def file_name(card: Card, carried: Collection[str]) -> str:
+    """One name for all."""
+    return FILE
+
+
+TRANSFORMERS = Layout(
+    name="transformers",
+    tables={DINOv3Config: Table(VIT, ROWS, assumed={"rope_embed.periods": COMPUTED_PERIODS})},
+    container=".safetensors",
+    files=(f"{FILE}.index.json", FILE),
+    read_card=read_card,
+    write_card=write_card,
+    file_name=file_name,
+    is_folder=True,
+    is_sharded=True,
+    in_memory={"model.layer.": "layer."},
+)

@@ -1,0 +1,194 @@
+"""What a checkpoint becomes in a layout: its files as values, then written, all whole or none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import Checkpoint
+from .containers import CONTAINERS, OnBytes, OutputTensor
+from .files import StoredTensor, cut, whole_files
+from .layouts import reader_config
+from .layouts.table import Layout, numel, pattern
+from .layouts.vit import storage_dtype
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights to be written."""
+
+    tensors: list[OutputTensor]
+    metadata: Mapping[str, str]
+    container: str
+    """The suffix that names its format."""
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+Files = dict[str, WeightsFile | dict[str, Any]]
+"""The files of a checkpoint by name, in the order of writing: weights, and the content of JSON files."""
+
+
+def files_of(
+    opened: Checkpoint,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    name: str | None = None,
+    max_shard_size: int | None = None,
+) -> Files:
+    """The files that the checkpoint is in that layout.
+
+    dtype: of the weights; None keeps the source's. name: of the file of weights; None takes the layout's.
+    max_shard_size: bytes in one file, of a layout that has shards.
+    """
+    card = opened.card
+    if layout.mark:
+        card = replace(
+            card,
+            source_layout=card.source_layout or opened.layout.name,
+            source_digest=card.source_digest or opened.digest(),
+            digest=opened.digest(dtype or opened.dtype),
+            rope=opened.rope,
+        )
+    beside = layout.write_card(card)
+    name = name or layout.file_name(opened.card, opened.carried)
+    tensors = output_tensors(opened, layout, dtype)
+    shards = _shards(tensors, max_shard_size) if layout.is_sharded and max_shard_size else [tensors]
+    stem, suffix = Path(name).stem, Path(name).suffix
+    names = (
+        [f"{stem}-{i + 1:05}-of-{len(shards):05}{suffix}" for i in range(len(shards))] if len(shards) > 1 else [name]
+    )
+    files: Files = {
+        file: WeightsFile(shard, beside.metadata, layout.container) for file, shard in zip(names, shards, strict=True)
+    }
+    files |= beside.files
+    if len(shards) > 1:
+        files[f"{name}.index.json"] = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+            "weight_map": {tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard},
+        }
+    return files
+
+
+def output_tensors(opened: Checkpoint, layout: Layout, dtype: torch.dtype | None) -> list[OutputTensor]:
+    """The checkpoint's tensors as that layout has them, in `dtype` or the source's own."""
+    config, table, weights_dtype = opened.config, layout.table(opened.config), dtype or opened.dtype
+    result = []
+    for equation in table.equations(config):
+        first = equation.ours[0][0]
+        spans = [
+            span
+            for name, shape in equation.ours
+            for span in opened.spans.get(name) or [StoredTensor.in_memory(name, _zeros(shape)).span()]
+        ]
+        runs = cut(spans, [numel(shape) for _, shape in equation.theirs])
+        widened = layout.keeps_float32 or first == "rope_embed.periods"
+        target = storage_dtype(first, weights_dtype) if widened else weights_dtype
+        result += [
+            OutputTensor(name, target, shape, run) for (name, shape), run in zip(equation.theirs, runs, strict=True)
+        ]
+    for name, mask in table.masks(config).items():
+        span = StoredTensor.in_memory(name, mask).span()
+        result.append(OutputTensor(name, weights_dtype, tuple(mask.shape), [span]))
+    carried = carried_into(opened, layout)
+    for name, stored in carried.items():
+        result.append(OutputTensor(name, dtype or stored.dtype, stored.shape, [stored.span()]))
+    for name, ours in table.copies(config).items():
+        if name not in carried:
+            shape = opened.tensor(ours).shape
+            result.append(OutputTensor(name, weights_dtype, tuple(shape), opened.spans[ours]))
+    return result
+
+
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape, device="cpu")
+
+
+def carried_into(opened: Checkpoint, layout: Layout) -> dict[str, StoredTensor]:
+    """What is not the model's and is written all the same, by its name: by our own file all, by a layout its own."""
+    if layout.carries:
+        return {layout.carries + name: stored for name, stored in opened.carried.items()}
+    known = layout.table(opened.config).carried
+    return {name: opened.carried[name] for name in known if name in opened.carried}
+
+
+def _shards(tensors: list[OutputTensor], max_size: int) -> list[list[OutputTensor]]:
+    """The tensors in order, in files of at most `max_size` bytes where a single tensor allows it."""
+    shards: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def losses(opened: Checkpoint, layout: Layout) -> dict[str, str]:
+    """What the layout can't hold of this checkpoint, since its readers would take another value: a sentence by name.
+
+    Names are those of the model's tensors, with # for the block's number, and of config fields.
+    """
+    table = layout.table(opened.config)
+    theirs = {name: equation for equation in table.equations(opened.config) for name, _ in equation.theirs}
+    shapes = {name: shape for e in theirs.values() for name, shape in e.theirs}
+    masks = table.masks(opened.config)
+    shapes |= {name: tuple(mask.shape) for name, mask in masks.items()}
+
+    def read(name: str) -> Tensor:
+        if name in masks:
+            return masks[name]
+        parts = [
+            opened.tensor(ours).flatten() if ours in opened.spans else _zeros(shape).flatten()
+            for ours, shape in theirs[name].ours
+        ]
+        return torch.cat([part.float() for part in parts]).view(shapes[name])
+
+    lost = {}
+    try:
+        taken = reader_config(layout, opened.card, shapes, read)
+    except ValueError as error:
+        taken = opened.config
+        lost["config"] = f"the config: what its readers make of the tensors is none ({error})"
+    lost |= {
+        field: f"{field!r} {getattr(opened.config, field)!r}: its files don't say it, and its readers take "
+        f"{getattr(taken, field)!r}"
+        for field in table.family.unseen
+        if getattr(taken, field) != getattr(opened.config, field)
+    }
+    values: dict[str, list[str]] = {}
+    for ours, assumed in table.assumed.items():
+        for number in table.family.numbers(ours, opened.config):
+            name = ours.format(**number)
+            if name in opened.spans and not torch.equal(opened.tensor(name).float(), assumed.make(taken)):
+                values.setdefault(ours, []).append(name)
+    for ours, names in values.items():
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        lost[pattern(ours)] = f"{names[0]!r}{more}: {table.assumed[ours].reason}"
+    return lost
+
+
+def save(folder: Path, files: Files, on_bytes: OnBytes = lambda count: None) -> None:
+    """Write the files into the folder: all appear, or none and what was there before stays.
+
+    on_bytes: called with the number of bytes of tensors that were written since the last call.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_files() as out:
+        for name, content in files.items():
+            with out.create(folder / name) as file:
+                if isinstance(content, WeightsFile):
+                    CONTAINERS[content.container].write(file, content.tensors, content.metadata, on_bytes)
+                else:
+                    file.write((json.dumps(content, indent=2) + "\n").encode())
