@@ -14,12 +14,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import DINOv3Config, DINOv3ConvNeXtConfig
-    from .convnext import DINOv3ConvNeXt, DINOv3ConvNextBackbone
+    from .convnext import DINOv3ConvNeXt
     from .encoder import build_dinov3_encoder
     from .finetune import freeze_but_last, parameter_groups, trainable_summary
     from .image import ImageProcessor
     from .inference import optimize_for_inference
-    from .interfaces import DINOv3ViTBackbone, FeaturesOnly
+    from .interfaces import DINOv3ConvNextBackbone, DINOv3ViTBackbone, FeaturesOnly
+    from .loading import load
     from .model import DINOv3Output, DINOv3ViT
     from .window import sliding_window_features
 
@@ -35,6 +36,7 @@ __all__ = [
     "ImageProcessor",
     "build_dinov3_encoder",
     "freeze_but_last",
+    "load",
     "optimize_for_inference",
     "parameter_groups",
     "sliding_window_features",
@@ -45,7 +47,7 @@ _MODULES = {
     "DINOv3Config": "config",
     "DINOv3ConvNeXt": "convnext",
     "DINOv3ConvNeXtConfig": "config",
-    "DINOv3ConvNextBackbone": "convnext",
+    "DINOv3ConvNextBackbone": "interfaces",
     "DINOv3Output": "model",
     "DINOv3ViT": "model",
     "DINOv3ViTBackbone": "interfaces",
@@ -53,6 +55,7 @@ _MODULES = {
     "ImageProcessor": "image",
     "build_dinov3_encoder": "encoder",
     "freeze_but_last": "finetune",
+    "load": "loading",
     "optimize_for_inference": "inference",
     "parameter_groups": "finetune",
     "sliding_window_features": "window",

@@ -82,6 +82,12 @@ def check_keep_indices(keep_indices: Tensor, patches: Tensor) -> None:
         )
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """A dtype that weights may have, or None for the checkpoint's own."""
+    if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
+
+
 def check_count(name: str, value: Any) -> int:
     """`value` as an int, at least 1."""
     try:

@@ -205,6 +205,14 @@ class DINOv3ConvNeXtConfig:
         }
 
 
+def config_from_dict(d: dict[str, Any]) -> DINOv3Config | DINOv3ConvNeXtConfig:
+    """The config in a parsed config.json, a ViT's unless `model_type` says that it is a ConvNeXt's.
+
+    Raises ValueError as `from_dict` of either class does.
+    """
+    return (DINOv3ConvNeXtConfig if d.get("model_type") == CONVNEXT_TYPE else DINOv3Config).from_dict(d)
+
+
 # What decides the tensors' names and shapes: two configs that agree here are the same variant.
 _ARCHITECTURE = (
     "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",

@@ -15,6 +15,7 @@ Inside, channels are last: the depthwise convolutions are fastest so, and norms 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -23,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from . import convnext_features as features
-from .checks import BATCH, check_kind
+from .checkpoint import Checkpoint, assign, open_checkpoint
+from .checkpoint.hub import locate
+from .checks import BATCH, check_dtype, check_kind
 from .config import DINOv3ConvNeXtConfig
 from .features import dtype_of
-from .interfaces import BackboneOutput, stages_of
 from .layers import OURS, DropPath, LayerNorm, LayerScale, Mlp
 from .model import DINOv3Output
 
@@ -176,6 +178,44 @@ class DINOv3ConvNeXt(features.Sizes):
         """
         return cls(replace(DINOv3ConvNeXtConfig.from_name(name), **config_changes))
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        patch_size: int | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> DINOv3ConvNeXt:
+        """Load a checkpoint as `DINOv3ViT.from_pretrained` does, in evaluation mode. patch_size: see the class.
+
+        Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
+        does not fit its config.
+        """
+        check_dtype(dtype)
+        path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        return cls.from_checkpoint(open_checkpoint(path), dtype=dtype, device=device, patch_size=patch_size)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        opened: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        patch_size: int | None = None,
+    ) -> DINOv3ConvNeXt:
+        """The model of an opened checkpoint: see `from_pretrained`. Raises ValueError if that is a ViT's."""
+        opened.check_family(DINOv3ConvNeXtConfig)
+        with torch.device("meta"):
+            model = cls(opened.config, patch_size)
+        assign(model, opened, dtype=dtype, device=device)
+        model.weights_id = opened.weights_id
+        return model.eval()
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -272,45 +312,3 @@ def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *optio
 
 
 OURS.update({Stem, Downsample, DepthwiseConv, ConvNeXtBlock, Stage, nn.Identity})
-
-
-class DINOv3ConvNextBackbone(nn.Module):
-    """Feature maps of chosen stages, by the names of transformers' class of this name.
-
-    Stage 0 ("stem") is the images as given, stage i ("stage{i}") the map of the i-th stage before the final LayerNorm.
-    Nothing runs after the last stage asked for.
-
-    Attributes: `out_indices`, `out_features` (names), `stage_names`, `channels` of the maps, `num_features` of all
-    stages, `model`, `config`.
-    """
-
-    def __init__(
-        self,
-        model: DINOv3ConvNeXt,
-        *,
-        out_indices: Sequence[int] | None = None,
-        out_features: Sequence[str] | None = None,
-    ) -> None:
-        """Of the stages whose indices (negative: from the end) or names are given; without either, of the last.
-
-        Raises ValueError for a stage that the model does not have, or if both are given and disagree.
-        """
-        super().__init__()
-        self.model = model
-        self.config = model.config
-        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, model.depth + 1))]
-        self.num_features = [model.config.num_channels, *model.embed_dims]
-        self.out_indices = stages_of(self.stage_names, out_indices, out_features)
-        self.out_features = [self.stage_names[i] for i in self.out_indices]
-        self.channels = [self.num_features[i] for i in self.out_indices]
-
-    def forward(self, pixel_values: Tensor) -> BackboneOutput:
-        """pixel_values: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
-        stages = [i - 1 for i in self.out_indices if i]
-        maps = [
-            features.to_map(self.model, state)
-            for state in self.model.run_stages(self.model.embed(pixel_values), stages)
-        ]
-        if self.out_indices[0] == 0:
-            maps.insert(0, pixel_values)
-        return BackboneOutput(tuple(maps), None)

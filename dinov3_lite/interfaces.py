@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import convnext_features
+from .convnext import DINOv3ConvNeXt
 from .features import patches_and_prefix
 from .model import DINOv3ViT
 
@@ -88,6 +90,60 @@ class DINOv3ViTBackbone(nn.Module):
         return BackboneOutput(tuple(maps), tuple(cls_tokens) if self.return_class_token else None)
 
 
+class DINOv3ConvNextBackbone(nn.Module):
+    """Feature maps of chosen stages, by the names of transformers' class of this name.
+
+    Stage 0 ("stem") is the images as given, stage i ("stage{i}") the map of the i-th stage before the final LayerNorm.
+    Nothing runs after the last stage asked for.
+
+    Attributes: `out_indices`, `out_features` (names), `stage_names`, `channels` of the maps, `num_features` of all
+    stages, `model`, `config`.
+    """
+
+    def __init__(
+        self,
+        model: DINOv3ConvNeXt,
+        *,
+        out_indices: Sequence[int] | None = None,
+        out_features: Sequence[str] | None = None,
+    ) -> None:
+        """Of the stages whose indices (negative: from the end) or names are given; without either, of the last.
+
+        Raises ValueError for a stage that the model does not have, or if both are given and disagree.
+        """
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, model.depth + 1))]
+        self.num_features = [model.config.num_channels, *model.embed_dims]
+        self.out_indices = stages_of(self.stage_names, out_indices, out_features)
+        self.out_features = [self.stage_names[i] for i in self.out_indices]
+        self.channels = [self.num_features[i] for i in self.out_indices]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **stages: Any,
+    ) -> DINOv3ConvNextBackbone:
+        """Load as `DINOv3ConvNeXt.from_pretrained` does; `stages` are the constructor's options. In evaluation mode."""
+        return cls(DINOv3ConvNeXt.from_pretrained(source, dtype=dtype, device=device), **stages).eval()
+
+    def forward(self, pixel_values: Tensor) -> BackboneOutput:
+        """pixel_values: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
+        stages = [i - 1 for i in self.out_indices if i]
+        maps = [
+            convnext_features.to_map(self.model, state)
+            for state in self.model.run_stages(self.model.embed(pixel_values), stages)
+        ]
+        if self.out_indices[0] == 0:
+            maps.insert(0, pixel_values)
+        return BackboneOutput(tuple(maps), None)
+
+
 def stages_of(stage_names: Sequence[str], indices: Sequence[int] | None, names: Sequence[str] | None) -> list[int]:
     """Ascending indices of the stages asked for by index or by name; without either, of the last."""
     count = len(stage_names)
@@ -119,23 +175,26 @@ class FeatureInfo(NamedTuple):
         return [entry["num_chs"] for entry in self.entries]
 
     def reduction(self) -> list[int]:
-        """Stride of each map: the patch size."""
+        """Stride of each map: a ViT's patch size."""
         return [entry["reduction"] for entry in self.entries]
 
     def module_name(self) -> list[str]:
-        """The block that gives each map."""
+        """The block, or the ConvNeXt's stage, that gives each map."""
         return [entry["module"] for entry in self.entries]
 
 
 class FeaturesOnly(nn.Module):
     """What timm's `create_model(..., features_only=True)` gives: (B, 3, H, W) -> a list of maps (B, C, h, w).
 
-    out_indices: blocks, as n of `DINOv3ViT.get_intermediate_layers`. `norm` applies the final LayerNorm; timm's default
-    is not to. `feature_info` has `channels()`, `reduction()` and `module_name()`.
+    model: a DINOv3ViT or a DINOv3ConvNeXt.
+    out_indices: blocks (stages of a ConvNeXt), as n of `get_intermediate_layers`.
+    norm: apply the final LayerNorm, which timm does not by default, and never of a ConvNeXt.
+
+    `feature_info` has `channels()`, `reduction()` and `module_name()`.
     """
 
     def __init__(
-        self, model: DINOv3ViT, out_indices: int | str | Sequence[int] = "quarters", norm: bool = False
+        self, model: DINOv3ViT | DINOv3ConvNeXt, out_indices: int | str | Sequence[int] = "quarters", norm: bool = False
     ) -> None:
         super().__init__()
         self.model = model

@@ -17,9 +17,9 @@ from torch.utils import _pytree
 
 from . import features
 from .attention import resolve_attention
-from .checkpoint import assign, open_checkpoint
+from .checkpoint import Checkpoint, assign, open_checkpoint
 from .checkpoint.hub import locate
-from .checks import BATCH, SINGLE, check_images, check_keep_indices, check_mask
+from .checks import BATCH, SINGLE, check_dtype, check_images, check_keep_indices, check_mask
 from .config import FLOAT32_UNDER_HALF, DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
 from .packing import PackedAttention, Tokens, pack, unpack
@@ -159,10 +159,21 @@ class DINOv3ViT(features.Sizes):
         does not fit its config.
         """
         resolve_attention(attention)
-        if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
+        check_dtype(dtype)
         path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        opened = open_checkpoint(path)
+        return cls.from_checkpoint(open_checkpoint(path), dtype=dtype, device=device, attention=attention)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        opened: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        attention: str = "auto",
+    ) -> DINOv3ViT:
+        """The model of an opened checkpoint: see `from_pretrained`. Raises ValueError if that is a ConvNeXt's."""
+        opened.check_family(DINOv3Config)
         with torch.device("meta"):
             model = cls(opened.config, attention)
         assign(model, opened, dtype=dtype, device=device)
@@ -294,10 +305,7 @@ class DINOv3ViT(features.Sizes):
     def check_images(
         self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
-        """Return the patch grid (h, w) of images that `embed` takes. Raises ValueError for all others.
-
-        pixels: whether they may be whole numbers.
-        """
+        """Return the patch grid (h, w) of images that `embed` takes, whole numbers with `pixels`, else ValueError."""
         return check_images(images, self.num_channels, self.patch_size, name, dims, pixels)
 
     def extra_repr(self) -> str:

@@ -69,13 +69,13 @@ EDGES = {
     },
     "dinov3_lite/image.py": {"checkpoint", "checkpoint.hub", "pixels"},
     "dinov3_lite/convnext.py": {
-        *("checkpoint", "checkpoint.hub", "checks", "config", "convnext_features", "features", "interfaces", "layers"),
-        "model",
+        *("checkpoint", "checkpoint.hub", "checks", "config", "convnext_features", "features", "layers", "model")
     },
     "dinov3_lite/convnext_features.py": {"config", "features"},
     "dinov3_lite/pixels.py": set(),
     "dinov3_lite/encoder.py": {"model"},
-    "dinov3_lite/interfaces.py": {"features", "model"},
+    "dinov3_lite/interfaces.py": {"convnext", "convnext_features", "features", "model"},
+    "dinov3_lite/loading.py": {"attention", "checkpoint", "checkpoint.hub", "checks", "config", "convnext", "model"},
     "dinov3_lite/finetune.py": {"model"},
     "dinov3_lite/window.py": {"model"},
     "dinov3_lite/export.py": {"model"},
@@ -89,7 +89,8 @@ EDGES = {
     "dinov3_lite/picture.py": set(),
     "dinov3_lite/sample.py": {"checkpoint.layouts", "checkpoint.layouts.cards", "config", "image", "model"},
     "dinov3_lite/__init__.py": {
-        *("config", "convnext", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
+        *("config", "convnext", "encoder", "finetune", "image", "inference", "interfaces", "loading"),
+        *("model", "window"),
     },
     "dinov3_lite/console.py": set(),
     "dinov3_lite/__main__.py": {"console"},
@@ -103,7 +104,7 @@ EDGES = {
         "picture",
         "sample",
     },
-    "convert/verify.py": {"convert/*", *CHECKPOINT, "dinov3_lite.model"},
+    "convert/verify.py": {"convert/*", *CHECKPOINT, "dinov3_lite.config", "dinov3_lite.loading"},
     "convert/describe.py": {"convert/*", "dinov3_lite.checkpoint", "dinov3_lite.image", "dinov3_lite.rope"},
     "convert/*": {"convert/*", *CHECKPOINT},
 }

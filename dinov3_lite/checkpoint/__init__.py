@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .containers import cast, read_headers
 from .files import Span, StoredTensor, cut, read_json, read_license, weight_files
-from .layouts import LAYOUTS, LITE, carried_names, detect, model_tensors, own_name, prefix_of, reason_of
+from .layouts import LAYOUTS, LITE, carried_names, detect, model_tensors, nobody_needs, own_name, prefix_of, reason_of
 from .layouts.table import Beside, Card, Config, Layout, Shape, Table, masked, numel
 from .layouts.vit import storage_dtype
 
@@ -57,6 +57,15 @@ class Checkpoint:
         """How its layout stores models of its family."""
         return self.layout.table(self.config)
 
+    def check_family(self, config_class: type) -> None:
+        """Raises ValueError if this is a model of another architecture, which says how that is loaded."""
+        if not isinstance(self.config, config_class):
+            found, wanted = self.table.family, LITE.tables[config_class].family
+            raise ValueError(
+                f"{self.path}: holds a {found.name} ({self.config.name}), not a {wanted.name}: load it with "
+                f"{found.loader}.from_pretrained, or with dinov3_lite.load, which takes both"
+            )
+
     def names(self) -> list[str]:
         """The model's tensors, in the order of the model."""
         return list(model_tensors(self.config))
@@ -87,7 +96,9 @@ class Checkpoint:
 
     @property
     def rope(self) -> str:
-        """Where the RoPE periods come from: "computed" from the config, or "stored" in the source and kept."""
+        """Where the RoPE periods come from: "computed" from the config, or "stored" and kept; empty: it has none."""
+        if "rope_embed.periods" not in self.spans:
+            return ""
         return self.card.rope or ("computed" if "rope_embed.periods" in self.table.assumed else "stored")
 
     def digest(self, dtype: torch.dtype | None = None) -> str:
@@ -162,6 +173,8 @@ def _open(path: Path, files: list[Path]) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     table = layout.tables[config_class]
+    left_out += [f"{name!r} ({reason})" for name in stored if (reason := nobody_needs(table, name))]
+    stored = {name: tensor for name, tensor in stored.items() if not nobody_needs(table, name)}
     card = layout.read_card(_beside(file, layout, metadata))
     if card.config is None:
         shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -169,6 +182,11 @@ def _open(path: Path, files: list[Path]) -> Checkpoint:
             card = replace(card, config=table.family.infer(table, shapes, lambda name: stored[name].read()))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+    if type(card.config) is not config_class:
+        raise ValueError(
+            f"{file}: its tensors are those of a {table.family.name}, and its config is that of a "
+            f"{layout.table(card.config).family.name}: {ONE_MODEL}"
+        )
     carried = carried_names(layout, table, stored)
     checkpoint = Checkpoint(
         path=path,

@@ -54,7 +54,7 @@ def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) ->
         example = min(names, default="none")
         raise ValueError(
             f"none of its {len(names)} tensors (first: {example!r}) has a name of the layouts {', '.join(LAYOUTS)}: "
-            "this is not a DINOv3 vision transformer"
+            "this is not a DINOv3 vision transformer, nor a DINOv3 ConvNeXt"
         )
     return best[2], best[3]
 
@@ -63,6 +63,8 @@ def prefix_of(names: Collection[str]) -> str:
     """What stands before the names of the backbone's tensors, as `module.`, `backbone.` or `teacher.backbone.`."""
     tables = [table for layout in LAYOUTS.values() for table in layout.tables.values()]
     anchors = {name for table in tables for name in table.theirs(table.family.anchor)}
+    in_memory = [(start, written) for layout in LAYOUTS.values() for start, written in layout.in_memory.items()]
+    anchors |= {start + a.removeprefix(w) for a in anchors for start, w in in_memory if a.startswith(w)}
     prefixes = {name[: -len(a)] for name in names for a in anchors if ("." + name).endswith("." + a)}
     patterns = frozenset().union(*(table.patterns for table in tables))
 
@@ -92,6 +94,11 @@ def carried_names(layout: Layout, table: Table, names: Iterable[str]) -> dict[st
         for name in sorted(names)
         if name in table.carried or (layout.carries and name.startswith(layout.carries))
     }
+
+
+def nobody_needs(table: Table, name: str) -> str:
+    """Why a tensor is left out that files of a layout may hold and that nobody needs; empty for all others."""
+    return next((reason for start, reason in table.left_out.items() if name.startswith(start)), "")
 
 
 def reason_of(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...config import DINOv3Config
+from ...config import config_from_dict
 from .table import Beside, Card
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -15,7 +15,7 @@ def read_foreign_card(beside: Beside) -> Card:
     config = None
     if "model_type" in content:
         try:
-            config = DINOv3Config.from_dict(content)
+            config = config_from_dict(content)
         except ValueError as error:
             raise ValueError(f"{beside.path(CONFIG)}: {error}") from error
     return Card(

@@ -45,6 +45,10 @@ class ModelTensor(NamedTuple):
 class Family:
     """The models of one config class: their tensors in the order of the state dict, and what a config says of them."""
 
+    name: str
+    """What its models are called, after "a"."""
+    loader: str
+    """The class that users load them with."""
     tensors: tuple[ModelTensor, ...]
     sizes: Callable[[Config], Mapping[str, int]]
     """What the letters of shapes stand for."""
@@ -119,7 +123,9 @@ class Table:
     carried: Mapping[str, str] = field(default_factory=dict)
     """Tensors that its files may hold and the model does not need, with the reason: our own file carries them along."""
     copies: Callable[[Config], Mapping[str, str]] = lambda config: {}
-    """Which of the carried are written as copies of which of ours where the source has none."""
+    """What is written as a copy of which of ours, unless the source has it among the carried."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """How names begin of tensors that its files may hold and nobody needs, with the reason."""
 
     @functools.cached_property
     def rows(self) -> tuple[Row, ...]:

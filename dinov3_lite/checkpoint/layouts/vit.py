@@ -167,6 +167,8 @@ def _key_bias_acts(table: Table, config: DINOv3Config, shapes: Mapping[str, Shap
 
 
 VIT = Family(
+    name="vision transformer",
+    loader="DINOv3ViT",
     tensors=TENSORS,
     sizes=_sizes,
     numbers=_numbers,
