@@ -205,6 +205,17 @@ class DINOv3ConvNeXtConfig:
         }
 
 
+def config_from_name(name: str) -> DINOv3Config | DINOv3ConvNeXtConfig:
+    """A released variant of either architecture, by its short name or by a hub id.
+
+    Raises ValueError, with the names that there are, for any other name.
+    """
+    known = {**dict.fromkeys(VARIANTS, DINOv3Config), **dict.fromkeys(CONVNEXTS, DINOv3ConvNeXtConfig)}
+    if name in known or "/" in name:
+        return (DINOv3ConvNeXtConfig if "convnext" in name.lower() else DINOv3Config).from_name(name)
+    raise ValueError(f"unknown DINOv3 variant {name!r}: expected one of {', '.join(known)}, or their hub id")
+
+
 def config_from_dict(d: dict[str, Any]) -> DINOv3Config | DINOv3ConvNeXtConfig:
     """The config in a parsed config.json, a ViT's unless `model_type` says that it is a ConvNeXt's.
 

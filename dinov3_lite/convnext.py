@@ -291,7 +291,7 @@ class DINOv3ConvNeXt(features.Sizes):
         pixels: whether they may be whole numbers.
         """
         check_kind(images, self.num_channels, name, dims, pixels)
-        (H, W), least = images.shape[-2:], self.strides[-1]
+        (H, W), least = images.shape[-2:], self.stride
         if least > H or least > W:
             raise ValueError(f"image height {H} and width {W} must be at least {least}, the stride of the last stage")
         return H // least, W // least

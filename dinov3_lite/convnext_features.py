@@ -42,6 +42,11 @@ class Sizes(nn.Module):
         return tuple(4 * 2**i for i in range(self.depth))
 
     @property
+    def stride(self) -> int:
+        """How many pixels a patch token stands for, along one side: the last of `strides`."""
+        return self.strides[-1]
+
+    @property
     def embed_dim(self) -> int:
         """C, the channels of the last stage's map and the width of a token."""
         return self.embed_dims[-1]

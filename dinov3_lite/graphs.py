@@ -42,14 +42,15 @@ class Graphs:
         """Return what `run` returns, from a graph of this kind of call where there is or can be one."""
         if not tensors[0].numel():
             return self.run(blocks, tensors, taps, attention)
-        with torch.inference_mode(False):  # tensors of inference mode would take a graph of their own
+        with torch.inference_mode(False), torch.no_grad():  # inference mode would take graphs of its own
             tensors = tuple(t.clone() if t.is_inference() else t for t in tensors)
             graph = self._graph(blocks, tensors, taps, attention)
             if graph is not None:
                 try:
                     return graph(*tensors)
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    self._warn(f"a compiled call failed and runs eagerly from now on: {error}"[:500])
+                except Exception as error:  # torch names no class that all of its compiler's errors are of
+                    self.made = {kind: None if made is graph else made for kind, made in self.made.items()}
+                    self._warn(f"a compiled call failed; calls of its kind run eagerly from now on: {error}"[:500])
             return self.run(blocks, tensors, taps, attention)
 
     def _graph(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import BATCH
+from .checks import BATCH, check_count
 from .convnext import ConvNeXtBlock, DINOv3ConvNeXt, Stem, run_units
 from .folding import fold, for_pixels, prepack_projections
 from .graphs import Graphs, Tensors
@@ -61,10 +61,11 @@ class Prepared(nn.Module):
     def warm_up(self, batch: int, height: int, width: int) -> float:
         """Run on images of this size, alone and `batch` of them (or two), and return the seconds that it took.
 
-        Whatever has to be compiled for any number of images is then compiled.
+        Whatever `forward` has to compile for any number of images is then compiled. Raises ValueError as it does.
         """
         inside = next(module for module in self.modules() if isinstance(module, PreparedBackbone))
         dtype = None if inside._processor is None else torch.uint8
+        check_count("batch", batch)
         start = time.perf_counter()
         for count in (1, batch if batch > 1 or not inside._dynamic else 2):
             self(torch.zeros(count, inside.num_channels, height, width, dtype=dtype, device=inside.device))
@@ -170,7 +171,7 @@ class PreparedBackbone(Prepared):
         if twin is None or not twin.holds():
             if not untouched(*module.modules()):
                 return module
-            with self._lock:
+            with self._lock, torch.inference_mode(False), torch.no_grad():
                 twin = self._twins.get(id(module))
                 if twin is None or not twin.holds():
                     twin = self._twins[id(module)] = Twin.of(module, self._make_stand_in(module, twin))

@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, help="default: the variant's name, such as vitb16.onnx")
     parser.add_argument(
-        "--size", type=size, metavar="N or HxW", help="fix the resolution (default: any multiples of the patch size)"
+        "--size",
+        type=size,
+        metavar="N or HxW",
+        help="fix the resolution (default: any multiples of the patch size, any of a ConvNeXt)",
     )
     add_device_and_dtype(parser)
 
@@ -33,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from .. import export as exporting
     from ..checkpoint import DTYPES
-    from ..model import DINOv3ViT
+    from ..loading import load
 
-    model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
+    model = load(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
     output = args.output or Path(f"{model.config.name}{exporting.FORMATS[args.format].suffix}")
     say(f"{model.config.name}  weights {model.weights_id}")
     start = time.perf_counter()

@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoint import DTYPES
     from ..image import ImageProcessor
-    from ..model import DINOv3ViT
+    from ..loading import load
 
     _check_outputs(args)
-    model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
+    model = load(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
     processor = ImageProcessor.from_pretrained(args.model)
     if args.size:
         processor = replace(processor, size=args.size)
@@ -52,10 +52,11 @@ def run(args: argparse.Namespace) -> None:
         for file in progress(args.photos, unit="photo"):
             photo = _open(file)
             _check_query(args.query, file, photo)
-            outputs.append(model(processor(photo)["pixel_values"].to(args.device)))
+            pixel_values = processor(photo)["pixel_values"]
+            outputs.append(model(pixel_values.to(args.device)))
 
-    R, (h, w) = model.config.num_register_tokens, outputs[0].grid
-    height, width = h * model.patch_size, w * model.patch_size
+    R, (h, w) = model.n_storage_tokens, outputs[0].grid
+    height, width = pixel_values.shape[-2:]
     say(
         f"{len(outputs)} photo{'s' * (len(outputs) > 1)} at {height} x {width} px: "
         f"1 CLS + {R} registers + {h} x {w} patches = {1 + R + h * w} tokens of {model.embed_dim}"
