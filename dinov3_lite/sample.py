@@ -2,8 +2,7 @@
 
 The patch embedding is a bank of colour and frequency filters (a 2D cosine basis of each opponent colour), and each
 attention head averages tokens that look alike (a ConvNeXt averages neighbours), so that the features show the picture
-and not noise. They mean nothing
-beyond that.
+and not noise. They mean nothing beyond that.
 """
 
 from __future__ import annotations

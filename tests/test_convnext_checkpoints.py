@@ -267,6 +267,6 @@ def test_a_class_says_which_other_class_a_file_wants(folder, tmp_path):
         DINOv3ConvNeXt.from_pretrained(vit)
     (vit / "config.json").write_text(json.dumps(TINY_CONVNEXT.to_dict()))
     with pytest.raises(
-        ValueError, match="tensors are those of a vision transformer, and its config is that of a ConvNeXt"
+        ValueError, match="those of a vision transformer, and the config's model_type is 'dinov3_convnext'"
     ):
         dinov3_lite.load(vit)

@@ -184,8 +184,8 @@ def _open(path: Path, files: list[Path]) -> Checkpoint:
             raise ValueError(f"{file}: {error}") from error
     if type(card.config) is not config_class:
         raise ValueError(
-            f"{file}: its tensors are those of a {table.family.name}, and its config is that of a "
-            f"{layout.table(card.config).family.name}: {ONE_MODEL}"
+            f"{file}: its tensors are those of a {table.family.name}, and the config's model_type is "
+            f"{card.config.to_dict()['model_type']!r}: {ONE_MODEL}"
         )
     carried = carried_names(layout, table, stored)
     checkpoint = Checkpoint(

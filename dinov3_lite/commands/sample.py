@@ -9,9 +9,7 @@ from ..console import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Write a checkpoint in transformers' layout, of a ViT-S unless told. Its weights are made, not trained."
-    )
+    parser.description = "Write a checkpoint in transformers' layout. Its weights are made, not trained."
     parser.epilog = "example:\n  %(prog)s checkpoint --variant convnext-tiny"
     parser.add_argument("folder", type=Path, help="where to; it may exist, but not hold a checkpoint")
     parser.add_argument("--variant", default="vits16", help="any released one by its name (default: %(default)s)")
