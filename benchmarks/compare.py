@@ -6,9 +6,10 @@
     python benchmarks/compare.py startup | conversion | features | parity | growth | rope_attention | layer_norm
                                  | swiglu [options of that script]
 
-A row is a variant (convnext-tiny and its kin too), a resolution times a batch, and a dtype, all peers on the same weights. Outputs are checked against
-transformers' before anything is timed; a peer that is missing or fails shows its reason. Rounds are interleaved in
-rotated order, ratios taken round by round. Writes benchmarks/results/NAME.json; page.py makes tables and charts of it.
+A row is a variant (a ViT's, or convnext-tiny and its kin), a resolution times a batch, and a dtype, all peers on the
+same weights. Outputs are checked against transformers' before anything is timed; a peer that is missing or fails shows
+its reason. Rounds are interleaved in rotated order, ratios taken round by round. Writes benchmarks/results/NAME.json;
+page.py makes tables and charts of it.
 """
 
 from __future__ import annotations

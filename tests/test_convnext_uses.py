@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dinov3_lite import (
     build_dinov3_encoder,
     load,
     optimize_for_inference,
+    sliding_window_features,
 )
 from dinov3_lite.config import CONVNEXTS
 from dinov3_lite.export import export
@@ -107,14 +109,14 @@ def test_what_somebody_looks_at_or_changes_runs_as_it_is():
     model.stages[3].blocks[0].mlp.fc2.weight.mul_(3)
     assert relative_error(prepared(images).last_hidden_state, model(images).last_hidden_state) < 3e-6
     assert relative_error(model(images).last_hidden_state, expected) > 1e-3
-    backbone = DINOv3ConvNextBackbone(model, out_indices=[0, 2, 4])
+    backbone = DINOv3ConvNextBackbone(model, out_indices=[0, 2, 4]).eval()
     for a, b in zip(optimize_for_inference(backbone)(images).feature_maps, backbone(images).feature_maps, strict=True):
         assert relative_error(a, b) < 3e-6
 
 
 @torch.no_grad()
 def test_graphs_of_a_convnext():
-    model = made()
+    model = made(replace(TINY_CONVNEXT, depths=(1, 1, 1, 1)))
     prepared = optimize_for_inference(model, backend="inductor")
     for size in ((2, 3, 64, 96), (3, 3, 96, 128)):
         images = torch.randn(size)
@@ -203,3 +205,8 @@ def test_published_numbers_are_compared(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(tool, "load", lambda source, dtype, error=error: Known(error))
         assert tool.main("checkpoint", "photo.jpg") == status
         assert verdict in capsys.readouterr().out
+
+
+def test_windows_are_for_a_vit():
+    with pytest.raises(ValueError, match="model is a DINOv3ConvNeXt: windows are for a DINOv3ViT"):
+        sliding_window_features(made(), torch.zeros(1, 3, 64, 64))
