@@ -64,8 +64,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, out_channels, kernel_size=2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x_out = self.conv(self.norm(x).permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
-        return x_out.to(x.dtype, memory_format=torch.contiguous_format)
+        half = self.conv(self.norm(x).permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+        return half.to(x.dtype).contiguous()
 
 
 class DepthwiseConv(nn.Conv2d):

@@ -170,6 +170,19 @@ def test_lists_of_batches():
 
 
 @torch.no_grad()
+def test_channels_are_last_in_memory():
+    """Norms and matrix products then need no copy; only the convolutions of the stem and of the steps down do."""
+    model, copied = made(), []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: None if inputs[0].is_contiguous() else copied.append(name)
+            )
+    model(torch.randn(2, 3, 64, 96))
+    assert copied == []
+
+
+@torch.no_grad()
 def test_nothing_runs_after_the_last_stage_wanted():
     model, images, ran = made(), torch.randn(1, 3, 64, 64), []
     for i, stage in enumerate(model.stages):

@@ -185,7 +185,7 @@ def _open(path: Path, files: list[Path]) -> Checkpoint:
     if type(card.config) is not config_class:
         raise ValueError(
             f"{file}: its tensors are those of a {table.family.name}, and the config's model_type is "
-            f"{card.config.to_dict()['model_type']!r}: {ONE_MODEL}"
+            f"{layout.table(card.config).family.model_type!r}: {ONE_MODEL}"
         )
     carried = carried_names(layout, table, stored)
     checkpoint = Checkpoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ...config import DINOv3ConvNeXtConfig
+from ...config import CONVNEXT_TYPE, DINOv3ConvNeXtConfig
 from .table import Family, ModelTensor, Read, Row, Shape, Table
 
 STAGES = range(4)
@@ -93,6 +93,7 @@ def infer_config(table: Table, shapes: Mapping[str, Shape], read: Read) -> DINOv
 
 CONVNEXT = Family(
     name="ConvNeXt",
+    model_type=CONVNEXT_TYPE,
     loader="DINOv3ConvNeXt",
     tensors=TENSORS,
     sizes=_sizes,

@@ -47,6 +47,8 @@ class Family:
 
     name: str
     """What its models are called, after "a"."""
+    model_type: str
+    """What transformers' config.json calls them."""
     loader: str
     """The class that users load them with."""
     tensors: tuple[ModelTensor, ...]
