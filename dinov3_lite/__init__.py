@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .config import DINOv3Config, DINOv3ConvNeXtConfig
     from .convnext import DINOv3ConvNeXt
     from .encoder import build_dinov3_encoder
+    from .extraction.engines import extract
+    from .extraction.store import open_features
     from .finetune import freeze_but_last, parameter_groups, trainable_summary
     from .image import ImageProcessor
     from .inference import optimize_for_inference
@@ -35,8 +37,10 @@ __all__ = [
     "FeaturesOnly",
     "ImageProcessor",
     "build_dinov3_encoder",
+    "extract",
     "freeze_but_last",
     "load",
+    "open_features",
     "optimize_for_inference",
     "parameter_groups",
     "sliding_window_features",
@@ -54,8 +58,10 @@ _MODULES = {
     "FeaturesOnly": "interfaces",
     "ImageProcessor": "image",
     "build_dinov3_encoder": "encoder",
+    "extract": "extraction.engines",
     "freeze_but_last": "finetune",
     "load": "loading",
+    "open_features": "extraction.store",
     "optimize_for_inference": "inference",
     "parameter_groups": "finetune",
     "sliding_window_features": "window",

@@ -186,6 +186,7 @@ class DINOv3ConvNeXt(features.Sizes):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         patch_size: int | None = None,
+        prefix: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -197,22 +198,16 @@ class DINOv3ConvNeXt(features.Sizes):
         """
         check_dtype(dtype)
         path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        return cls.from_checkpoint(open_checkpoint(path), dtype=dtype, device=device, patch_size=patch_size)
+        opened = open_checkpoint(path, prefix=prefix)
+        return cls.from_checkpoint(opened, dtype=dtype, device=device, patch_size=patch_size)
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        opened: Checkpoint,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        patch_size: int | None = None,
-    ) -> DINOv3ConvNeXt:
+    def from_checkpoint(cls, opened: Checkpoint, patch_size: int | None = None, **options: Any) -> DINOv3ConvNeXt:
         """The model of an opened checkpoint: see `from_pretrained`. Raises ValueError if that is a ViT's."""
         opened.check_family(DINOv3ConvNeXtConfig)
         with torch.device("meta"):
             model = cls(opened.config, patch_size)
-        assign(model, opened, dtype=dtype, device=device)
+        assign(model, opened, **options)  # dtype, device
         model.weights_id = opened.weights_id
         return model.eval()
 

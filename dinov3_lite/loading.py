@@ -14,6 +14,8 @@ from .config import DINOv3Config
 from .convnext import DINOv3ConvNeXt
 from .model import DINOv3ViT
 
+Backbone = DINOv3ViT | DINOv3ConvNeXt
+
 
 def load(
     source: str | os.PathLike[str],
@@ -21,13 +23,14 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     attention: str = "auto",
+    prefix: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-) -> DINOv3ViT | DINOv3ConvNeXt:
+) -> Backbone:
     """Load whichever DINOv3 backbone a checkpoint holds, as its class's `from_pretrained` does, in evaluation mode.
 
-    attention: of a vision transformer.
+    attention: of a vision transformer. The other arguments are those of `DINOv3ViT.from_pretrained`.
 
     Raises FileNotFoundError and ValueError as `DINOv3ViT.from_pretrained`, and ValueError for an attention that is
     asked of a ConvNeXt, which has none.
@@ -35,7 +38,7 @@ def load(
     resolve_attention(attention)
     check_dtype(dtype)
     path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    opened = open_checkpoint(path)
+    opened = open_checkpoint(path, prefix=prefix)
     if isinstance(opened.config, DINOv3Config):
         return DINOv3ViT.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)
     if attention != "auto":

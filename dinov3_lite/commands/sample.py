@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..console import say
+from ..console import naming, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..sample import write_sample
 
-    write_sample(args.folder, args.variant)
+    with naming(args.folder):
+        write_sample(args.folder, args.variant)
     what = "ViT-S" if args.variant == "vits16" else args.variant
     say(f"{args.folder}: a {what} checkpoint in transformers' layout, with made weights (not trained)")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ..choose import prefixes
 from .lite import LITE
 from .meta import META
 from .table import Card, Config, Layout, Read, Shape, Table, numel, pattern, shapes_of
@@ -14,7 +15,7 @@ from .timm import TIMM
 from .transformers import TRANSFORMERS
 
 LAYOUTS = {layout.name: layout for layout in (LITE, TRANSFORMERS, META, TIMM)}
-__all__ = ["LAYOUTS", "LITE", "META", "TIMM", "TRANSFORMERS", "detect", "model_tensors", "prefix_of", "rename"]
+__all__ = ["LAYOUTS", "LITE", "META", "TIMM", "TRANSFORMERS", "backbones", "detect", "model_tensors", "rename"]
 
 
 def model_tensors(config: Config) -> Mapping[str, tuple[Shape, int]]:
@@ -59,22 +60,16 @@ def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) ->
     return best[2], best[3]
 
 
-def prefix_of(names: Collection[str]) -> str:
-    """What stands before the names of the backbone's tensors, as `module.`, `backbone.` or `teacher.backbone.`."""
+def backbones(names: Collection[str]) -> list[str]:
+    """What stands before the names of each backbone's tensors, as `module.`, `backbone.` or `teacher.backbone.`."""
     tables = [table for layout in LAYOUTS.values() for table in layout.tables.values()]
     anchors = {name for table in tables for name in table.theirs(table.family.anchor)}
-    in_memory = [(start, written) for layout in LAYOUTS.values() for start, written in layout.in_memory.items()]
-    anchors |= {start + a.removeprefix(w) for a in anchors for start, w in in_memory if a.startswith(w)}
-    prefixes = {name[: -len(a)] for name in names for a in anchors if ("." + name).endswith("." + a)}
-    patterns = frozenset().union(*(table.patterns for table in tables))
-
-    def preference(prefix: str) -> tuple[bool, bool, int]:
-        known = sum(pattern(own_name(name, prefix)) in patterns for name in names if name.startswith(prefix))
-        return known > 1, "teacher" in prefix or "ema" in prefix, known
-
-    if len(prefixes) < 2:
-        return next(iter(prefixes), "")
-    return max(sorted(prefixes), key=preference)
+    extra = {start: written for layout in LAYOUTS.values() for start, written in layout.in_memory.items()}
+    in_memory = {start + a.removeprefix(w) for a in anchors for start, w in extra.items() if a.startswith(w)}
+    starts = {start for table in tables for start in table.block_starts} | set(extra)
+    found = prefixes(names, anchors | in_memory, starts)
+    inner = {start.removesuffix(written) for start, written in extra.items()}
+    return [p for p in found if not any(p.endswith(i) and p.removesuffix(i) in found for i in inner)]
 
 
 def own_name(name: str, prefix: str) -> str:
@@ -94,11 +89,6 @@ def carried_names(layout: Layout, table: Table, names: Iterable[str]) -> dict[st
         for name in sorted(names)
         if name in table.carried or (layout.carries and name.startswith(layout.carries))
     }
-
-
-def nobody_needs(table: Table, name: str) -> str:
-    """Why a tensor is left out that files of a layout may hold and that nobody needs; empty for all others."""
-    return next((reason for start, reason in table.left_out.items() if name.startswith(start)), "")
 
 
 def reason_of(name: str) -> str:

@@ -32,7 +32,6 @@ CONVNEXT_NAMES = {
 }
 # The last of its list of norms for all stages is the final one, which its strict loader wants by both names.
 LAST_NORM = {"norms.3.weight": "norm.weight", "norms.3.bias": "norm.bias"}
-PROJECTORS = {"projectors.": "projects features in EUPE's distillation alone"}
 LOCAL_NORM = ("local_cls_norm.weight", "local_cls_norm.bias")
 
 # The end of the file name that Meta's hub code knows a variant by: a ViT-L without one is refused.
@@ -82,17 +81,17 @@ META = Layout(
             ROWS,
             carried=dict.fromkeys(LOCAL_NORM, "normalises the CLS token of local crops in pretraining"),
             copies=copies,
-            left_out=PROJECTORS,
+            stores_empty=False,
         ),
         DINOv3ConvNeXtConfig: Table(
             CONVNEXT,
             rows(CONVNEXT_NAMES),
             copies=lambda config: LAST_NORM,
-            left_out={**PROJECTORS, "norms.": "is the final LayerNorm once more, or one that only training uses"},
+            left_out={"norms.": "the final LayerNorm once more, or one that only training uses"},
         ),
     },
     container=".pth",
-    files=("*.pth", "*.pt"),
+    files=("*.pth", "*.pt", "*.ckpt", "*.bin"),
     read_card=read_foreign_card,
     write_card=write_card,
     file_name=file_name,
