@@ -17,10 +17,10 @@ from torch.utils import _pytree
 
 from . import features
 from .attention import resolve_attention
-from .checkpoint import assign, open_checkpoint
+from .checkpoint import Checkpoint, assign, open_checkpoint
 from .checkpoint.channels import with_channels
 from .checkpoint.hub import locate
-from .checks import BATCH, SINGLE, check_images, check_keep_indices, check_mask, check_patches
+from .checks import BATCH, SINGLE, check_dtype, check_images, check_keep_indices, check_mask, check_patches
 from .config import FLOAT32_UNDER_HALF, DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
 from .packing import PackedAttention, Tokens, pack, unpack
@@ -156,25 +156,27 @@ class DINOv3ViT(features.Sizes, Pretrained):
             used, and training never writes to the file.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
         device: to load to; None is the CPU. attention: see the class.
-        prefix: what stands before the names of the backbone that is meant, where the checkpoint holds several, such as
-            "teacher.backbone"; None takes an exponential moving average, or a teacher, or the only one.
-        num_channels: of the images, if others than the checkpoint's. channel_rule: "repeat" (timm's) or "mean" (Meta's),
-            what becomes of the patch projection then (see `dinov3_lite.checkpoint.channels`).
+        prefix: before the names of the backbone that is meant, where the checkpoint holds several, as "teacher.backbone";
+            None takes an exponential moving average, or a teacher, or the only one.
+        num_channels: of the images, if others; channel_rule: "repeat" or "mean", as in `dinov3_lite.checkpoint.channels`.
         revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
         does not fit its config.
         """
         resolve_attention(attention)
-        if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
+        check_dtype(dtype)
         path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        opened = open_checkpoint(path, prefix=prefix)
-        if num_channels is not None:
-            opened = with_channels(opened, num_channels, channel_rule)
+        opened = with_channels(open_checkpoint(path, prefix=prefix), num_channels, channel_rule)
+        return cls.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)
+
+    @classmethod
+    def from_checkpoint(cls, opened: Checkpoint, attention: str = "auto", **options: Any) -> DINOv3ViT:
+        """The model of an opened checkpoint: see `from_pretrained`. Raises ValueError if that is a ConvNeXt's."""
+        opened.check_family(DINOv3Config)
         with torch.device("meta"):
             model = cls(opened.config, attention)
-        assign(model, opened, dtype=dtype, device=device)
+        assign(model, opened, **options)  # dtype, device
         model.weights_id, model.card = opened.weights_id, opened.card
         return model.eval()
 
@@ -299,10 +301,10 @@ class DINOv3ViT(features.Sizes, Pretrained):
     block_indices = features.block_indices
 
     def check_images(
-        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH
+        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
-        """Return the patch grid (h, w) of images that `embed` takes. Raises ValueError for all others."""
-        return check_images(images, self.num_channels, self.patch_size, name, dims)
+        """Return the patch grid (h, w) of images that `embed` takes, whole numbers with `pixels`, else ValueError."""
+        return check_images(images, self.num_channels, self.patch_size, name, dims, pixels)
 
     def extra_repr(self) -> str:
         millions = sum(p.numel() for p in self.parameters()) / 1e6

@@ -50,11 +50,13 @@ def check_rule(count: int, rule: str) -> None:
         raise ValueError(f"num_channels is {count!r}: expected a whole number from 1 on")
 
 
-def with_channels(opened: Checkpoint, count: int, rule: str) -> Checkpoint:
-    """The checkpoint of a model that takes `count` channels, by one of `RULES`; itself if it takes as many.
+def with_channels(opened: Checkpoint, count: int | None, rule: str) -> Checkpoint:
+    """The checkpoint of a model that takes `count` channels, by one of `RULES`; itself for None, or if it takes as many.
 
     The projection (C, channels, p, p) is computed in float32 or wider. Raises ValueError as `check_rule`.
     """
+    if count is None:
+        return opened
     check_rule(count, rule)
     if count == opened.config.num_channels:
         return opened
