@@ -156,9 +156,9 @@ class DINOv3ViT(features.Sizes, Pretrained):
             used, and training never writes to the file.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
         device: to load to; None is the CPU. attention: see the class.
-        prefix: before the names of the backbone that is meant, where the checkpoint holds several, as "teacher.backbone";
-            None takes an exponential moving average, or a teacher, or the only one.
-        num_channels: of the images, if others; channel_rule: "repeat" or "mean", as in `dinov3_lite.checkpoint.channels`.
+        prefix: before the names of the backbone that is meant, of several; None takes an exponential moving average, or
+            a teacher, or the only one.
+        num_channels: of the images, if others; channel_rule: "repeat" or "mean", see `dinov3_lite.checkpoint.channels`.
         revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..console import naming
 from . import Checkpoint
 from .containers import CONTAINERS, OnBytes, OutputTensor
 from .files import StoredTensor, cut, whole_files
@@ -215,15 +216,20 @@ def checkpoint_of(model: Any) -> Checkpoint:
     return Checkpoint(Path(), LITE, card, spans, {}, {})
 
 
-def save(folder: Path, files: Files, on_bytes: OnBytes = lambda count: None) -> None:
+def save(folder: Path, files: Files, on_bytes: OnBytes = lambda count: None, *, obsolete: Iterable[Path] = ()) -> None:
     """Write the files into the folder: all appear, or none and what was there before stays.
 
-    on_bytes: called with the number of bytes of tensors that were written since the last call.
+    on_bytes: called with the number of bytes of tensors that were written since the last call. obsolete: files that are
+    removed at the moment when the new ones appear.
+
+    Raises OSError that names the file if one can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with whole_files() as out:
+        for path in obsolete:
+            out.remove(path)
         for name, content in files.items():
-            with out.create(folder / name) as file:
+            with naming(folder / name), out.create(folder / name) as file:
                 if isinstance(content, WeightsFile):
                     CONTAINERS[content.container].write(file, content.tensors, content.metadata, on_bytes)
                 else:
