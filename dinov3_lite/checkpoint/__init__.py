@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ CONVERTED = LITE.files[0]
 """The converted copy that may lie beside the weights it was made of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """An opened checkpoint, checked to hold exactly the tensors that its config calls for."""
 
@@ -166,7 +166,7 @@ def _open(path: Path, files: list[Path]) -> Checkpoint:
     if card.config is None:
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         try:
-            card = replace(card, config=table.family.infer(table, shapes, lambda name: stored[name].read()))
+            card = card._replace(config=table.family.infer(table, shapes, lambda name: stored[name].read()))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
     carried = carried_names(layout, table, stored)

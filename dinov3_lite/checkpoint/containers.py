@@ -9,7 +9,6 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -27,8 +26,7 @@ OnBytes = Callable[[int], Any]
 Headers = tuple[list[StoredTensor], dict[str, str]]
 
 
-@dataclass(frozen=True)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """A tensor to be written: its elements are those of its spans, one after the other, cast to `dtype`."""
 
     name: str

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +17,7 @@ Shape = tuple[int, ...]
 MAX_JSON_BYTES = 64 << 20  # of a config or an index; a real one has kilobytes
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor of a file, or one in memory: what is known without its data, and the data on `read()`."""
 
     name: str
@@ -56,8 +53,7 @@ class StoredTensor:
         return Span(self, 0, count)
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Elements start to stop of a stored tensor, in memory order."""
 
     stored: StoredTensor
@@ -226,7 +222,7 @@ class WholeFiles:
     @contextmanager
     def create(self, path: Path) -> Iterator[IO[bytes]]:
         """A new file, open for reading and writing, that will be `path`: flushed to disk when the block ends."""
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
         with temporary.open("x+b", buffering=0) as file:
             self._temporary[path] = temporary
             yield file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,7 @@ def files_of(
     """
     card = opened.card
     if layout.mark:
-        card = replace(
-            card,
+        card = card._replace(
             source_layout=card.source_layout or opened.layout.name,
             source_digest=card.source_digest or opened.digest(),
             digest=opened.digest(dtype or opened.dtype),
