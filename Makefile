@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 REFERENCES := .venv/references
 OLD_TRANSFORMERS := $(REFERENCES)/transformers-4.57.6
 
-.PHONY: demo test lint types docs bench pages clean
+.PHONY: demo test lint types docs bench gpu pages clean
 
 # The main job: make a checkpoint, convert it, features and picture of a photograph. Of trained weights, where there is a
 # network: make demo MODEL=robbyant/lingbot-vision-vit-small (or any other hub id, folder or file).
@@ -48,6 +48,10 @@ bench: .venv/installed-dev
 # The tables and charts of all pages, from the committed results.
 pages: .venv/installed-dev .venv/installed-demo
 	$(BIN)/python benchmarks/page.py
+
+# What waits for a GPU: tests, tuning, timings, the most valuable first. Needs torch and triton, no installation.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu.py
 
 clean:
 	rm -rf .venv demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

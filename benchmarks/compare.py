@@ -27,7 +27,7 @@ from environment import environment, headline, peak_gflops, save
 from peers import PEERS, Features, Peer, write_checkpoint
 from timing import in_a_child, interleaved, median_ratio, process_mib, relative_difference, spread
 
-from dinov3_lite import DINOv3Config
+from dinov3_lite import DINOv3Config, DINOv3ViT
 
 OTHERS = ("startup", "conversion", "features", "rope_attention", "layer_norm", "swiglu", "parity", "growth")
 REFERENCE = "transformers, sdpa"
@@ -101,7 +101,7 @@ def measure(
     images = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     calls: dict[str, Features] = {}
     missing: dict[str, str] = {}
-    reference = next(peer for peer in PEERS if peer.name == REFERENCE).build(checkpoint, dtype, device)(images)
+    reference = reference_features(checkpoint, dtype, device)(images)
     for peer in peers:
         try:
             call = peer.build(checkpoint, dtype, device)
@@ -128,6 +128,15 @@ def measure(
         "peak MiB": {name: peak_of(name, checkpoint, pixels, batch, dtype_name, device) for name in calls},
         "missing": missing,
     }
+
+
+def reference_features(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Features:
+    """What outputs are compared with: transformers', or our own eager attention where transformers is not installed."""
+    try:
+        return next(peer for peer in PEERS if peer.name == REFERENCE).build(checkpoint, dtype, device)
+    except ImportError:
+        model = DINOv3ViT.from_pretrained(checkpoint, dtype=dtype, attention="eager").to(device)
+        return lambda images: model(images).last_hidden_state
 
 
 def gflop(config: DINOv3Config, pixels: int) -> float:

@@ -1,6 +1,6 @@
-"""add_layer_norm beside PyTorch's own operations: errors of outputs and gradients against float64.
+"""add_layer_norm beside PyTorch's own operations: errors of outputs and gradients against float64, and times.
 
-    python benchmarks/layer_norm.py [--no-save]
+    python benchmarks/layer_norm.py [--no-save] [--small]
 
 Without a GPU the kernels run in Triton's interpreter, in float32 and float16. Writes
 benchmarks/results/layer_norm_cpu.json or .._cuda.json, of which a table of kernels/README.md is made.
@@ -8,11 +8,13 @@ benchmarks/results/layer_norm_cpu.json or .._cuda.json, of which a table of kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import row_errors  # says where triton is to run before it is imported
 import torch
 import torch.nn.functional as F
 from dinov3_lite.kernels import add_layer_norm, add_layer_norm_reference
-from row_errors import DEVICE, ROWS, dtype_name
+from row_errors import DEVICE, dtype_name
 from torch import Tensor
 
 EPS = 1e-5
@@ -35,24 +37,24 @@ def eager_add_layer_norm(
     return x_new, normed.to(weight.dtype)
 
 
-def inputs(C: int, stream: torch.dtype, half: torch.dtype) -> list[Tensor]:
+def inputs(T: int, C: int, stream: torch.dtype, half: torch.dtype) -> list[Tensor]:
     """Trained-like: rows with a mean and one channel far from it, gains over a decade, LayerScale over two."""
-    x = 3 * torch.randn(ROWS, C, device=DEVICE) + torch.randn(ROWS, 1, device=DEVICE)
+    x = 3 * torch.randn(T, C, device=DEVICE) + torch.randn(T, 1, device=DEVICE)
     x[:, C // 3] += 300
     u, z = torch.rand(C, device=DEVICE), torch.randn(2, C, device=DEVICE)
-    others = torch.randn(ROWS, C, device=DEVICE), 10 ** (-2 * u), torch.exp(0.7 * z[0]), 0.2 * z[1]
+    others = torch.randn(T, C, device=DEVICE), 10 ** (-2 * u), torch.exp(0.7 * z[0]), 0.2 * z[1]
     return [x.to(stream), *(t.to(half) for t in others)]
 
 
-def errors() -> list[dict]:
-    """Relative errors of the kernel and of PyTorch's operations, on the same inputs."""
+def measure(widths: list[int], T: int, what: Callable) -> list[dict]:
+    """What is measured of the kernel and of PyTorch's operations, on the same T rows."""
     rows = []
-    for C in (384, 1280, 4096):
+    for C in widths:
         for stream, half in DTYPES:
-            tensors = inputs(C, stream, half)
-            grads = [torch.randn(ROWS, C, device=DEVICE).to(dtype) for dtype in (stream, half)]
+            tensors = inputs(T, C, stream, half)
+            grads = [torch.randn(T, C, device=DEVICE).to(dtype) for dtype in (stream, half)]
             dtypes = dtype_name(half) if stream == half else f"{dtype_name(half)} on {dtype_name(stream)}"
-            found = row_errors.errors(FUNCTIONS, lambda *t: add_layer_norm_reference(*t, EPS), tensors, grads, TENSORS)
+            found = what(FUNCTIONS, lambda *t: add_layer_norm_reference(*t, EPS), tensors, grads, TENSORS)
             rows.append({"width": C, "dtype": dtypes, **found})
     return rows
 
@@ -62,4 +64,4 @@ def error_table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    row_errors.run("layer_norm", __doc__, errors, error_table)
+    row_errors.run("layer_norm", __doc__, measure, [384, 1280, 4096], error_table)

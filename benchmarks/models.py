@@ -166,8 +166,10 @@ def training(row: Row) -> float:
 
 
 def parameters(variant: str) -> int:
+    """How many numbers a checkpoint of the variant holds: zeros that stand for absent key biases are not among them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in DINOv3ViT(DINOv3Config.from_name(variant)).parameters())
+        tensors = DINOv3ViT(DINOv3Config.from_name(variant)).state_dict()
+    return sum(tensor.numel() for name, tensor in tensors.items() if not name.startswith("rope_embed."))
 
 
 def available_mib() -> float:
@@ -265,7 +267,9 @@ def train_gb(result: Row, variant: str, batch: int) -> float:
     row = find(result, kind="training, checkpointed", variant=variant)
     if row:
         return (row["peak MiB"] + (batch - row["batch"]) * row["MiB a picture"]) * 2**20 / 1e9
-    largest = next(found for found in reversed(result["rows"]) if found["kind"] == "training, checkpointed")
+    largest = next((found for found in reversed(result["rows"]) if found["kind"] == "training, checkpointed"), None)
+    if not largest:
+        return float("inf")
     share = layers_times_width(variant) / layers_times_width(largest["variant"])
     return (18 * parameters(variant) + batch * share * largest["MiB a picture"] * 2**20) / 1e9
 

@@ -21,6 +21,9 @@ from typing import Any
 
 import compare
 import conversion
+import extract
+import extract_memory
+import extract_pixels
 import features
 import growth
 import models
@@ -144,6 +147,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "faces": of("parity", lambda found: parity.faces_table(found["faces"])),
     "standing": standing,
     "compare": of("compare", compare.table),
+    "extract": of("extract", extract.table),
+    "extract-memory": of("extract_memory", extract_memory.table),
+    "extract-pixels": of("extract_pixels", extract_pixels.table),
     "compare-amd": of("compare_amd", compare.table),
     "compare-bfloat16": of("compare_bfloat16", compare.table),
     "layers": of("features", lambda found: features.tables(found)["layers"]),

@@ -1,6 +1,6 @@
 """RoPE attention beside PyTorch's: the error of output and gradients against float64 and, on a GPU, the time.
 
-    python benchmarks/rope_attention.py [--no-save]
+    python benchmarks/rope_attention.py [--no-save] [--small]
 
 Without a GPU the kernels run in Triton's interpreter: errors only, of float32 and float16, and no time means anything.
 Writes benchmarks/results/rope_attention_cpu.json or .._cuda.json, of which the tables of kernels/README.md are made.
@@ -35,22 +35,26 @@ TIMES = [  # batch, pixels a side, heads, head dim
     *((B, pixels, 16, 64) for pixels in (224, 384, 512, 1024) for B in (1, 32)),
     *((B, pixels, 32, 128) for pixels in (224, 512) for B in (1, 16)),
 ]
+CONTENDERS = ("fused", "separate", "rotation, then sdpa", "sdpa")
 ROUNDS, CALLS = 20, 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--small", action="store_true", help="a rehearsal: one small shape, every timed call made once")
     args = parser.parse_args()
     torch.manual_seed(0)
-    result = {"environment": environment("triton"), "errors": list(errors())}
+    result: dict = {"environment": environment("triton"), "errors": list(errors([(6, 16)] if args.small else ERRORS))}
     print(headline(result), error_table(result["errors"]), sep="\n\n", end="\n\n")
-    if DEVICE == "cuda":
+    if args.small:
+        rehearse()
+    elif DEVICE == "cuda":
         result["times"] = list(times())
         print(time_table(result["times"]))
-    else:
+    if DEVICE == "cpu":
         print("No GPU: the kernels ran in triton's interpreter, and nothing was timed.")
-    if not args.no_save:
+    if not (args.no_save or args.small):
         save(f"rope_attention_{DEVICE}", result)
 
 
@@ -59,7 +63,7 @@ def strategy(name: str) -> Iterator[None]:
     """Have every number of tokens go one way: the rotation inside, apart, or apart and then PyTorch's attention."""
     before = tuning.FUSED_UP_TO, tuning.prefers_sdpa
     tuning.FUSED_UP_TO = dict.fromkeys(tuning.ARCHITECTURES, sys.maxsize if name == "fused" else 0)
-    tuning.prefers_sdpa = lambda tokens, head_dim: name == "rotation, then sdpa"
+    tuning.prefers_sdpa = lambda tokens, head_dim, device: name == "rotation, then sdpa"
     try:
         yield
     finally:
@@ -82,9 +86,17 @@ def with_gradients(attention: Callable[..., Tensor], qkv: Tensor, cos: Tensor, s
     return [out.detach(), *torch.autograd.grad(out, leaf, grad)[0].unbind(-3)]
 
 
-def errors() -> Iterator[dict]:
+def rehearse() -> None:
+    """Make every call that is timed on a GPU, once."""
+    qkv, cos, sin = inputs(1, 6, 2, 16, torch.float16)
+    for name in CONTENDERS:
+        for training in (False, True):
+            contender(name, qkv, cos, sin, training)()
+
+
+def errors(shapes: list[tuple[int, int]]) -> Iterator[dict]:
     """Relative errors ||x - truth|| / ||truth|| of each strategy and of PyTorch's attention, on the same inputs."""
-    for N, D in ERRORS:
+    for N, D in shapes:
         for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])):
             qkv, cos, sin = inputs(1, N, 2, D, dtype)
             truth = with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
@@ -112,15 +124,16 @@ def error_table(rows: list[dict]) -> str:
 
 def times() -> Iterator[dict]:
     """Median microseconds of a call in bfloat16, and of a call and its gradients, with the quartiles."""
-    names = ("fused", "separate", "rotation, then sdpa", "sdpa")
     for B, pixels, heads, D in TIMES:
         N = PREFIX + (pixels // 16) ** 2
         qkv, cos, sin = inputs(B, N, heads, D, torch.bfloat16)
         row: dict = {"batch": B, "tokens": N, "heads": heads, "head_dim": D}
         for training in (False, True):
-            calls = {name: contender(name, qkv, cos, sin, training) for name in names}
+            calls = {name: contender(name, qkv, cos, sin, training) for name in CONTENDERS}
             seconds = interleaved(calls, ROUNDS, CALLS)
-            quartiles = {name: [round(1e6 * q, 1) for q in statistics.quantiles(seconds[name], n=4)] for name in names}
+            quartiles = {
+                name: [round(1e6 * q, 1) for q in statistics.quantiles(seconds[name], n=4)] for name in CONTENDERS
+            }
             row["training" if training else "inference"] = quartiles
         yield row
 

@@ -1,4 +1,4 @@
-"""Errors of a kernel over rows beside PyTorch's own operations, against float64, for layer_norm.py and swiglu.py."""
+"""A kernel over rows beside PyTorch's own operations, for layer_norm.py and swiglu.py: errors and times."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import torch
 from environment import environment, headline, save
-from timing import relative_difference
+from timing import interleaved, relative_difference, spread
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 ROWS = 15
+MANY_ROWS = 32 * 201  # what is timed: tokens that fill a GPU
+ROUNDS, REPEATS = 20, 10
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -49,13 +51,45 @@ def table(title: str, names: list[str], rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def run(script: str, description: str | None, rows: Callable[[], list[dict]], error_table: Callable) -> None:
-    """The command line of a script: measure, print, and write benchmarks/results/SCRIPT_cpu.json or .._cuda.json."""
+def times(functions: dict[str, Callable], tensors: list[Tensor], grads: list[Tensor]) -> dict[str, list[float]]:
+    """Seconds of a call and its gradients, in each round."""
+    calls = {who: lambda function=f: with_gradients(function, tensors, grads) for who, f in functions.items()}
+    return interleaved(calls, ROUNDS, REPEATS)
+
+
+def time_table(rows: list[dict]) -> str:
+    """A line a width and dtype: milliseconds of a call and its gradients, median (quartiles)."""
+    lines = ["| width, dtype | kernel | eager |", "|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row['width']}, {row['dtype']} | {spread(row['kernel'])} | {spread(row['eager'])} |")
+    return "\n".join(lines)
+
+
+def run(
+    script: str,
+    description: str | None,
+    measure: Callable[[list[int], int, Callable], list[dict]],
+    widths: list[int],
+    error_table: Callable[[list[dict]], str],
+) -> None:
+    """The command line of a script: measure, print, and write benchmarks/results/SCRIPT_cpu.json or .._cuda.json.
+
+    measure(widths, number of rows, what is measured of functions, definition, tensors, gradients and names) -> rows
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--small", action="store_true", help="a rehearsal: the first width, nothing saved")
     args = parser.parse_args()
     torch.manual_seed(0)
-    result = {"environment": environment("triton"), "errors": rows()}
+    result = {
+        "environment": environment("triton"),
+        "errors": measure(widths[:1] if args.small else widths, ROWS, errors),
+    }
     print(headline(result), error_table(result["errors"]), sep="\n\n")
-    if not args.no_save:
+    if DEVICE == "cuda" and not args.small:
+        result["times"] = measure(
+            widths, MANY_ROWS, lambda f, definition, tensors, grads, names: times(f, tensors, grads)
+        )
+        print(time_table(result["times"]))
+    if not (args.no_save or args.small):
         save(f"{script}_{DEVICE}", result)

@@ -1,6 +1,6 @@
-"""swiglu beside PyTorch's own operations: errors of output and gradient against float64.
+"""swiglu beside PyTorch's own operations: errors of output and gradient against float64, and times.
 
-    python benchmarks/swiglu.py [--no-save]
+    python benchmarks/swiglu.py [--no-save] [--small]
 
 Without a GPU the kernels run in Triton's interpreter, in float32 and float16. Writes
 benchmarks/results/swiglu_cpu.json or .._cuda.json, of which a table of kernels/README.md is made.
@@ -8,11 +8,13 @@ benchmarks/results/swiglu_cpu.json or .._cuda.json, of which a table of kernels/
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import row_errors  # says where triton is to run before it is imported
 import torch
 import torch.nn.functional as F
 from dinov3_lite.kernels import swiglu, swiglu_reference
-from row_errors import DEVICE, ROWS, dtype_name
+from row_errors import DEVICE, dtype_name
 from torch import Tensor
 
 TENSORS = ["out", "dgate_value"]
@@ -25,16 +27,16 @@ def eager_swiglu(gate_value: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
-def errors() -> list[dict]:
-    """Relative errors of the kernel and of PyTorch's operations, on the same inputs."""
+def measure(widths: list[int], T: int, what: Callable) -> list[dict]:
+    """What is measured of the kernel and of PyTorch's operations, on the same T rows."""
     rows = []
-    for C in (1536,):
+    for hidden in widths:
         for dtype in DTYPES:
-            gate_value = (2 * torch.randn(ROWS, 2 * C, device=DEVICE)).to(dtype)
-            grads = [torch.randn(ROWS, C, device=DEVICE).to(dtype)]
+            gate_value = (2 * torch.randn(T, 2 * hidden, device=DEVICE)).to(dtype)
+            grads = [torch.randn(T, hidden, device=DEVICE).to(dtype)]
             functions = {"kernel": swiglu, "eager": eager_swiglu}
-            found = row_errors.errors(functions, swiglu_reference, [gate_value], grads, TENSORS)
-            rows.append({"width": C, "dtype": dtype_name(dtype), **found})
+            found = what(functions, swiglu_reference, [gate_value], grads, TENSORS)
+            rows.append({"width": hidden, "dtype": dtype_name(dtype), **found})
     return rows
 
 
@@ -43,4 +45,4 @@ def error_table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    row_errors.run("swiglu", __doc__, errors, error_table)
+    row_errors.run("swiglu", __doc__, measure, [1536], error_table)

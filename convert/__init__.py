@@ -29,6 +29,7 @@ def convert(
     allow_loss: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     revision: str | None = None,
+    prefix: str | None = None,
     progress: bool = False,
 ) -> Path:
     """Convert one model and return the path written: a file (lite, meta) or a folder (transformers, timm).
@@ -38,11 +39,12 @@ def convert(
     to: lite, transformers, meta or timm. dtype: of the weights; None keeps the source's.
     force: replace existing output. allow_loss: go on where the layout can't hold something of the source.
     max_shard_size: bytes in one file of transformers' layout. progress: show a bar of bytes.
+    prefix: what stands before the names of the backbone that is meant, where the source holds several.
 
     Files appear under their names only when all are whole: a failure leaves what was there before.
     Raises FileNotFoundError, FileExistsError or ValueError in one sentence.
     """
-    opened = open_checkpoint(locate(source, revision=revision), original=True)
+    opened = open_checkpoint(locate(source, revision=revision), original=True, prefix=prefix)
     plan = make_plan(opened, output, to=to, dtype=dtype, max_shard_size=max_shard_size)
     check(plan, force=force, allow_loss=allow_loss)
     return write(plan, progress=progress)

@@ -15,6 +15,7 @@ from typing import Any
 from dinov3_lite.checkpoint import DTYPES, open_checkpoint, weights_in
 from dinov3_lite.checkpoint.hub import locate
 from dinov3_lite.checkpoint.layouts import LAYOUTS
+from dinov3_lite.console import called_as, complain, exit_status, flush, say
 
 from .describe import describe, describe_as_text, describe_plan, plan_as_text, summary, summary_as_text
 from .plan import MAX_SHARD_SIZE, Plan, check, check_values, make_plan
@@ -22,18 +23,22 @@ from .verify import verify
 from .writer import write
 
 EXAMPLE = """example:
-  python -m convert facebook/dinov3-vitb16-pretrain-lvd1689m --output vitb16.safetensors
-  python -m convert checkpoint_folder --to meta --dry-run
+  %(prog)s facebook/dinov3-vitb16-pretrain-lvd1689m --output vitb16.safetensors
+  %(prog)s checkpoint_folder --to meta --dry-run
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    args = _parser().parse_args(argv)
     try:
-        sources = _models(locate(args.source, revision=args.revision))
-    except (OSError, ValueError) as error:
-        return _fail(error)
+        args = _parser().parse_args(argv)
+        return exit_status("convert", lambda: _run_all(args))
+    finally:
+        flush()
+
+
+def _run_all(args: argparse.Namespace) -> int:
+    sources = _models(locate(args.source, revision=args.revision))
     failed = []
     for source in sources:
         output = args.output / source.name if args.output and len(sources) > 1 else args.output
@@ -42,19 +47,19 @@ def main(argv: list[str] | None = None) -> int:
                 warnings.simplefilter("always", UserWarning)
                 _run(source, output, args)
             for warning in caught:
-                print(f"convert: warning: {warning.message}", file=sys.stderr)
+                complain(f"convert: warning: {warning.message}")
         except (OSError, ValueError) as error:
             failed.append(source)
-            _fail(error)
+            complain(f"convert: {error}")
     if failed and len(sources) > 1:
-        print(f"convert: {len(failed)} of {len(sources)} failed: {', '.join(map(str, failed))}", file=sys.stderr)
+        complain(f"convert: {len(failed)} of {len(sources)} failed: {', '.join(map(str, failed))}")
     return 1 if failed else 0
 
 
 def _run(source: Path, output: Path | None, args: argparse.Namespace) -> None:
     """One model: plan, then say what it is, say what would be done, or do it."""
     start = time.perf_counter()
-    opened = open_checkpoint(source, original=True)
+    opened = open_checkpoint(source, original=True, prefix=args.prefix)
     plan = make_plan(opened, output, to=args.to, dtype=DTYPES.get(args.dtype), max_shard_size=args.max_shard_size)
     if args.inspect:
         _say(describe(plan), describe_as_text, args)
@@ -75,7 +80,7 @@ def _done(plan: Plan, start: float, verifies: bool) -> dict[str, Any]:
 
 def _say(content: dict[str, Any], as_text: Callable[[dict[str, Any]], str], args: argparse.Namespace) -> None:
     if not args.quiet:
-        print(json.dumps(content, indent=2) if args.json else as_text(content))
+        say(json.dumps(content, indent=2) if args.json else as_text(content))
 
 
 def _models(path: Path) -> list[Path]:
@@ -92,11 +97,6 @@ def _is_model(folder: Path) -> bool:
         return True
 
 
-def _fail(error: Exception) -> int:
-    print(f"convert: {error}", file=sys.stderr)
-    return 1
-
-
 def _size(text: str) -> int:
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     match = re.fullmatch(r"(\d+)(KB|MB|GB)?", text)
@@ -107,7 +107,7 @@ def _size(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m convert",
+        prog=called_as("dinov3-convert", "convert"),
         description="Convert DINOv3 checkpoints between the layouts of transformers, Meta, timm and dinov3-lite.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--inspect", action="store_true", help="say what the source is, and write nothing")
     add("--dry-run", action="store_true", help="say what would be written where, and write nothing")
     add("--json", action="store_true", help="say it as JSON, one object a model")
+    add("--prefix", help="what stands before the names of the backbone that is meant, if the source holds several")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--force", action="store_true", help="replace existing output")
     add("--quiet", action="store_true", help="no progress bar and no summary")

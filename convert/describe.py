@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from dinov3_lite.checkpoint import Checkpoint
-from dinov3_lite.image import IMAGENET_MEAN
+from dinov3_lite.checkpoint.files import short
+from dinov3_lite.image import satellite_warning
 from dinov3_lite.rope import rope_periods
 
 from .plan import Plan
@@ -20,8 +21,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     processing = opened.card.preprocessing or {}
     warnings = []
     mean = processing.get("image_mean")
-    if "sat493m" in str(opened.path.resolve()) and mean in (IMAGENET_MEAN, list(IMAGENET_MEAN)):
-        warnings.append("a satellite model with ImageNet's image statistics: expected mean 0.430, 0.411, 0.296")
+    if warning := satellite_warning(opened.path, mean or ()):
+        warnings.append(warning)
     not_finite = [
         name for name, spans in opened.spans.items() if not all(span.load().isfinite().all() for span in spans)
     ]
@@ -39,7 +40,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "image_mean": processing.get("image_mean"),
         "image_std": processing.get("image_std"),
         "license": opened.card.license or None,
-        "left_out": opened.left_out,
+        "left_out": grouped(opened.left_out),
         "to": plan.layout.name,
         "lost": list(plan.lost.values()),
         "warnings": warnings,
@@ -87,7 +88,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         ]
         + [{"path": str(target), "bytes": file.stat().st_size} for file, target in plan.licenses.items()],
         "lost": list(plan.lost.values()),
-        "left_out": plan.left_out,
+        "left_out": grouped(plan.left_out),
     }
 
 
@@ -113,7 +114,7 @@ def summary(plan: Plan, written: Checkpoint, seconds: float) -> dict[str, Any]:
         "weights": written.weights_id,
         "path": str(written.path),
         "lost": list(plan.lost.values()),
-        "left_out": plan.left_out,
+        "left_out": grouped(plan.left_out),
     }
 
 
@@ -126,6 +127,18 @@ def summary_as_text(done: dict[str, Any]) -> str:
     )
     verified = f"  {done['verified']}" if "verified" in done else ""
     return "\n".join([line + verified, *(f"  left out {item}" for item in done["left_out"])])
+
+
+def grouped(left_out: dict[str, str]) -> list[str]:
+    """What was left out: a line for each beginning of names, with the reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, reason in left_out.items():
+        first, dot, _ = name.partition(".")
+        groups.setdefault((first + dot, reason), []).append(name)
+    return [
+        f"{short(names[0])} ({reason})" if len(names) == 1 else f"{len(names)} tensors of {short(first)} ({reason})"
+        for (first, reason), names in groups.items()
+    ]
 
 
 def rope(opened: Checkpoint) -> str:

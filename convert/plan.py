@@ -12,7 +12,7 @@ import torch
 from dinov3_lite.checkpoint import Checkpoint
 from dinov3_lite.checkpoint.files import license_files
 from dinov3_lite.checkpoint.layouts import LAYOUTS
-from dinov3_lite.checkpoint.layouts.table import Layout
+from dinov3_lite.checkpoint.layouts.table import README, README_MARK, Layout
 from dinov3_lite.checkpoint.saving import Files, WeightsFile, carried_into, files_of, losses
 
 MAX_SHARD_SIZE = 5_000_000_000
@@ -31,8 +31,8 @@ class Plan:
     """What will lie in the folder, by name."""
     lost: dict[str, str]
     """What of the source the layout can't hold, by tensor pattern or config field: a sentence each."""
-    left_out: list[str]
-    """Tensors of the source's files that are not the model's and are not carried along."""
+    left_out: dict[str, str]
+    """Tensors of the source's files that are not the model's and are not carried along, each with the reason."""
 
     @property
     def path(self) -> Path:
@@ -71,14 +71,17 @@ def make_plan(
     layout = LAYOUTS[to]
     folder, name = _destination(source, layout, None if output is None else Path(output))
     kept = {name.removeprefix(layout.carries) for name in carried_into(source, layout)}
+    files = files_of(source, layout, dtype=dtype, name=name, max_shard_size=max_shard_size)
+    if _is_somebodys(folder / README):
+        files.pop(README, None)
     return Plan(
         source=source,
         layout=layout,
         dtype=dtype,
         folder=folder,
-        files=files_of(source, layout, dtype=dtype, name=name, max_shard_size=max_shard_size),
+        files=files,
         lost=losses(source, layout),
-        left_out=[item for item in source.left_out if item.split("'")[1] not in kept],
+        left_out={name: reason for name, reason in source.left_out.items() if name not in kept},
     )
 
 
@@ -89,6 +92,11 @@ def _destination(source: Checkpoint, layout: Layout, output: Path | None) -> tup
     if not layout.is_folder and output.suffix == layout.container:
         return output.parent, output.name
     return output, None
+
+
+def _is_somebodys(readme: Path) -> bool:
+    """Whether a model card is there that was not written here: it stays."""
+    return readme.is_file() and README_MARK not in readme.read_text(encoding="utf-8", errors="replace")
 
 
 def check(plan: Plan, *, force: bool = False, allow_loss: bool = False) -> None:

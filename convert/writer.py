@@ -6,9 +6,8 @@ import shutil
 import warnings
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dinov3_lite.checkpoint.saving import save
+from dinov3_lite.console import progress as progress_bar
 
 from .plan import Plan
 
@@ -19,8 +18,7 @@ def write(plan: Plan, *, progress: bool = False) -> Path:
     progress: show a bar of bytes, if standard error is a terminal. Warns of weights that are not finite.
     """
     source = plan.source
-    disable = None if progress else True  # None: shown on a terminal only
-    with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc=source.path.name, disable=disable) as bar:
+    with progress_bar(total=plan.nbytes, unit="B", unit_scale=True, desc=source.path.name, shown=progress) as bar:
         save(plan.folder, plan.files, bar.update)
     not_finite = list(dict.fromkeys(name for name, sample in source.samples if not sample.isfinite().all()))
     if not_finite:

@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import DINOv3Config
     from .encoder import build_dinov3_encoder
+    from .extraction.engines import extract
+    from .extraction.store import open_features
     from .finetune import freeze_but_last, parameter_groups, trainable_summary
     from .image import ImageProcessor
     from .inference import optimize_for_inference
@@ -30,7 +32,9 @@ __all__ = [
     "FeaturesOnly",
     "ImageProcessor",
     "build_dinov3_encoder",
+    "extract",
     "freeze_but_last",
+    "open_features",
     "optimize_for_inference",
     "parameter_groups",
     "sliding_window_features",
@@ -45,7 +49,9 @@ _MODULES = {
     "FeaturesOnly": "interfaces",
     "ImageProcessor": "image",
     "build_dinov3_encoder": "encoder",
+    "extract": "extraction.engines",
     "freeze_but_last": "finetune",
+    "open_features": "extraction.store",
     "optimize_for_inference": "inference",
     "parameter_groups": "finetune",
     "sliding_window_features": "window",

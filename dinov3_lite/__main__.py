@@ -2,7 +2,8 @@
 
 A command is a module with `add_arguments(parser)`, which describes it and gives an example, and `run(args)`, which
 returns the exit status (None for 0). It is imported when it is asked for, and imports torch when it runs. Exit status:
-0 all done, 1 bad input (one line on stderr names it), 2 bad usage. `run` may raise argparse.ArgumentError for the last.
+0 all done, 1 bad input (one line on stderr names it), 2 bad usage, for which `run` may raise argparse.ArgumentError;
+`extract` has more.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from pathlib import Path
 
 from . import console
 
@@ -18,6 +18,14 @@ from . import console
 COMMANDS = {
     "features": (".commands.features", "features of pictures, saved and drawn"),
     "export": (".commands.export", "write the model as one file for another runtime, and check it"),
+    "extract": (".extraction.command", "features of whole data sets, resumed where they stopped"),
+    "fit": (".commands.fit", "fit a dense head on a frozen backbone to pictures and masks"),
+    "predict": (".commands.predict", "masks of pictures, by a head that fit wrote"),
+    "evaluate": (".commands.evaluate", "S, weighted F, mean E, F, MAE and IoU of predictions, by data set"),
+    "probe": (".commands.probe", "k-NN and logistic regression on a folder of classes"),
+    "match": (".commands.match", "the same places in two pictures"),
+    "track": (".commands.track", "carry the masks of a first frame through a video"),
+    "explore": (".commands.explore", "a page to look at features with, offline"),
     "sample": (".commands.sample", "write a made checkpoint to try things with (not trained)"),
 }
 
@@ -32,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="dinov3-lite" if Path(sys.argv[0]).stem == "dinov3-lite" else "python -m dinov3_lite",
+        prog=console.called_as("dinov3-lite", "dinov3_lite"),
         description="DINOv3 features from the command line.",
         epilog="`%(prog)s COMMAND --help` tells of a command and gives an example.",
     )

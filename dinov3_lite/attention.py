@@ -39,7 +39,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sc
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
     """Our own kernels, with the rotation inside where that is faster: see `kernels/README.md`.
 
-    Raises RuntimeError that says why where they can't run, ValueError for a dtype or head dim that they don't take.
+    Each is compared with plain torch at its first use, see `kernels/first_use.py`; one that is wrong on this GPU is
+    replaced by PyTorch's own operations, with a warning. Raises RuntimeError that says why where they can't run,
+    ValueError for a dtype or head dim that they don't take.
     """
     from .kernels import rope_attention, rope_attention_packed
 
@@ -60,7 +62,20 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sc
 
 def suits_triton(q: Tensor) -> bool:
     """Half precision and a head dim that is a multiple of 16, where the kernels can run."""
-    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 16 == 0 and q.shape[-1] <= 256 and _on_gpu(q)
+    suits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 16 == 0 and q.shape[-1] <= 256 and _on_gpu(q)
+    return suits and not _found_wrong(q)
+
+
+def _found_wrong(q: Tensor) -> bool:
+    """Whether our kernels of attention were compared with plain torch at their first use here, and lost.
+
+    A program being traced takes their op in any case: it compares and falls back by itself, though not as fast.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    from .kernels.first_use import has_failed
+
+    return has_failed(q, "rotate", "rope_attention", "rope_attention_backward")
 
 
 def _on_gpu(x: Tensor) -> bool:

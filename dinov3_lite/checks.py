@@ -58,6 +58,16 @@ def check_mask(bool_masked_pos: Tensor, patches: Tensor) -> None:
         )
 
 
+def check_patches(patches: Tensor, grid: tuple[int, int]) -> None:
+    """As many patches (B, P, C) as the grid has: a projection that somebody put in may give others."""
+    h, w = grid
+    if patches.ndim != 3 or patches.shape[1] != h * w:
+        raise ValueError(
+            f"patch_embed gives patches of shape {tuple(patches.shape)}: expected (batch, {h * w}, C), one for each of "
+            f"{h} x {w} places of the image; its patches must touch, and neither overlap nor be padded"
+        )
+
+
 def check_keep_indices(keep_indices: Tensor, patches: Tensor) -> None:
     """Indices (B, K) of the patches (B, P, C). A GPU itself reports those out of range."""
     B, P = patches.shape[:2]

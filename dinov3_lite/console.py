@@ -14,10 +14,16 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 # Errors whose message is a sentence, ours or the system's; of others the type is told too.
 SENTENCES = (OSError, ValueError, RuntimeError, ImportError, AssertionError)
+
+
+def called_as(script: str, module: str) -> str:
+    """How the running command was called, for its usage: by its installed script, or by `python -m`."""
+    return script if Path(sys.argv[0]).stem == script else f"python -m {module}"
 
 
 def exit_status(name: str, work: Callable[[], int | None]) -> int:
@@ -39,8 +45,14 @@ def exit_status(name: str, work: Callable[[], int | None]) -> int:
     except Exception as error:
         if sys.flags.dev_mode:
             raise
-        complain(f"{name}: {_sentence(error)}")
+        complain(f"{name}: {sentence(error)}")
         return 1
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, in one line; with its type where that may be no sentence."""
+    message = _one_line(error)
+    return message if message and isinstance(error, SENTENCES) else f"{type(error).__name__}: {message}"
 
 
 def say(line: str) -> None:
@@ -53,44 +65,56 @@ def complain(line: str) -> None:
     _print(line, sys.stderr)
 
 
-def progress(items: Iterable[Any] | None = None, *, total: int | None = None, unit: str, **options: Any) -> Any:
+def progress(
+    items: Iterable[Any] | None = None, *, unit: str, total: int | None = None, shown: bool = True, **options: Any
+) -> Any:
     """A bar of tqdm's over `items`, drawn on stderr where that is a terminal and there is more than one item.
 
-    total: the number of items, where `items` has no length, or is None and the caller counts by `.update()`.
+    total: the number of items, where `items` has no length, or is None and the caller counts by `.update()`. shown:
+    False for a caller who wants none.
     """
     from tqdm import tqdm
 
     total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
     watched = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(items, total=total, unit=unit, disable=not watched or total == 1, **options)
+    return tqdm(items, total=total, unit=unit, disable=not (shown and watched) or total == 1, **options)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Errors while `file` is written name it: libraries say that a disk is full, but not where."""
+    try:
+        yield
+    except (ValueError, ImportError):  # not of writing
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None)  # the system's
+        if not reason and str(file) in str(error):
+            raise
+        raise OSError(f"{file}: can't be written: {reason or sentence(error)}") from error
 
 
 def flush() -> None:
-    """Write out what was printed, now: at the interpreter's end a failure would change the exit status."""
+    """Write out what was printed, now: at the interpreter's end a failure would change the exit status.
+
+    A stream that can't be written becomes /dev/null, so that what its buffer still holds does not fail again.
+    """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             try:
                 stream.flush()
-            except (OSError, ValueError):
-                _silence(stream)
+            except (OSError, ValueError):  # a full disk, a closed pipe; a closed file
+                with suppress(OSError, ValueError):
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, stream.fileno())
+                    os.close(null)
 
 
 def _print(line: str, stream: TextIO | None) -> None:
-    if stream is None:
-        return
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except (OSError, ValueError):  # a full disk, a closed pipe, a closed file
-        _silence(stream)
-
-
-def _silence(stream: TextIO) -> None:
-    """Let the stream's file be /dev/null, so that what its buffer still holds does not fail again."""
-    with suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+    if stream is not None:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        with suppress(OSError, ValueError):
+            print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def _occupy_closed_streams() -> None:
@@ -129,11 +153,6 @@ def _warnings_as_lines(name: str) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *where: complain(f"{name}: warning: {_one_line(message)}")
         yield
-
-
-def _sentence(error: Exception) -> str:
-    message = _one_line(error)
-    return message if message and isinstance(error, SENTENCES) else f"{type(error).__name__}: {message}"
 
 
 def _one_line(message: object) -> str:

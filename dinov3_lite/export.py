@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +143,8 @@ def _run_onnx(path: Path) -> Runtime:
 
 
 def _write_pt2(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+    with _late_errors(path) as file:
+        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
 
 
 def _run_pt2(path: Path) -> Runtime:
@@ -151,7 +153,8 @@ def _run_pt2(path: Path) -> Runtime:
 
 def _write_aoti(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     options = {"aot_inductor.metadata": metadata}
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+    with _late_errors(path) as file:
+        torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
 
 
 def _run_aoti(path: Path) -> Runtime:
@@ -249,6 +252,44 @@ def _whole(path: Path) -> Iterator[Path]:
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
                 os.replace(file, path.with_name(file.name))
+
+
+class _WriteOnly(io.BytesIO):
+    """A file for torch's writer of archives, which ends the process where one of its writes fails: it keeps the first
+    error for later. It is a BytesIO to those who check.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def seek(self, *_: int) -> int:
+        return 0  # to the beginning, once all is written
+
+
+@contextmanager
+def _late_errors(path: Path) -> Iterator[Any]:
+    """What torch is given to write `path` to, so that a full disk is an OSError that names it."""
+    if importlib.util.find_spec("torch.export.pt2_archive") is None:  # before torch 2.8, whose files were zipfile's
+        yield str(path)
+        return
+    try:
+        with path.open("wb") as opened:
+            file = _WriteOnly(opened)
+            yield file
+            if file.error:
+                raise file.error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
 
 
 @contextmanager

@@ -9,42 +9,65 @@ from torch import nn
 from .model import DINOv3ViT
 
 
-def freeze_but_last(model: DINOv3ViT, n: int) -> None:
-    """Train the last n blocks and the final LayerNorm, freeze all else; n = 0 freezes the whole model.
+def freeze_but_last(model: nn.Module, n: int) -> None:
+    """Train the last n blocks and the final LayerNorm and freeze the rest of the model; n = 0 freezes all of it.
+
+    model: a DINOv3ViT, or a module with one inside, whose other parts stay as they are.
 
     No activations of the frozen blocks are kept: autograd starts at the first block that trains. n = depth leaves
     embeddings and tokens frozen; `model.requires_grad_(True)` trains everything.
 
-    Raises ValueError for an n that is not 0 to depth.
+    Raises ValueError for an n that is not a whole number from 0 to depth, and for a module without a DINOv3ViT.
     """
-    if not 0 <= n <= model.depth:
-        raise ValueError(f"n is {n}: expected a number of blocks from 0 to {model.depth}")
-    model.requires_grad_(False)
-    if n:
-        model.blocks[model.depth - n :].requires_grad_(True)
-        model.norm.requires_grad_(True)
+    for vit in vits_inside(model):
+        if isinstance(n, bool) or n not in range(vit.depth + 1):
+            raise ValueError(f"n is {n!r}: expected a number of blocks from 0 to {vit.depth}")
+        vit.requires_grad_(False)
+        if n:
+            vit.blocks[vit.depth - n :].requires_grad_(True)
+            vit.norm.requires_grad_(True)
 
 
 def parameter_groups(
-    model: DINOv3ViT, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
+    model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer, of the parameters that train.
+    """Return groups for a torch optimizer, of the parameters that train.
+
+    model: a DINOv3ViT, or any module with one inside: compiled, wrapped by peft or DistributedDataParallel, a detector.
 
     The learning rate is lr * layer_decay ** (depth + 1 - l) with l = 0 for embeddings and tokens, l = i + 1 for block
-    i, l = depth + 1 for the final LayerNorm (arXiv 1801.06146, section 3.1; 2106.08254 for ViTs). Norms, biases,
-    tokens and LayerScale get no weight decay. Each group also has a `name`.
+    i, l = depth + 1 for the final LayerNorm (arXiv 1801.06146, section 3.1; 2106.08254 for ViTs). What lies outside of
+    the DINOv3ViT, a head, has the rate lr too, in groups of its own. Norms, biases, tokens and LayerScale get no weight
+    decay. Each group also has a `name`.
+
+    Raises ValueError for a layer_decay that is not above zero, and for a module without a DINOv3ViT.
     """
+    if not layer_decay > 0:
+        raise ValueError(f"layer_decay is {layer_decay!r}: expected a number above zero, 1.0 for no decay")
+    places: dict[nn.Parameter, tuple[str, int]] = {}  # the layer's name, and how many layers follow it
+    for vit in vits_inside(model):
+        for name, parameter in vit.named_parameters():
+            layer = _layer(name, vit.depth)
+            places.setdefault(parameter, (f"layer {layer}", vit.depth + 1 - layer))
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = _layer(name, model.depth)
-        decays = parameter.ndim > 1 and not name.endswith("token") and not name.endswith("tokens")
-        key = f"layer {layer}, {'decay' if decays else 'no decay'}"
-        group = {"name": key, "lr": lr * layer_decay ** (model.depth + 1 - layer), "params": []}
+        layer_name, following = places.get(parameter, ("head", 0))
+        decays = parameter.ndim > 1 and not name.endswith(("token", "tokens"))
+        key = f"{layer_name}, {'decay' if decays else 'no decay'}"
+        group = {"name": key, "lr": lr * layer_decay**following, "params": []}
         group["weight_decay"] = weight_decay if decays else 0.0
         groups.setdefault(key, group)["params"].append(parameter)
     return list(groups.values())
+
+
+def vits_inside(module: nn.Module) -> list[DINOv3ViT]:
+    """The DINOv3ViTs in a module, which may be one. Raises ValueError where there is none."""
+    inside = [part for part in module.modules() if isinstance(part, DINOv3ViT)]
+    if not inside:
+        raise ValueError(f"model is a {type(module).__name__} without a DINOv3ViT inside")
+    return inside
 
 
 def _layer(name: str, depth: int) -> int:

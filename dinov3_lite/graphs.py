@@ -41,15 +41,16 @@ class Graphs:
         """Return what `run` returns, from a graph of this kind of call where there is or can be one."""
         x, cos, sin, shapes = tokens
         if shapes is None and x.numel():
-            with torch.inference_mode(False):  # tensors of inference mode would take a graph of their own
+            with torch.inference_mode(False), torch.no_grad():  # inference mode would take graphs of its own
                 x, cos, sin = (t.clone() if t.is_inference() else t for t in (x, cos, sin))
                 graph = self._graph(blocks, Tokens(x, cos, sin), taps, attention)
                 if graph is not None:
                     try:
                         return graph(x, cos, sin)
-                    except torch._dynamo.exc.TorchDynamoException as error:
-                        self._warn(f"a compiled call failed and runs eagerly from now on: {error}"[:500])
-                        return self.run(blocks, Tokens(x, cos, sin), taps, attention)
+                    except Exception as error:  # torch names no class that all of its compiler's errors are of
+                        self.made = {kind: None if made is graph else made for kind, made in self.made.items()}
+                        self._warn(f"a compiled call failed; calls of its kind run eagerly from now on: {error}"[:500])
+                return self.run(blocks, Tokens(x, cos, sin), taps, attention)
         return self.run(blocks, tokens, taps, attention)
 
     def _graph(

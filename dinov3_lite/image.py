@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,13 +91,16 @@ class ImageProcessor:
             processor = cls.from_dict(content)
         except ValueError as error:
             raise ValueError(f"{path}: preprocessor_config.json: {error}") from error
-        if "sat493m" in str(path.resolve()) and processor.mean == IMAGENET_MEAN:
-            warnings.warn(
-                f"{path}: a satellite model (sat493m) with ImageNet's image statistics: it was trained with "
-                f"mean={SATELLITE_MEAN}, std={SATELLITE_STD}",
-                stacklevel=2,
-            )
+        if warning := satellite_warning(path, processor.mean):
+            warnings.warn(f"{path}: {warning}", stacklevel=2)
         return processor
+
+    @classmethod
+    def of_release(cls, path: Path) -> ImageProcessor:
+        """The processor of weights that come without one, as Meta's .pth files do: ImageNet's statistics, or the
+        satellite pictures' if the name says sat493m.
+        """
+        return cls(mean=SATELLITE_MEAN, std=SATELLITE_STD) if is_satellite(path) else cls()
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> ImageProcessor:
@@ -140,14 +145,14 @@ class ImageProcessor:
         for i, image in enumerate(images if several else [images]):
             name = f"images[{i}]" if several and len(images) > 1 else "image"
             with opened(image, self.num_channels, self.exif, name) as picture:
-                pixels.append(self._prepare(picture))
+                pixels.append(self.prepare(picture))
         if len({p.shape for p in pixels}) > 1:
             sizes = ", ".join(sorted({f"{p.shape[1]} x {p.shape[2]}" for p in pixels}))
             raise ValueError(f"the pictures have several sizes ({sizes}): give a size to resize to, or one at a time")
         return {"pixel_values": torch.stack(pixels) if len(pixels) > 1 else pixels[0][None]}
 
-    def _prepare(self, picture: Picture) -> Tensor:
-        """(C, h, w) float32, rescaled, resized and normalised.
+    def prepare(self, picture: Picture) -> Tensor:
+        """(C, h, w) float32 of a picture that `pixels.opened` gives, rescaled, resized and normalised.
 
         Resizing is separable, rows first, and each row by itself: done on bands of rows it gives the same bits, and
         the picture is never float32 as a whole.
@@ -163,6 +168,23 @@ class ImageProcessor:
         x = _resize(x, h, w)
         mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)
+
+
+def is_satellite(path: Path) -> bool:
+    """Do a checkpoint's name, its folder's or its hub repository's say that it was trained on satellite pictures?"""
+    places = (path, path.resolve())
+    names = [place.name for place in places] + [place.parent.name for place in places if place.is_file()]
+    return any("sat493m" in name for name in names + [p for p in places[1].parts if p.startswith("models--")])
+
+
+def satellite_warning(path: Path, mean: Sequence[float]) -> str:
+    """What is to be said of a checkpoint with that mean of pixel values, if anything."""
+    if not is_satellite(path) or tuple(mean) != IMAGENET_MEAN:
+        return ""
+    return (
+        f"a satellite model (sat493m) with ImageNet's image statistics: it was trained with "
+        f"mean={SATELLITE_MEAN}, std={SATELLITE_STD}"
+    )
 
 
 def _resize(x: Tensor, height: int, width: int) -> Tensor:

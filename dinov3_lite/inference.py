@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import BATCH, check_images
+from .checks import BATCH, check_count, check_images
+from .finetune import vits_inside
 from .folding import PixelPatchEmbed, fold, prepack_projections
 from .graphs import Graphs
 from .image import ImageProcessor
@@ -59,9 +60,7 @@ def optimize_for_inference(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
-    inside = [module for module in model.modules() if isinstance(module, DINOv3ViT)]
-    if not inside:
-        raise ValueError(f"model is a {type(model).__name__} without a DINOv3ViT inside: there is nothing to prepare")
+    inside = vits_inside(model)
     if model.training or any(vit.training for vit in inside):
         raise ValueError("the model is in training mode, where RoPE coordinates are random: call model.eval() first")
     for vit in inside:
@@ -127,10 +126,11 @@ class Prepared(nn.Module):
     def warm_up(self, batch: int, height: int, width: int) -> float:
         """Run on images of this size, alone and `batch` of them (or two), and return the seconds that it took.
 
-        Whatever has to be compiled for any number of images is then compiled.
+        Whatever `forward` has to compile for any number of images is then compiled. Raises ValueError as it does.
         """
         vit = next(module for module in self.modules() if isinstance(module, PreparedViT))
         dtype = None if vit._processor is None else torch.uint8
+        check_count("batch", batch)
         start = time.perf_counter()
         for count in (1, batch if batch > 1 or not vit._dynamic else 2):
             self(torch.zeros(count, vit.num_channels, height, width, dtype=dtype, device=vit.device))
@@ -250,7 +250,7 @@ class PreparedViT(Prepared, DINOv3ViT):
         if twin is None or not twin.holds():
             if not untouched(*module.modules()):
                 return module
-            with self._lock:
+            with self._lock, torch.inference_mode(False), torch.no_grad():
                 twin = self._twins.get(id(module))
                 if twin is None or not twin.holds():
                     twin = self._twins[id(module)] = Twin.of(module, self._make_stand_in(module, twin))

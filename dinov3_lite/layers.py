@@ -68,6 +68,24 @@ class QKVProjection(nn.Linear):
         if isinstance(self._parameters.get("bias"), nn.Parameter):
             nn.init.zeros_(self.bias)
 
+    @property
+    def q_bias(self) -> Tensor | None:
+        """(C,), the queries' third of `bias`, a view; None where there is none. `k_bias` and `v_bias` alike."""
+        return self._third("q_bias")
+
+    @property
+    def k_bias(self) -> Tensor | None:
+        """(C,), the keys' third of `bias`."""
+        return self._third("k_bias")
+
+    @property
+    def v_bias(self) -> Tensor | None:
+        """(C,), the values' third of `bias`."""
+        return self._third("v_bias")
+
+    def _third(self, name: str) -> Tensor | None:
+        return self.bias.chunk(3)[list(self.has_bias).index(name)] if self.has_bias[name] else None
+
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias
         if bias is not None and bias.requires_grad and torch.is_grad_enabled() and not all(self.has_bias.values()):
@@ -76,6 +94,9 @@ class QKVProjection(nn.Linear):
         return F.linear(x, self.weight, bias)
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("q_bias", "k_bias", "v_bias"):  # as a state dict names them, for those who follow its names
+            thirds = dict(zip(self.has_bias, self.bias.chunk(3), strict=True)) if any(self.has_bias.values()) else {}
+            return thirds[name] if self.has_bias[name] else None
         value = super().__getattr__(name)
         if name == "bias" and not torch.compiler.is_compiling() and type(value) is nn.Parameter:
             self._clear_absent_thirds(value)
@@ -91,9 +112,9 @@ class QKVProjection(nn.Linear):
             or "has_bias" not in vars(self)
         ):
             return
-        for third, present in zip(bias.chunk(3), self.has_bias.values(), strict=True):
+        for third, present in zip(bias.data.chunk(3), self.has_bias.values(), strict=True):
             if not present:
-                third.zero_()
+                third.zero_()  # through .data: for those who watch its version, nothing has changed
         self._cleared_version = bias._version
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -141,8 +162,9 @@ class SelfAttention(nn.Module):
     def cls_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The weights softmax(scale q k^T) of the CLS token's query: (B, heads, N), in the tables' dtype."""
         q, k, _ = self.qkv(x).to(cos.dtype).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], apply_rope(k, cos, sin))  # a prefix token is not rotated
-        return (scores * q.shape[-1] ** -0.5).softmax(dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], apply_rope(k, cos, sin))  # a prefix token is not rotated
+            return (scores * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 class Mlp(nn.Module):
@@ -242,7 +264,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(config.drop_path_rate)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        if fuses_rows(attention, x) and untouched(self.ls1, self.norm2, self.mlp):
+        if fuses_rows(attention, x) and untouched(self.ls1, self.norm2, self.mlp, past_modes=False):
             return self._fused(x, cos, sin, attention)
         x = self.ls1(x, self.drop_path(self.attn(self.norm1(x), cos, sin, attention)))  # adds the branch to x
         return self.ls2(x, self.drop_path(self.mlp(self.norm2(x))))
@@ -264,15 +286,16 @@ OURS = {Block, LayerNorm, SelfAttention, QKVProjection, Mlp, GatedMlp, LayerScal
 OURS |= {nn.Linear, nn.Conv2d}
 
 
-def untouched(*modules: nn.Module) -> bool:
+def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
     """Whether these very modules are ours, plain, and unobserved. Their children are not asked after.
 
     Everything that is not plain eager execution (fused kernels, activations in place, folded and prepacked weights,
     compiled graphs) goes past modules or changes what flows between them. It asks this first, and declines if anybody
-    replaced or wrapped a module, gave it another `forward` or another kind of parameter, put a hook on it or on all
-    modules, or watches PyTorch's functions by a mode.
+    replaced or wrapped a module, gave it another `forward` or another kind of parameter, or put a hook on it or on all
+    modules. past_modes: also if a mode watches PyTorch's functions or operators, which our kernels need not mind: they
+    are operators like others, and overwrite nothing.
     """
-    return not _everything_is_watched() and all(
+    return not (_has_any_global_hook() or (past_modes and _modes_watch())) and all(
         type(module) in OURS
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
@@ -282,9 +305,9 @@ def untouched(*modules: nn.Module) -> bool:
     )
 
 
-def _everything_is_watched() -> bool:
-    """Whether there are hooks on all modules, or modes that see every function or operator called."""
-    if _has_any_global_hook() or torch._C._len_torch_dispatch_stack():
+def _modes_watch() -> bool:
+    """Whether a mode sees every function or operator called, but for those that only choose a device."""
+    if torch._C._len_torch_dispatch_stack():
         return True
     modes = torch.overrides._get_current_function_mode_stack() if torch._C._is_torch_function_mode_enabled() else ()
     return any(not isinstance(mode, DeviceContext) for mode in modes)

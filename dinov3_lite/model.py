@@ -19,7 +19,7 @@ from . import features
 from .attention import resolve_attention
 from .checkpoint import assign, open_checkpoint
 from .checkpoint.hub import locate
-from .checks import BATCH, SINGLE, check_images, check_keep_indices, check_mask
+from .checks import BATCH, SINGLE, check_images, check_keep_indices, check_mask, check_patches
 from .config import FLOAT32_UNDER_HALF, DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
 from .packing import PackedAttention, Tokens, pack, unpack
@@ -142,6 +142,7 @@ class DINOv3ViT(features.Sizes):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         attention: str = "auto",
+        prefix: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -153,6 +154,8 @@ class DINOv3ViT(features.Sizes):
             used, and training never writes to the file.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
         device: to load to; None is the CPU. attention: see the class.
+        prefix: what stands before the names of the backbone that is meant, where the checkpoint holds several, such as
+            "teacher.backbone"; None takes an exponential moving average, or a teacher, or the only one.
         revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
@@ -162,7 +165,7 @@ class DINOv3ViT(features.Sizes):
         if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
         path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        opened = open_checkpoint(path)
+        opened = open_checkpoint(path, prefix=prefix)
         with torch.device("meta"):
             model = cls(opened.config, attention)
         assign(model, opened, dtype=dtype, device=device)
@@ -192,13 +195,13 @@ class DINOv3ViT(features.Sizes):
         taps = range(self.depth) if output_hidden_states else (self.depth - 1,)
         states = self.run_blocks(tokens, taps)
         last_hidden_state = self.norm(states[-1])
-        hidden_states = None
-        if output_hidden_states:
-            hidden_states = tuple(features.as_output(self, state) for state in (tokens.x, *states))
+        hidden = (
+            tuple(features.as_output(self, state) for state in (tokens.x, *states)) if output_hidden_states else None
+        )
         if return_dict:
-            return DINOv3Output(last_hidden_state, last_hidden_state[:, 0], hidden_states, grid, self.num_prefix_tokens)
+            return DINOv3Output(last_hidden_state, last_hidden_state[:, 0], hidden, grid, self.num_prefix_tokens)
         output = (last_hidden_state, last_hidden_state[:, 0])
-        return output if hidden_states is None else (*output, hidden_states)  # type: ignore[return-value]
+        return output if hidden is None else (*output, hidden)  # type: ignore[return-value]
 
     def embed(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, keep_indices: Tensor | None = None
@@ -207,6 +210,7 @@ class DINOv3ViT(features.Sizes):
         grid = self.check_images(pixel_values)
         dtype = self.residual_dtype or torch.promote_types(self.dtype, torch.float32)
         patches = self.embed_patches(pixel_values).to(dtype)  # (B, P, C)
+        check_patches(patches, grid)
         if bool_masked_pos is not None:
             check_mask(bool_masked_pos, patches)
             patches = torch.where(bool_masked_pos.unsqueeze(-1), self.mask_token.to(dtype), patches)
@@ -228,10 +232,7 @@ class DINOv3ViT(features.Sizes):
         return self.patch_embed(pixel_values.to(features.dtype_of(self.patch_embed)))
 
     def run_blocks(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
-        """Return the outputs of the blocks in `taps` (ascending indices), each like tokens.x, before the final norm.
-
-        No block after the last of them runs.
-        """
+        """Return the outputs of the blocks in `taps` (ascending), each like tokens.x. No block after those runs."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         return run_stack(list(self.blocks), tokens, taps, self.attention, recompute)
 
@@ -320,10 +321,9 @@ class DINOv3ViT(features.Sizes):
 def run_stack(
     blocks: Sequence[nn.Module], tokens: Tokens, taps: Sequence[int], attention: str, recompute: bool = False
 ) -> list[Tensor]:
-    """One block after the other, up to the last in `taps`: the outputs of those in `taps`.
-
-    recompute: keep no activations inside the blocks for the backward pass.
-    """
+    """Run one block after the other, up to the last in `taps`, and return the outputs of those in `taps`."""
+    if not blocks:
+        raise ValueError("the model has no blocks left: expected at least one in model.blocks")
     x, cos, sin, shapes = tokens
     attend = resolve_attention(attention)
     if shapes is not None:
@@ -332,7 +332,12 @@ def run_stack(
         from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
     states = []
     for i, block in enumerate(blocks[: max(taps) + 1 if taps else 0]):
-        x = checkpoint(block, x, cos, sin, attend, use_reentrant=False) if recompute else block(x, cos, sin, attend)
+        if isinstance(block, nn.Identity):  # a block that somebody took out
+            x = block(x)
+        elif recompute:
+            x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+        else:
+            x = block(x, cos, sin, attend)
         if i in taps:
             states.append(x)
     return states

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
@@ -27,15 +28,13 @@ NOTE = "made, not trained"
 def write_sample(folder: Path) -> None:
     """Write config.json, model.safetensors and preprocessor_config.json of a ViT-S as transformers would.
 
-    Raises FileExistsError if the folder holds a checkpoint already.
+    Raises FileExistsError if the folder holds a checkpoint already; nothing is left of one that can't be written.
     """
     for name in ("config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json"):
         if (folder / name).exists():
             raise FileExistsError(f"{folder}: holds a {name} already: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     config = DINOv3Config.from_name("vits16")
     theirs = {name: t.contiguous() for name, t in rename(made_weights(config), TRANSFORMERS, config).items()}
-    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     height, width = ImageProcessor().size or (0, 0)
     preprocessing = {
         "image_processor_type": "DINOv3ViTImageProcessor",
@@ -48,11 +47,17 @@ def write_sample(folder: Path) -> None:
         "image_mean": IMAGENET_MEAN,
         "image_std": IMAGENET_STD,
     }
-    for name, content in {
-        "config.json": {**config.to_dict(), NOTE_KEY: NOTE},
-        "preprocessor_config.json": preprocessing,
-    }.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as temporary:
+        save_file(theirs, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
+        for name, content in {
+            "config.json": {**config.to_dict(), NOTE_KEY: NOTE},
+            "preprocessor_config.json": preprocessing,
+        }.items():
+            (Path(temporary) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        folder.mkdir(exist_ok=True)
+        for file in sorted(Path(temporary).iterdir(), reverse=True):  # the config comes last
+            file.replace(folder / file.name)
 
 
 def made_weights(config: DINOv3Config) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .checks import check_count
 from .model import DINOv3ViT
 
 
@@ -36,11 +37,13 @@ def sliding_window_features(
     Memory is that of the result and of one batch of windows. A patch sees no further than its windows do, and RoPE
     coordinates span each window.
 
-    Raises ValueError for sizes that are no multiples of the patch size and for a stride beyond the window.
+    Raises ValueError for sizes that are no multiples of the patch size, for a stride beyond the window, and for a
+    batch_size below 1.
     """
+    check_count("batch_size", batch_size)
     p = model.patch_size
     sides = [_side("height", 0, pixel_values, window, stride, p), _side("width", 1, pixel_values, window, stride, p)]
-    (y_starts, y_blends), (x_starts, x_blends) = (_blend(*side) for side in sides)
+    (y_starts, y_blends), (x_starts, x_blends) = (blend(*side) for side in sides)
     h, w = (size for size, _, _ in sides)
     wh, ww = (length for _, length, _ in sides)
 
@@ -68,7 +71,7 @@ def _side(
     length = window if isinstance(window, int) else window[axis]
     step = max(p, length // 2 // p * p) if stride is None else stride if isinstance(stride, int) else stride[axis]
     for what, pixels in (("image", size), ("window", length), ("stride", step)):
-        if pixels < p or pixels % p:
+        if not isinstance(pixels, int) or pixels < p or pixels % p:
             raise ValueError(f"{what} {name} is {pixels}: expected a multiple of the patch size {p}")
     if step > length:
         raise ValueError(
@@ -77,7 +80,7 @@ def _side(
     return size // p, min(length, size) // p, step // p
 
 
-def _blend(size: int, length: int, step: int) -> tuple[list[int], list[Tensor]]:
+def blend(size: int, length: int, step: int) -> tuple[list[int], list[Tensor]]:
     """Where windows start along an axis of `size` patches, and each one's weights, which add up to 1 at every patch."""
     starts = [*range(0, size - length, step), size - length]
     ramp = torch.arange(1, length + 1, dtype=torch.float64)

@@ -43,6 +43,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def interpreter_knows_bfloat16() -> bool:
+    """Whether triton's interpreter multiplies bfloat16, rather than its bits as integers (3.6 and 3.9 do)."""
+    import torch
+
+    from .tiles_triton import square_kernel
+
+    two = torch.full((16, 16), 2.0, dtype=torch.bfloat16)
+    out = torch.empty(16, 16)
+    square_kernel[(1,)](x_ptr=two, out_ptr=out, BLOCK=16)
+    return out[0, 0].item() == 16 * 2.0 * 2.0
+
+
 def require(op: str, name: str, x: Tensor) -> None:
     """Raise a RuntimeError that says why, if `op` can't run here or not on the device of its argument `name`, x."""
     reason = unavailable_reason()

@@ -32,14 +32,14 @@ class Build(NamedTuple):
 
 IMAGES: dict[str, object] = {"cu_seqlens_ptr": None}
 PACK: dict[str, object] = {}
-ATTENTION: list[tuple[str, Any, tuning.Table, dict[str, object]]] = [
-    ("forward, fused", rope_attention_forward_kernel, tuning.FORWARD, {"ROTATE": True, **IMAGES}),
-    ("forward", rope_attention_forward_kernel, tuning.FORWARD, {"ROTATE": False, **IMAGES}),
-    ("backward q", rope_attention_backward_q_kernel, tuning.BACKWARD_Q, IMAGES),
-    ("backward kv", rope_attention_backward_kv_kernel, tuning.BACKWARD_KV, IMAGES),
-    ("packed forward", rope_attention_forward_kernel, tuning.FORWARD, {"ROTATE": False, **PACK}),
-    ("packed backward q", rope_attention_backward_q_kernel, tuning.BACKWARD_Q, PACK),
-    ("packed backward kv", rope_attention_backward_kv_kernel, tuning.BACKWARD_KV, PACK),
+ATTENTION: list[tuple[str, Any, str, dict[str, object]]] = [
+    ("forward, fused", rope_attention_forward_kernel, "forward", {"ROTATE": True, **IMAGES}),
+    ("forward", rope_attention_forward_kernel, "forward", {"ROTATE": False, **IMAGES}),
+    ("backward q", rope_attention_backward_q_kernel, "backward_q", IMAGES),
+    ("backward kv", rope_attention_backward_kv_kernel, "backward_kv", IMAGES),
+    ("packed forward", rope_attention_forward_kernel, "forward", {"ROTATE": False, **PACK}),
+    ("packed backward q", rope_attention_backward_q_kernel, "backward_q", PACK),
+    ("packed backward kv", rope_attention_backward_kv_kernel, "backward_kv", PACK),
 ]
 
 
@@ -49,11 +49,7 @@ def builds(arch: int) -> Iterator[Build]:
     Left out is float32 attention beyond head dim 128, which spills.
     """
     for D, dtype in ((64, "bf16"), (128, "bf16"), (256, "bf16"), (64, "fp32"), (128, "fp32")):
-        for name, kernel, table, flags in ATTENTION:
-            if name.startswith("packed") and (D, dtype) != (64, "bf16"):
-                continue  # a pack only adds where its sequences begin: one head dim shows that it compiles
-            launch = tuning.attention_launch(table, arch, D, itemsize=4 if dtype == "fp32" else 2)
-            yield build(f"{name}, D {D}, {dtype}", kernel, launch | {**flags, "PRECISION": "ieee"}, f"*{dtype}")
+        yield from attention_builds(arch, D, dtype)
         yield build(
             f"rotate, D {D}, {dtype}", rotate_kernel, {**tuning.rotate_launch(D), "INVERSE": False}, f"*{dtype}"
         )
@@ -63,15 +59,26 @@ def builds(arch: int) -> Iterator[Build]:
         for C in (384, 1024, 1280, 4096):
             for kernel in (add_layer_norm_forward_kernel, add_layer_norm_backward_kernel):
                 name = f"{kernel.__name__.removesuffix('_kernel')}, C {C}, {dtypes}"
-                yield build(name, kernel, tuning.layer_norm_launch(C), f"*{half}", streams)
+                yield build(name, kernel, tuning.layer_norm_launch(arch, C), f"*{half}", streams)
     for dtype in ("bf16", "fp32"):
         for kernel in (swiglu_forward_kernel, swiglu_backward_kernel):
             name = f"{kernel.__name__.removesuffix('_kernel')}, F 5120, {dtype}"
-            yield build(name, kernel, tuning.swiglu_launch(5120), f"*{dtype}")
+            yield build(name, kernel, tuning.swiglu_launch(arch, 5120), f"*{dtype}")
+
+
+def attention_builds(arch: int, D: int, dtype: str, only: str = "") -> Iterator[Build]:
+    """The kernels of attention, or those of one of tuning's tables."""
+    for name, kernel, launched, flags in ATTENTION:
+        if only and only != launched:
+            continue
+        if name.startswith("packed") and (D, dtype) != (64, "bf16"):
+            continue  # a pack only adds where its sequences begin: one head dim shows that it compiles
+        launch = tuning.attention_launch(launched, arch, D, itemsize=4 if dtype == "fp32" else 2)
+        yield build(f"{name}, D {D}, {dtype}", kernel, launch | {**flags, "PRECISION": "ieee"}, f"*{dtype}")
 
 
 TYPES = {
-    **dict.fromkeys(("cos_ptr", "sin_ptr", "lse_ptr", "delta_ptr", "partials_ptr"), "*fp32"),
+    **dict.fromkeys(("cos_ptr", "sin_ptr", "maximum_ptr", "total_ptr", "delta_ptr", "partials_ptr"), "*fp32"),
     "cu_seqlens_ptr": "*i32",
     **dict.fromkeys(("scale", "scale_log2", "eps"), "fp32"),
 }

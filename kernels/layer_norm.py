@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tuning
+from . import plain, tuning
 from .availability import require
+from .first_use import Checked, sample
 from .operators import check_rows, define
+from .reference import add_layer_norm_reference
 
 MAX_CHANNELS = 4096
 
@@ -48,7 +50,7 @@ def add_layer_norm(
     for name, tensor in (("branch", branch), ("gamma", gamma), ("weight", weight), ("bias", bias)):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}: expected {x.device}, the device of x")
-    x_new, normed = torch.ops.dinov3_lite.add_layer_norm(x, branch, gamma, weight, bias, eps)
+    x_new, normed = torch.ops.dinov3_lite.add_layer_norm.default(x, branch, gamma, weight, bias, eps)
     return x_new, normed
 
 
@@ -56,6 +58,25 @@ def _add_layer_norm(
     x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     require("add_layer_norm", "x", x)
+    return _forward(_kind(x, branch, gamma, weight), x, branch, gamma, weight, bias, eps)
+
+
+def _add_layer_norm_backward(
+    x_new: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, grad_x_new: Tensor, grad_normed: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and branch, and those of gamma, weight and bias as one (3, C) float32 tensor."""
+    grads = (grad_x_new.contiguous(), grad_normed.contiguous())
+    return _backward(_kind(x_new, branch, gamma, weight), x_new, branch, gamma, weight, *grads, eps)
+
+
+def _kind(x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor) -> tuple[Any, ...]:
+    """What a kernel is compiled for, and so checked for."""
+    return (x.device, weight.dtype, x.shape[-1], x.dtype, branch.dtype, gamma.dtype)
+
+
+def _launch_forward(
+    x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     from .layer_norm_triton import add_layer_norm_forward_kernel
 
     C = x.shape[-1]
@@ -70,20 +91,19 @@ def _add_layer_norm(
             x_new_ptr=x_new,
             normed_ptr=normed,
             eps=eps,
-            **tuning.layer_norm_launch(C),
+            **tuning.layer_norm_launch(tuning.architecture(x.device), C),
         )
     return x_new, normed
 
 
-def _add_layer_norm_backward(
+def _launch_backward(
     x_new: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, grad_x_new: Tensor, grad_normed: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x and branch, and those of gamma, weight and bias as one (3, C) float32 tensor."""
     from .layer_norm_triton import add_layer_norm_backward_kernel
 
     C = x_new.shape[-1]
     T = x_new.numel() // C
-    launch = tuning.layer_norm_launch(C)
+    launch = tuning.layer_norm_launch(tuning.architecture(x_new.device), C)
     grad_x, grad_branch = torch.empty_like(x_new), torch.empty_like(branch)
     partials = x_new.new_empty((_num_programs(T, launch["num_warps"], x_new.device), 3, C), dtype=torch.float32)
     with torch.cuda.device_of(x_new):
@@ -92,8 +112,8 @@ def _add_layer_norm_backward(
             branch_ptr=branch,
             gamma_ptr=gamma,
             weight_ptr=weight,
-            grad_x_new_ptr=grad_x_new.contiguous(),
-            grad_normed_ptr=grad_normed.contiguous(),
+            grad_x_new_ptr=grad_x_new,
+            grad_normed_ptr=grad_normed,
             grad_x_ptr=grad_x,
             grad_branch_ptr=grad_branch,
             partials_ptr=partials,
@@ -113,6 +133,30 @@ def _num_programs(T: int, num_warps: int, device: torch.device) -> int:
     return min(T, processors * 16 // num_warps)
 
 
+def _forward_sample(
+    device: torch.device,
+    dtype: torch.dtype,
+    C: int,
+    stream: torch.dtype,
+    branch_dtype: torch.dtype,
+    gamma_dtype: torch.dtype,
+) -> tuple[Any, ...]:
+    """Seven rows with a mean of their own."""
+    x = 3 * sample(device, stream, 7, C) + 1
+    gamma, weight, bias = sample(device, torch.float32, 3, C, seed=1)
+    return x, sample(device, branch_dtype, 7, C, seed=2), gamma.to(gamma_dtype), weight.to(dtype), bias.to(dtype), 1e-5
+
+
+def _backward_sample(device: torch.device, dtype: torch.dtype, C: int, *dtypes: torch.dtype) -> tuple[Any, ...]:
+    x, branch, gamma, weight, _, eps = _forward_sample(device, dtype, C, *dtypes)
+    grads = (sample(device, x.dtype, 7, C, seed=3), sample(device, dtype, 7, C, seed=4))
+    return x, branch, gamma, weight, *grads, eps
+
+
+_forward = Checked("add_layer_norm", _launch_forward, add_layer_norm_reference, _forward_sample)
+_backward = Checked("add_layer_norm_backward", _launch_backward, plain.add_layer_norm_gradients, _backward_sample)
+
+
 def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, branch, gamma, weight, _, ctx.eps = inputs
     ctx.save_for_backward(output[0], branch, gamma, weight)
@@ -120,7 +164,7 @@ def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _add_layer_norm_gradients(ctx: Any, grad_x_new: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
     x_new, branch, gamma, weight = ctx.saved_tensors
-    grad_x, grad_branch, vectors = torch.ops.dinov3_lite.add_layer_norm_backward(
+    grad_x, grad_branch, vectors = torch.ops.dinov3_lite.add_layer_norm_backward.default(
         x_new, branch, gamma, weight, grad_x_new, grad_normed, ctx.eps
     )
     grad_gamma, (grad_weight, grad_bias) = vectors[0].to(gamma.dtype), vectors[1:].to(weight.dtype)

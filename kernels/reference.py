@@ -15,17 +15,24 @@ def rope_attention_reference(
     q, k, v: (B, N, heads, D), any floating dtype. cos, sin: (P, D/2), P <= N. scale: D ** -0.5 unless given.
     Computed in float32, or in float64 if an input is; returns (B, N, heads, D) in q's dtype.
     """
-    dtype = torch.promote_types(torch.promote_types(q.dtype, cos.dtype), torch.float32)
-    prefix = q.shape[1] - cos.shape[0]
-    c, s = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)  # (P, 1, D/2)
-
-    def rotate(x: Tensor) -> Tensor:
-        x1, x2 = x[:, prefix:].chunk(2, dim=-1)
-        return torch.cat((x[:, :prefix], torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1)), dim=1)
-
-    scores = torch.einsum("bqhd,bkhd->bhqk", rotate(q.to(dtype)), rotate(k.to(dtype)))
+    wide = torch.promote_types(torch.promote_types(q.dtype, cos.dtype), torch.float32)
+    scores = torch.einsum(
+        "bqhd,bkhd->bhqk", rotate_reference(q.to(wide), cos, sin), rotate_reference(k.to(wide), cos, sin)
+    )
     weights = (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(dtype)).to(q.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(wide)).to(q.dtype)
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """R(x) of (B, N, heads, D): the pairs (i, i + D/2) of the last P tokens turned by cos, sin (P, D/2).
+
+    Computed and returned in float32, or in float64 if an input is.
+    """
+    wide = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
+    x, prefix = x.to(wide), x.shape[1] - cos.shape[0]
+    c, s = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)  # (P, 1, D/2)
+    x1, x2 = x[:, prefix:].chunk(2, dim=-1)
+    return torch.cat((x[:, :prefix], torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1)), dim=1)
 
 
 def rope_attention_packed_reference(

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from . import tuning
 from .operators import define
+from .rope_attention_launch import backward, forward, kind, outputs
 from .rotate import check_like_q, check_rotation, check_tables_need_no_gradients, rotated
-
-LOG2_E = math.log2(math.e)
 
 
 def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
@@ -35,10 +34,12 @@ def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sc
     Raises ValueError for any other input, RuntimeError where the kernels can't run (see `unavailable_reason`).
     """
     training = _needs_gradients(q, k, v)
-    prefers_sdpa = q.ndim == 4 and tuning.prefers_sdpa(q.shape[1], q.shape[3])
-    if training and prefers_sdpa and not torch.are_deterministic_algorithms_enabled():
-        return _sdpa(torch.ops.dinov3_lite.rotate(q, k, cos, sin), v, scale)
-    out, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, None, None, scale, training)
+    own = not training or q.ndim != 4 or torch.are_deterministic_algorithms_enabled()
+    if not own and tuning.prefers_sdpa(q.shape[1], q.shape[3], q.device):
+        check_like_q("v", v, q, q.shape[1])
+        _check_scale(_scale(scale, q))
+        return _sdpa(torch.ops.dinov3_lite.rotate.default(q, k, cos, sin), v, _scale(scale, q))
+    out, _, _ = torch.ops.dinov3_lite.rope_attention.default(q, k, v, cos, sin, None, None, _scale(scale, q), training)
     return out
 
 
@@ -64,7 +65,8 @@ def rope_attention_packed(
     """
     training = _needs_gradients(q, k, v)
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    out, _ = torch.ops.dinov3_lite.rope_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, training)
+    scale = _scale(scale, q)
+    out, _, _ = torch.ops.dinov3_lite.rope_attention.default(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, training)
     return out.squeeze(0)
 
 
@@ -76,61 +78,22 @@ def _attention(
     sin: Tensor,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
-    scale: float | None,
+    scale: float,
     training: bool,
-) -> tuple[Tensor, Tensor]:
-    """The output (B, N, heads, D) and, in training, each row's log2 sum exp2 of the scores (B, heads, N), else empty.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output (B, N, heads, D) and, in training, each row's maximum and total (B, heads, N), else empty.
 
     Checks and the choice of strategy are in here, so that one traced program serves any number of tokens.
     """
     _check_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)
-    from .rope_attention_triton import rope_attention_forward_kernel
-
-    _, N, heads, D = q.shape
-    longest = N if max_seqlen is None else max_seqlen
-    out, lse = _outputs(q, training)
-    if cu_seqlens is None and not training and tuning.prefers_sdpa(N, D):
-        return _sdpa(rotated(q, k, cos, sin), v, scale).contiguous(), lse
-    arch = tuning.architecture(q.device)
-    fused = longest <= tuning.FUSED_UP_TO[arch]
+    _, N, _, D = q.shape
+    if cu_seqlens is None and not training and tuning.prefers_sdpa(N, D, q.device):
+        return _sdpa(rotated(q, k, cos, sin), v, scale).contiguous(), *outputs(q, training)[1:]
+    fused = (N if max_seqlen is None else max_seqlen) <= tuning.fused_up_to(q.device)
     if not fused:
         q, k = rotated(q, k, cos, sin).unbind()
-    launch = tuning.attention_launch(tuning.FORWARD, arch, D, q.itemsize)
-    tiles = -(-longest // launch["BLOCK_M"])
-    with torch.cuda.device_of(q):
-        rope_attention_forward_kernel[_programs(tiles, q, cu_seqlens)](
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
-            cos_ptr=cos,
-            sin_ptr=sin,
-            out_ptr=out,
-            lse_ptr=lse if training else None,
-            cu_seqlens_ptr=cu_seqlens,
-            stride_qb=q.stride(0),
-            stride_qn=q.stride(1),
-            stride_qh=q.stride(2),
-            stride_kb=k.stride(0),
-            stride_kn=k.stride(1),
-            stride_kh=k.stride(2),
-            stride_vb=v.stride(0),
-            stride_vn=v.stride(1),
-            stride_vh=v.stride(2),
-            N=N,
-            prefix=N - cos.shape[0],
-            heads=heads,
-            tiles=tiles,
-            scale_log2=_scale(scale, D) * LOG2_E,
-            **launch,
-            ROTATE=fused,
-            PRECISION=_precision(q.dtype),
-        )
-    return out, lse
-
-
-def _outputs(q: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-    B, N, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, heads, N) if training else 0, dtype=torch.float32)
+    use = kind(q, fused, training, cu_seqlens is not None)
+    return forward(use, q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, training, fused)
 
 
 def _attention_backward(
@@ -142,127 +105,54 @@ def _attention_backward(
     sin: Tensor,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
-    scale: float | None,
+    scale: float,
     out: Tensor,
-    lse: Tensor,
+    maximum: Tensor,
+    total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, (B, N, heads, D) each. q and k are rotated once more, so that nobody keeps them."""
-    from .rope_attention_backward_triton import rope_attention_backward_kv_kernel, rope_attention_backward_q_kernel
-
-    _, N, heads, D = q.shape
-    longest = N if max_seqlen is None else max_seqlen
-    arch = tuning.architecture(q.device)
-    rotated_q, rotated_k = rotated(q, k, cos, sin).unbind()
-    dout = dout.contiguous()
-    dq, dk, dv = (torch.empty_like(dout) for _ in range(3))
-    delta = torch.empty_like(lse)
-    scale = _scale(scale, D)
-    with torch.cuda.device_of(q):
-        launch = tuning.attention_launch(tuning.BACKWARD_Q, arch, D, q.itemsize)
-        tiles = -(-longest // launch["BLOCK_M"])
-        rope_attention_backward_q_kernel[_programs(tiles, q, cu_seqlens)](
-            q_ptr=rotated_q,
-            k_ptr=rotated_k,
-            v_ptr=v,
-            cos_ptr=cos,
-            sin_ptr=sin,
-            out_ptr=out,
-            dout_ptr=dout,
-            lse_ptr=lse,
-            delta_ptr=delta,
-            dq_ptr=dq,
-            cu_seqlens_ptr=cu_seqlens,
-            stride_vb=v.stride(0),
-            stride_vn=v.stride(1),
-            stride_vh=v.stride(2),
-            N=N,
-            prefix=N - cos.shape[0],
-            heads=heads,
-            tiles=tiles,
-            scale=scale,
-            scale_log2=scale * LOG2_E,
-            **launch,
-            PRECISION=_precision(q.dtype),
-        )
-        launch = tuning.attention_launch(tuning.BACKWARD_KV, arch, D, q.itemsize)
-        tiles = -(-longest // launch["BLOCK_N"])
-        rope_attention_backward_kv_kernel[_programs(tiles, q, cu_seqlens)](
-            q_ptr=rotated_q,
-            k_ptr=rotated_k,
-            v_ptr=v,
-            cos_ptr=cos,
-            sin_ptr=sin,
-            dout_ptr=dout,
-            lse_ptr=lse,
-            delta_ptr=delta,
-            dk_ptr=dk,
-            dv_ptr=dv,
-            cu_seqlens_ptr=cu_seqlens,
-            stride_vb=v.stride(0),
-            stride_vn=v.stride(1),
-            stride_vh=v.stride(2),
-            N=N,
-            prefix=N - cos.shape[0],
-            heads=heads,
-            tiles=tiles,
-            scale=scale,
-            scale_log2=scale * LOG2_E,
-            **launch,
-            PRECISION=_precision(q.dtype),
-        )
-    return dq, dk, dv
+    q, k = rotated(q, k, cos, sin).unbind()
+    statistics = (out, maximum, total)
+    use = kind(q, cu_seqlens is not None)
+    return backward(use, dout.contiguous(), q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, *statistics)
 
 
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale, _ = inputs
     check_tables_need_no_gradients(ctx.needs_input_grad[3:5])
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(q, k, v, cos, sin, cu_seqlens, *output)
 
 
-def _attention_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    gradients = torch.ops.dinov3_lite.rope_attention_backward(dout, *tensors, ctx.max_seqlen, ctx.scale, out, lse)
+def _attention_gradients(ctx: Any, dout: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, out, maximum, total = ctx.saved_tensors
+    gradients = torch.ops.dinov3_lite.rope_attention_backward.default(
+        dout, *inputs, ctx.max_seqlen, ctx.scale, out, maximum, total
+    )
     return (*gradients, None, None, None, None, None, None)
 
 
 define(
     "rope_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, float? scale, "
-    "bool training) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, float scale, "
+    "bool training) -> (Tensor, Tensor, Tensor)",
     _attention,
-    fake=lambda q, *others: _outputs(q, training=others[-1]),
+    fake=lambda q, *others: outputs(q, training=others[-1]),
     gradients=_attention_gradients,
     save=_save_attention,
 )
 define(
     "rope_attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? cu_seqlens, SymInt? max_seqlen, "
-    "float? scale, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
+    "float scale, Tensor out, Tensor maximum, Tensor total) -> (Tensor, Tensor, Tensor)",
     _attention_backward,
     fake=lambda dout, q, *others: tuple(q.new_empty(q.shape) for _ in range(3)),
 )
 
 
-def _sdpa(rotated: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _sdpa(rotated: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k = rotated.transpose(2, 3).unbind()
     return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), scale=scale).transpose(1, 2)
-
-
-def _programs(tiles: int, q: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (tiles * q.shape[2] * sequences,)
-
-
-def _scale(scale: float | None, D: int) -> float:
-    return D**-0.5 if scale is None else scale
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How tensor cores may take float32: exactly, unless PyTorch's own switch, by its new or old name, allows tf32."""
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def _needs_gradients(*tensors: Tensor) -> bool:
@@ -277,7 +167,7 @@ def _check_attention(
     sin: Tensor,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
-    scale: float | None,
+    scale: float,
 ) -> None:
     """One sentence for whatever the attention kernels would read or write wrongly."""
     if q.ndim != 4 and cu_seqlens is None:
@@ -287,8 +177,7 @@ def _check_attention(
     longest = q.shape[1] if max_seqlen is None else max_seqlen
     check_rotation(q, k, cos, sin, longest)
     check_like_q("v", v, q, longest)
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}: expected a positive number")
+    _check_scale(scale)
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
@@ -302,3 +191,13 @@ def _check_attention(
         raise ValueError(f"cos has {cos.shape[0]} rows: expected one for each of the {q.shape[1]} tokens")
     if longest < 0:
         raise ValueError(f"max_seqlen is {longest}: expected the length of the longest sequence")
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    """The default is a number of the head dim; the op refuses a head dim of none in its own words."""
+    return max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+
+
+def _check_scale(scale: float) -> None:
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}: expected a positive number")

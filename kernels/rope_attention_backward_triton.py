@@ -1,9 +1,10 @@
 """The Triton kernels of attention's backward: one for dq, one for dk and dv. Letters as in `tiles_triton`.
 
-    P = 2^(scale_log2 S - lse)        delta = rowsum(dout * out)        dS = P (dout v^T - delta)
-    dq = R^-1(scale dS k)             dk = R^-1(scale dS^T q)           dv = P^T dout
+    P = 2^(scale_log2 S - maximum) / total        delta = rowsum(dout * out)        dS = P (dout v^T - delta)
+    dq = R^-1(scale dS k)                         dk = R^-1(scale dS^T q)           dv = P^T dout
 
-q and k come rotated already; what they get is rotated back in registers before it is stored.
+q and k come rotated already; what they get is rotated back in registers before it is stored. Exponentials are taken as
+the forward took them, step by step, so that P is the forward's however large the scores are.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from .tiles_triton import dot_halves, load_angles, load_tile, locate_program, ro
 
 @triton.jit
 def add_grad_of_queries(
-    dq1,  # (BLOCK_M, HALF) float32, dS k so far
+    dq1,  # (BLOCK_M, HALF) float32, total dS k so far
     dq2,  # (BLOCK_M, HALF) float32
     q1,  # (BLOCK_M, HALF)
     q2,  # (BLOCK_M, HALF)
     dout,  # (BLOCK_M, WIDTH)
-    lse,  # (BLOCK_M,) float32
+    maximum,  # (BLOCK_M,) float32
     delta,  # (BLOCK_M,) float32
     k_ptr,  # (n, D) of this sequence and head
     v_ptr,  # (n, D)
@@ -38,7 +39,7 @@ def add_grad_of_queries(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add to dq what comes from keys and values j .. j + BLOCK: dS k."""
+    """Add to dq what comes from keys and values j .. j + BLOCK: dS k, still to be divided by the row's total."""
     # (BLOCK,)
     cols = j + tl.arange(0, BLOCK)
     # (BLOCK, HALF)
@@ -48,9 +49,9 @@ def add_grad_of_queries(
     v = load_tile(v_ptr, cols, stride_vn, n, D, WIDTH, MASKED)
     # (BLOCK_M, BLOCK)
     S = dot_halves(q1, q2, k1, k2, PRECISION)
-    P = tl.exp2(tl.fma(S, scale_log2, -lse[:, None]))
+    P = tl.exp2(tl.fma(S, scale_log2, -maximum[:, None]))
     if MASKED:
-        # S is 0 beyond the edge, and 2^(0 - lse) may be infinite
+        # S is 0 beyond the edge, and 2^(0 - maximum) may be infinite
         P = tl.where(cols[None, :] < n, P, 0.0)
     dP = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dS = (P * (dP - delta[:, None])).to(k1.dtype)
@@ -67,7 +68,8 @@ def rope_attention_backward_q_kernel(
     sin_ptr,  # (N - prefix, D/2) float32
     out_ptr,  # (B, N, heads, D) contiguous
     dout_ptr,  # (B, N, heads, D) contiguous
-    lse_ptr,  # (B, heads, N) float32
+    maximum_ptr,  # (B, heads, N) float32
+    total_ptr,  # (B, heads, N) float32
     delta_ptr,  # (B, heads, N) float32, written for the kernel of dk and dv
     dq_ptr,  # (B, N, heads, D) contiguous
     cu_seqlens_ptr,  # (S + 1,) int32, or None for images
@@ -104,7 +106,8 @@ def rope_attention_backward_q_kernel(
     # (BLOCK_M,)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + statistics + rows, delta, mask=rows < n)
-    lse = tl.load(lse_ptr + statistics + rows, mask=rows < n, other=float("inf"))
+    maximum = tl.load(maximum_ptr + statistics + rows, mask=rows < n, other=float("inf"))
+    total = tl.load(total_ptr + statistics + rows, mask=rows < n, other=1.0)
     # (BLOCK_M, HALF)
     q1 = load_tile(q_ptr + first, rows, stride, n, D // 2, HALF, True)
     q2 = load_tile(q_ptr + first + D // 2, rows, stride, n, D // 2, HALF, True)
@@ -120,7 +123,7 @@ def rope_attention_backward_q_kernel(
             q1=q1,
             q2=q2,
             dout=dout,
-            lse=lse,
+            maximum=maximum,
             delta=delta,
             k_ptr=k_ptr + first,
             v_ptr=v_ptr,
@@ -143,7 +146,7 @@ def rope_attention_backward_q_kernel(
             q1=q1,
             q2=q2,
             dout=dout,
-            lse=lse,
+            maximum=maximum,
             delta=delta,
             k_ptr=k_ptr + first,
             v_ptr=v_ptr,
@@ -162,7 +165,7 @@ def rope_attention_backward_q_kernel(
     angles = (start - prefix) * (D // 2)
     # (BLOCK_M, HALF)
     cos, sin = load_angles(cos_ptr + angles, sin_ptr + angles, rows, prefix, n, D, HALF)
-    dq1, dq2 = rotate_pairs(dq1 * scale, dq2 * scale, cos, -sin)
+    dq1, dq2 = rotate_pairs(dq1 * (scale / total)[:, None], dq2 * (scale / total)[:, None], cos, -sin)
     store_tile(dq_ptr + first, dq1, rows, stride, n, D // 2, HALF)
     store_tile(dq_ptr + first + D // 2, dq2, rows, stride, n, D // 2, HALF)
 
@@ -177,7 +180,8 @@ def add_grad_of_keys(
     v,  # (BLOCK_N, WIDTH)
     q_ptr,  # (n, D) of this sequence and head
     dout_ptr,  # (n, D)
-    lse_ptr,  # (n,) float32
+    maximum_ptr,  # (n,) float32
+    total_ptr,  # (n,) float32
     delta_ptr,  # (n,) float32
     stride,
     j,
@@ -200,12 +204,13 @@ def add_grad_of_keys(
     q2 = load_tile(q_ptr + D // 2, cols, stride, n, D // 2, HALF, True)
     # (BLOCK, WIDTH)
     dout = load_tile(dout_ptr, cols, stride, n, D, WIDTH, True)
-    # (BLOCK,); an infinite lse makes the queries beyond the edge vanish
-    lse = tl.load(lse_ptr + cols, mask=cols < n, other=float("inf"))
+    # (BLOCK,); an infinite maximum makes the queries beyond the edge vanish
+    maximum = tl.load(maximum_ptr + cols, mask=cols < n, other=float("inf"))
+    total = tl.load(total_ptr + cols, mask=cols < n, other=1.0)
     delta = tl.load(delta_ptr + cols, mask=cols < n, other=0.0)
     # (BLOCK_N, BLOCK)
     St = dot_halves(k1, k2, q1, q2, PRECISION)
-    Pt = tl.exp2(tl.fma(St, scale_log2, -lse[None, :]))
+    Pt = tl.exp2(tl.fma(St, scale_log2, -maximum[None, :])) * (1 / total)[None, :]
     # (BLOCK_N, WIDTH)
     dv = tl.dot(Pt.to(dout.dtype), dout, dv, input_precision=PRECISION)
     # (BLOCK_N, BLOCK)
@@ -225,7 +230,8 @@ def rope_attention_backward_kv_kernel(
     cos_ptr,  # (N - prefix, D/2) float32
     sin_ptr,  # (N - prefix, D/2) float32
     dout_ptr,  # (B, N, heads, D) contiguous
-    lse_ptr,  # (B, heads, N) float32
+    maximum_ptr,  # (B, heads, N) float32
+    total_ptr,  # (B, heads, N) float32
     delta_ptr,  # (B, heads, N) float32, as the kernel of dq left it
     dk_ptr,  # (B, N, heads, D) contiguous
     dv_ptr,  # (B, N, heads, D) contiguous
@@ -277,7 +283,8 @@ def rope_attention_backward_kv_kernel(
             v=v,
             q_ptr=q_ptr + first,
             dout_ptr=dout_ptr + first,
-            lse_ptr=lse_ptr + statistics,
+            maximum_ptr=maximum_ptr + statistics,
+            total_ptr=total_ptr + statistics,
             delta_ptr=delta_ptr + statistics,
             stride=stride,
             j=j,

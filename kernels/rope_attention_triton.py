@@ -1,6 +1,6 @@
 """The Triton kernel of attention's forward: softmax(scale R(q) R(k)^T) v. Letters as in `tiles_triton`.
 
-S = q k^T, P = softmax(scale S), lse = log2 of the sum of 2^S over a row, S in units of log2.
+S = q k^T, P = softmax(scale S), maximum and total of a row: those of scale_log2 S and of 2^(scale_log2 S - maximum).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TAIL = tl.constexpr(16)
 def attend(
     q1,  # (BLOCK_M, HALF), rotated
     q2,  # (BLOCK_M, HALF)
-    m,  # (BLOCK_M,) float32, the maximum of each row of S so far
+    m,  # (BLOCK_M,) float32, the maximum of each row of scale_log2 S so far
     total,  # (BLOCK_M,) float32, the sum of each row of P so far, relative to m
     acc,  # (BLOCK_M, WIDTH) float32, P v so far, relative to m
     k_ptr,  # (n, D) of this sequence and head
@@ -54,12 +54,12 @@ def attend(
     S = dot_halves(q1, q2, k1, k2, PRECISION)
     if MASKED:
         S = tl.where(cols[None, :] < n, S, float("-inf"))
-    # (BLOCK_M,)
-    m_new = tl.maximum(m, tl.max(S, 1))
+    # (BLOCK_M,); rounded once, here: scores of thousands are then as exact as small ones
+    m_new = tl.maximum(m, tl.max(S, 1) * scale_log2)
     # (BLOCK_M, BLOCK); the scale goes into the one multiply-add before each exponential
-    P = tl.exp2(tl.fma(S, scale_log2, (-m_new * scale_log2)[:, None]))
+    P = tl.exp2(tl.fma(S, scale_log2, -m_new[:, None]))
     # (BLOCK_M,)
-    decay = tl.exp2((m - m_new) * scale_log2)
+    decay = tl.exp2(m - m_new)
     # (BLOCK, WIDTH)
     v = load_tile(v_ptr, cols, stride_vn, n, D, WIDTH, MASKED)
     # (BLOCK_M, WIDTH)
@@ -75,7 +75,8 @@ def rope_attention_forward_kernel(
     cos_ptr,  # (N - prefix, D/2) float32
     sin_ptr,  # (N - prefix, D/2) float32
     out_ptr,  # (B, N, heads, D) contiguous
-    lse_ptr,  # (B, heads, N) float32, or None where nobody will ask for gradients
+    maximum_ptr,  # (B, heads, N) float32, or None where nobody will ask for gradients
+    total_ptr,  # (B, heads, N) float32, or None likewise
     cu_seqlens_ptr,  # (S + 1,) int32, or None for images
     stride_qb,
     stride_qn,
@@ -99,7 +100,7 @@ def rope_attention_forward_kernel(
     ROTATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program stores out (and lse) of BLOCK_M queries of one head; R is the identity unless ROTATE."""
+    """One program stores out, maximum and total of BLOCK_M queries of one head; R is the identity unless ROTATE."""
     tile, head, batch, start, n = locate_program(cu_seqlens_ptr, N, heads, tiles)
     if tile * BLOCK_M >= n:
         return
@@ -179,6 +180,8 @@ def rope_attention_forward_kernel(
             PRECISION=PRECISION,
         )
     store_tile(out_ptr, acc / total[:, None], rows, heads * D, n, D, WIDTH)
-    if lse_ptr is not None:
-        lse_ptr += (batch * heads + head) * N + start
-        tl.store(lse_ptr + rows, m * scale_log2 + tl.log2(total), mask=rows < n)
+    if maximum_ptr is not None:
+        # apart: in the logarithm of the sum, scores of thousands would leave the sum few digits
+        statistics = (batch * heads + head) * N + start
+        tl.store(maximum_ptr + statistics + rows, m, mask=rows < n)
+        tl.store(total_ptr + statistics + rows, total, mask=rows < n)

@@ -7,21 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tuning
-from .availability import interpreted, require
+from . import plain, tuning
+from .availability import interpreted, interpreter_knows_bfloat16, require
+from .first_use import Checked, sample
 from .operators import define
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """R(q) and R(k), or R^-1 of both, as one (2, B, N, heads, D): q and k themselves belong to the caller.
 
-    q, k: (B, N, heads, D), any strides but the last. cos, sin: (P, D/2) of the last P tokens. Nothing is checked.
+    q, k: (B, N, heads, D), any strides but the last. cos, sin: (P, D/2) of the last P tokens. Nothing is validated.
     """
+    return _checked((q.device, q.dtype, q.shape[-1], inverse), q, k, cos, sin, inverse)
+
+
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     from .rotate_triton import rotate_kernel
 
     B, N, heads, D = q.shape
     out = q.new_empty((2, *q.shape))
     launch, rows = tuning.rotate_launch(D), B * N * heads
+    stride_q, stride_k = q.stride(), k.stride()
     with torch.cuda.device_of(q):
         rotate_kernel[(-(-rows // launch["BLOCK"]),)](
             q_ptr=q,
@@ -29,12 +35,12 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = Fals
             cos_ptr=cos,
             sin_ptr=sin,
             out_ptr=out,
-            stride_qb=q.stride(0),
-            stride_qn=q.stride(1),
-            stride_qh=q.stride(2),
-            stride_kb=k.stride(0),
-            stride_kn=k.stride(1),
-            stride_kh=k.stride(2),
+            stride_qb=stride_q[0],
+            stride_qn=stride_q[1],
+            stride_qh=stride_q[2],
+            stride_kb=stride_k[0],
+            stride_kn=stride_k[1],
+            stride_kh=stride_k[2],
             N=N,
             prefix=N - cos.shape[0],
             heads=heads,
@@ -43,6 +49,16 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = Fals
             INVERSE=inverse,
         )
     return out
+
+
+def _sample(device: torch.device, dtype: torch.dtype, D: int, inverse: bool) -> tuple[Any, ...]:
+    """Two images of 70 tokens, 5 of them not rotated: more rows than a program takes."""
+    q, k, _ = sample(device, dtype, 2, 70, 3, 2, D).unbind(2)
+    angles = 6 * sample(device, torch.float32, 65, D // 2, seed=1)
+    return q, k, angles.cos(), angles.sin(), inverse
+
+
+_checked = Checked("rotate", _launch, plain.rotated, _sample)
 
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -59,7 +75,12 @@ def _save_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _rotation_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk = grad.contiguous().unbind()
-    return (*torch.ops.dinov3_lite.rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse).unbind(), None, None, None)
+    return (
+        *torch.ops.dinov3_lite.rotate.default(dq, dk, *ctx.saved_tensors, not ctx.inverse).unbind(),
+        None,
+        None,
+        None,
+    )
 
 
 define(
@@ -82,7 +103,7 @@ def check_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, longest: int)
         raise ValueError(f"q has head dim {D}: expected a multiple of 16 from 16 to 256")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"q is {q.dtype}: expected torch.float16, torch.bfloat16 or torch.float32")
-    if q.dtype == torch.bfloat16 and interpreted():
+    if q.dtype == torch.bfloat16 and not q.is_cuda and interpreted() and not interpreter_knows_bfloat16():
         raise ValueError("q is torch.bfloat16: expected torch.float16 or torch.float32 under triton's interpreter")
     check_like_q("q", q, q, longest)
     check_like_q("k", k, q, longest)
@@ -107,10 +128,11 @@ def check_like_q(name: str, x: Tensor, q: Tensor, longest: int) -> None:
         raise ValueError(f"{name} is {x.dtype}: expected q's dtype, {q.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name} is on {x.device}: expected q's device, {q.device}")
-    if x.stride(3) != 1:
-        raise ValueError(f"{name} has stride {x.stride(3)} in its last dimension: expected 1")
+    _, stride_n, stride_h, stride_d = x.stride()
+    if stride_d != 1:
+        raise ValueError(f"{name} has stride {stride_d} in its last dimension: expected 1")
     _, _, heads, D = q.shape
-    if longest * max(x.stride(1), heads * D) + heads * max(x.stride(2), D) >= 2**31:
+    if longest * max(stride_n, heads * D) + heads * max(stride_h, D) >= 2**31:
         raise ValueError(f"{name} spans 2^31 elements or more in a sequence of {longest} tokens: expected fewer")
 
 

@@ -110,3 +110,17 @@ def locate_program(
         batch, start = tl.full([], 0, tl.int64), tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
         n = tl.load(cu_seqlens_ptr + sequence + 1) - start.to(tl.int32)
     return tile, head, batch, start, n
+
+
+@triton.jit
+def square_kernel(
+    x_ptr,  # (BLOCK, BLOCK)
+    out_ptr,  # (BLOCK, BLOCK) float32
+    BLOCK: tl.constexpr,
+):
+    """Store x x: the interpreter is asked by it whether it can multiply a dtype."""
+    # (BLOCK,)
+    cols = tl.arange(0, BLOCK)
+    # (BLOCK, BLOCK)
+    x = load_tile(x_ptr, cols, BLOCK, BLOCK, BLOCK, BLOCK, False)
+    store_tile(out_ptr, tl.dot(x, x), cols, BLOCK, BLOCK, BLOCK, BLOCK)

@@ -1,13 +1,17 @@
 """How each kernel is launched, per architecture and head dim, and which strategy attention takes.
 
-The tiles compile for their architectures without spills and within shared memory, under triton 3.6 and 3.9; README.md
-has the exceptions. None of them has been timed: no number in this file is measured.
+What `measured.py` holds for an architecture comes first. The tables here are for the others: they compile for their
+architectures without spills and within shared memory, under triton 3.6 and 3.9 (README.md has the exceptions), and none
+of them has been timed.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from .measured import MEASURED, Measured, Tiles
 
 if TYPE_CHECKING:
     import torch
@@ -23,59 +27,92 @@ FUSED_UP_TO = {80: 64, 86: 64, 90: 450, 100: 450, 120: 64}
 ROTATION_BLOCK = 2048
 
 
-class Tiles(NamedTuple):
-    """Queries and keys of a step, warps of a program, stages of the loop's software pipeline."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
 # By tensor core: "wgmma" takes operands from shared memory (sm_90, and so does sm_100's tcgen05), "mma" from registers
 # (sm_80, sm_86, sm_120), exact float32 has none. Then by head dim, up to which an entry goes.
-Table = dict[str, dict[int, Tiles]]
-FORWARD: Table = {
-    "wgmma": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
-    "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 16, 8, 1)},
-    "float32": {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
-}
-BACKWARD_Q: Table = {
-    "wgmma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)},
-    "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)},
-    # at 256 some 200 bytes spill
-    "float32": {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
-}
-BACKWARD_KV: Table = {
-    "wgmma": {64: Tiles(64, 64, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 8, 1)},
-    "mma": {64: Tiles(32, 64, 8, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 32, 8, 1)},
-    "float32": {64: Tiles(16, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+TABLES: dict[str, dict[str, dict[int, Tiles]]] = {
+    "forward": {
+        "wgmma": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
+        "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 16, 8, 1)},
+        "float32": {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
+    },
+    "backward_q": {
+        "wgmma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)},
+        "mma": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)},
+        # at 256 some 200 bytes spill
+        "float32": {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    },
+    "backward_kv": {
+        "wgmma": {64: Tiles(64, 64, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 8, 1)},
+        "mma": {64: Tiles(32, 64, 8, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 32, 8, 1)},
+        "float32": {64: Tiles(16, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    },
 }
 
 
-def prefers_sdpa(tokens: int, head_dim: int) -> bool:
+def prefers_sdpa(tokens: int, head_dim: int, device: torch.device) -> bool:
     """Whether PyTorch's attention takes over after the rotation pass.
 
-    The 16-wide tail saves 19 % of the work at 201 tokens, 7.5 % at 581 and 4.4 % at 1029; beyond head dim 64, published
-    kernels are a third faster than Triton's.
+    Where nothing was measured: the 16-wide tail saves 19 % of the work at 201 tokens, 7.5 % at 581 and 4.4 % at 1029;
+    beyond head dim 64, published kernels are a third faster than Triton's.
     """
+    measured = _measured(capability(device))
+    if measured is not None and head_dim in measured.sdpa_beyond:
+        return tokens > measured.sdpa_beyond[head_dim]
     return tokens > (600 if head_dim <= 64 else 450)
+
+
+def capability(device: torch.device) -> int:
+    """Of a GPU, as in sm_90; the interpreter takes the launches of that one. Not cached: torch.compile traces it."""
+    import torch
+
+    if device.type != "cuda":
+        return 90
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor
 
 
 @cache
 def architecture(device: torch.device) -> int:
-    """The newest architecture of the tables that this device can run; the interpreter takes the tiles of sm_90."""
+    """The newest architecture of the tables that this device can run."""
+    return max(arch for arch in ARCHITECTURES if arch <= capability(device))
+
+
+def _measured(arch: int) -> Measured | None:
+    return MEASURED.get(arch)
+
+
+@cache
+def is_measured(operation: str, device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the launch of an operation was measured on this very architecture, with this release of triton."""
+    entry = _measured(capability(device)) if device.type == "cuda" else None
+    if entry is None or dtype.itemsize != 2 or entry.triton != importlib.metadata.version("triton"):
+        return False
+    if operation.startswith("add_layer_norm"):
+        return width in entry.layer_norm_warps
+    return operation.startswith("swiglu") or all(width in by_width for by_width in entry.tiles.values())
+
+
+def fused_up_to(device: torch.device) -> int:
+    """The most tokens of a sequence whose keys are rotated in the attention loop."""
+    arch = architecture(device)
+    measured = _measured(arch)
+    return FUSED_UP_TO[arch] if measured is None else measured.fused_up_to
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tensor cores may take float32: exactly, unless PyTorch's own switch, by its new or old name, allows tf32."""
+    if dtype.itemsize != 4:
+        return "ieee"
     import torch
 
-    if device.type == "cpu":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return max(arch for arch in ARCHITECTURES if arch <= 10 * major + minor)
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
-def attention_launch(table: Table, arch: int, D: int, itemsize: int) -> dict[str, int]:
+def attention_launch(kernel: str, arch: int, D: int, itemsize: int) -> dict[str, int]:
     """What a kernel of attention takes by keyword for an architecture, a head dim and the bytes of an element."""
-    block_m, block_n, num_warps, num_stages = tiles(table, arch, D, itemsize)
+    block_m, block_n, num_warps, num_stages = tiles(kernel, arch, D, itemsize)
     return {
         **widths(D),
         "BLOCK_M": block_m,
@@ -86,10 +123,13 @@ def attention_launch(table: Table, arch: int, D: int, itemsize: int) -> dict[str
     }
 
 
-def tiles(table: Table, arch: int, D: int, itemsize: int) -> Tiles:
-    """The entry of a table for an architecture, a head dim and the bytes of an element."""
+def tiles(kernel: str, arch: int, D: int, itemsize: int) -> Tiles:
+    """The tiles of "forward", "backward_q" or "backward_kv"."""
+    measured = _measured(arch)
+    if measured is not None and itemsize == 2 and D in measured.tiles[kernel]:
+        return measured.tiles[kernel][D]
     cores = "float32" if itemsize == 4 else "wgmma" if arch in (90, 100) else "mma"
-    return next(entry for width, entry in table[cores].items() if width >= D)
+    return next(entry for width, entry in TABLES[kernel][cores].items() if width >= D)
 
 
 def widths(D: int) -> dict[str, int]:
@@ -108,15 +148,20 @@ def rotate_launch(D: int) -> dict[str, int]:
     return {"D": D, "HALF": half, "BLOCK": ROTATION_BLOCK // half, **ELEMENTWISE, "num_warps": 4}
 
 
-def layer_norm_launch(C: int) -> dict[str, int]:
-    """What the kernels of add_layer_norm take by keyword: a whole row a program, 8 channels a thread.
+def layer_norm_launch(arch: int, C: int) -> dict[str, int]:
+    """What the kernels of add_layer_norm take by keyword: a whole row a program, 8 channels a thread if not measured.
 
     8 channels are 16 bytes in half precision.
     """
     block = 1 << (C - 1).bit_length()
-    return {"C": C, "BLOCK_C": block, **ELEMENTWISE, "num_warps": max(1, block // 256)}
+    warps, measured = max(1, block // 256), _measured(arch)
+    if measured is not None:
+        warps = measured.layer_norm_warps.get(C, warps)
+    return {"C": C, "BLOCK_C": block, **ELEMENTWISE, "num_warps": warps}
 
 
-def swiglu_launch(F: int) -> dict[str, int]:
-    """What the kernels of swiglu take by keyword: 1,024 channels a program, 8 a thread."""
-    return {"F": F, "BLOCK_F": 1024, **ELEMENTWISE, "num_warps": 4}
+def swiglu_launch(arch: int, F: int) -> dict[str, int]:
+    """What the kernels of swiglu take by keyword: 1,024 channels a program, 8 a thread if not measured."""
+    measured = _measured(arch)
+    block, warps = (1024, 4) if measured is None else measured.swiglu
+    return {"F": F, "BLOCK_F": block, **ELEMENTWISE, "num_warps": warps}

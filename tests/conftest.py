@@ -50,5 +50,5 @@ def strategy(request, monkeypatch) -> str:
 
     limit = {"fused": 10**9, "separate": 0}[request.param]
     monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, limit))
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim: False)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: False)
     return request.param

@@ -106,4 +106,4 @@ def test_within_a_bigger_model_it_is_found_by_its_names(source, tmp_path):
     bigger = {f"module.net.{name}": tensor for name, tensor in tensors.items()} | {"head.bias": torch.zeros(3)}
     torch.save(bigger, folder / "network.pt")
     opened = open_checkpoint(folder)
-    assert opened.layout is NEW and opened.left_out == ["'head.bias' (outside of 'module.net.')"]
+    assert opened.layout is NEW and opened.left_out == {"head.bias": "outside of 'module.net.'"}

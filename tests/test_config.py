@@ -30,7 +30,11 @@ def test_variants_have_the_released_number_of_parameters(name):
 
     with torch.device("meta"):
         model = DINOv3ViT.from_name(name)
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    stored = {key: tensor.numel() for key, tensor in model.state_dict().items() if key != "rope_embed.periods"}
+    assert sum(stored.values()) == PARAMETERS[name]
+    # the keys' third of the fused biases is a parameter that stays zero, as in Meta's own model
+    keys = model.depth * model.embed_dim if model.config.query_bias else 0
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name] + keys
     assert model.config.name == name
 
 
@@ -112,3 +116,17 @@ def test_contradictions_are_one_sentence(change, message):
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="unknown DINOv3 variant 'vitg14': expected one of vitt16, vits16, .*vit7b16"):
         DINOv3Config.from_name("vitg14")
+
+
+def test_defaults_are_transformers_defaults():
+    expected = {
+        "patch_size": 16, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6,
+        "hidden_act": "gelu", "attention_dropout": 0.0, "initializer_range": 0.02, "layer_norm_eps": 1e-5, "rope_theta": 100.0,
+        "image_size": 224, "num_channels": 3, "query_bias": True, "key_bias": False, "value_bias": True, "proj_bias": True,
+        "mlp_bias": True, "layerscale_value": 1.0, "drop_path_rate": 0.0, "use_gated_mlp": False, "num_register_tokens": 0,
+        "pos_embed_shift": None, "pos_embed_jitter": None, "pos_embed_rescale": 2.0,
+    }  # fmt: skip
+    assert DINOv3Config() == DINOv3Config(**expected)
+    assert {v.layer_norm_eps for v in VARIANTS.values()} == {1e-5} and {v.rope_theta for v in VARIANTS.values()} == {
+        100.0
+    }

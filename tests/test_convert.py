@@ -116,14 +116,14 @@ def test_where_the_kernel_does_not_copy(folder, tmp_path, monkeypatch, to):
 class TestWholeOrNotAtAll:
     CRASH = """
 import os, signal, sys
-import convert
-class Bar(convert.writer.tqdm):
+import convert, tqdm
+class Bar(tqdm.tqdm):
     pieces = 0
     def update(self, n):
         Bar.pieces += 1
         if Bar.pieces == 20:
             {act}
-convert.writer.tqdm = Bar
+tqdm.tqdm = Bar
 convert.convert(sys.argv[1], force=True, to=sys.argv[2])
 """
 
@@ -297,7 +297,7 @@ def test_inspect_tells_rounded_periods_and_tensors_left_out(folder, tmp_path, ca
 def test_inspect_warns_of_a_satellite_model_with_imagenet_statistics(tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "dinov3-vitl16-pretrain-sat493m", TINY)
     assert main([str(folder), "--inspect"]) == 0
-    assert "WARNING    a satellite model with ImageNet's image statistics" in capsys.readouterr().out
+    assert "WARNING    a satellite model (sat493m) with ImageNet's image statistics" in capsys.readouterr().out
 
 
 def test_the_licence_goes_along(folder, tmp_path):
@@ -369,3 +369,29 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "example:\n  python -m convert " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="redirections of a POSIX shell")
+@pytest.mark.parametrize(
+    ("redirection", "env"),
+    [
+        (">&- 2>&-", {}),
+        (">/dev/full", {"PYTHONUNBUFFERED": "1"}),
+        ("| true; exit ${PIPESTATUS[0]}", {"PYTHONUNBUFFERED": ""}),
+        ("", {"PYTHONIOENCODING": "ascii"}),
+    ],
+)
+def test_the_status_speaks_of_the_work_and_not_of_telling_it(redirection, env, tmp_path):
+    folder = write_checkpoint(tmp_path / "söurce", TINY)
+    command = f"{sys.executable} -m convert söurce {redirection}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "dinov3_lite.safetensors").exists()
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_a_bar_where_there_is_no_stderr(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert convert(folder, tmp_path / "out", progress=True).exists()

@@ -84,13 +84,6 @@ def shards(folder: Path, weight_map: dict | list, rename_to: str = "model-1.safe
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def link_out(folder: Path) -> None:
-    outside = folder.parent / "outside.safetensors"
-    (folder / "model.safetensors").rename(outside)
-    (folder / "model-1.safetensors").symlink_to(outside)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-
-
 def cut(file: Path, size: int) -> None:
     with file.open("r+b") as f:
         f.truncate(size)
@@ -144,7 +137,7 @@ CASES = {
     # tensors
     "missing": (lambda f: weights(f, norm__weight=None), "lacks tensor 'norm.weight'"),
     "missing in one block": (lambda f: weights(f, layer__1__attention__o_proj__bias=None), "lacks tensor 'layer.1.att"),
-    "extra": (lambda f: weights(f, classifier__bias=torch.zeros(3)), "holds tensor 'classifier.bias'"),
+    "extra": (lambda f: weights(f, neck__bias=torch.zeros(3)), "holds tensor 'neck.bias'"),
     "an extra block": (
         lambda f: weights(f, layer__3__norm1__bias=torch.zeros(32)),
         "holds tensor 'layer.3.norm1.bias'",
@@ -172,11 +165,14 @@ CASES = {
     "shard above the folder": (lambda f: shards(f, {"a": "../model.safetensors"}), "is not the name of a file"),
     "shard at an absolute path": (lambda f: shards(f, {"a": "/etc/passwd"}), "is not the name of a file"),
     "shard with a backslash": (lambda f: shards(f, {"a": "..\\model.safetensors"}), "is not the name of a file"),
-    "shard a link out": (link_out, "is a link out of the folder"),
     "shard no string": (lambda f: shards(f, {"a": ["model-1.safetensors"]}), "is not the name of a file"),
     "shard an empty name": (lambda f: shards(f, {"a": ""}), "is not the name of a file|is missing"),
     "weight_map a list": (lambda f: shards(f, ["model-1.safetensors"]), "no weight_map in it"),
     "weight_map empty": (lambda f: shards(f, {}), "no weight_map in it"),
+    "index of a tensor that no shard has": (
+        lambda f: shards(f, {"norm.bias": "model-1.safetensors", "neck.bias": "model-1.safetensors"}),
+        "index.json: puts tensor 'neck.bias' into model-1.safetensors, but no shard has it",
+    ),
     "index not JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "not valid JSON"),
     # configs
     "config missing": (lambda f: (f / "config.json").unlink(), "config.json: missing"),
@@ -220,7 +216,7 @@ CASES = {
         lambda f: pth(f, lambda t: {k: v for k, v in t.items() if "blocks.1." not in k}),
         "lacks|holds",
     ),
-    "pth with more": (lambda f: pth(f, lambda t: t | {"head.weight": torch.zeros(2)}), "holds tensor 'head.weight'"),
+    "pth with more": (lambda f: pth(f, lambda t: t | {"neck.weight": torch.zeros(2)}), "holds tensor 'neck.weight'"),
     "pth without the patch embedding": (
         lambda f: pth(f, without("patch_embed.proj.weight")),
         "lacks the patch embedding",
@@ -239,7 +235,7 @@ CASES = {
     ),
     "two pth files": (
         lambda f: (pth(f), (f / "second.pth").write_bytes((f / "dinov3.pth").read_bytes())),
-        r"no model.safetensors, .* single .pth",
+        r"holds 'dinov3.pth', 'second.pth': name the file that is meant",
     ),
 }
 for form in ("zip", "legacy", "plain pickle"):

@@ -47,8 +47,11 @@ def run_blocks(text: str) -> dict:
 def folder(tmp_path_factory) -> Path:
     """What the README's commands leave: a photograph and the made checkpoint in several layouts."""
     Image = pytest.importorskip("PIL.Image")
+    import camouflage
+
     folder = tmp_path_factory.mktemp("readme")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)).save(folder / "photo.jpg")
+    camouflage.write(folder / "dataset" / "TrainDataset", 4, seed=0, size=(64, 64))
     words = commands(PAGES["README.md"])
     assert len(words) == 5
     for command in words:
@@ -67,8 +70,15 @@ def test_a_page_runs(page, folder, monkeypatch):
         pytest.skip("this transformers has no DINOv3ViTBackbone")
     if re.search("^(import|from) peft", PAGES[page], re.MULTILINE):
         pytest.importorskip("peft")
+    for name in re.findall("^import (faiss|duckdb)", PAGES[page], re.MULTILINE):
+        pytest.importorskip(name)
+    if "dinov3_lite.tasks" in PAGES[page]:
+        pytest.importorskip("py_sod_metrics")
     monkeypatch.chdir(folder)
     session = run_blocks(PAGES[page])
+    if page == "extract":
+        assert session["store"].keys[session["found"][5][0]] == session["nearest"][0][0] == "left/05.jpg"
+        assert len(session["store"]) == 25 and session["pairs"] == {(0, 24)}
     if page == "fine-tuning":
         keys_stay_while_queries_and_values_learn(session)
     if page in FRONTS:
@@ -98,7 +108,8 @@ def test_timms_side_of_its_page_runs(tmp_path):
 def test_commands_have_the_flags_that_pages_show(page):
     for words in commands(PAGES[page]):
         module = words[2] if words[0] == "python" else words[0].replace("dinov3-convert", "convert").replace("-", "_")
-        asked = [words[3]] if module == "dinov3_lite" else []
+        arguments = words[3:] if words[0] == "python" else words[1:]
+        asked = arguments[:1] if module == "dinov3_lite" else []
         done = run_python(
             f"import runpy, sys; sys.argv[1:] = {[*asked, '--help']}; runpy.run_module('{module}', run_name='__main__')"
         )

@@ -74,3 +74,15 @@ def test_the_blocks_of_every_variant():
 def test_too_few_blocks(tmp_path):
     with pytest.raises(ValueError, match="the model has 3 blocks: four maps need at least 4"):
         build_dinov3_encoder(pretrained_path=write_checkpoint(tmp_path, TINY))
+
+
+def test_freezing_sets_the_mode_of_a_model_in_training(folder):
+    model = DINOv3ViT.from_pretrained(folder).train()
+    assert not PyramidEncoder(model).backbone.training
+    assert PyramidEncoder(model, freeze=False).backbone.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_fine_tuned_encoder_keeps_nothing_under_no_grad(folder):
+    encoder = build_dinov3_encoder(pretrained_path=folder, freeze=False)
+    with torch.no_grad():
+        assert not any(m.requires_grad for m in encoder(torch.randn(1, 3, 32, 32)))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,8 +241,8 @@ def test_a_file_of_not_a_number_does_not_pass(tmp_path):
 def test_a_failure_to_write_leaves_nothing(tmp_path, monkeypatch):
     model = load(tmp_path / "checkpoint", SHALLOW)
 
-    def full(program, path, **kwargs):
-        path.write_bytes(b"half of it")
+    def full(program, file, **kwargs):
+        file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch.export, "save", full)
@@ -314,6 +318,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         == 0
     )
     assert "images 3 x 3 x 24 x 40" in capsys.readouterr().out
+    (tmp_path / "c.pt2.notes").write_text("not of the export")
+    assert main(["export", str(folder), "--format", "pt2", "--output", "c.pt2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["output"] == "c.pt2" and told["files"] == ["c.pt2"] and told["format"] == "pt2"
+    assert told["bytes"] == (tmp_path / "c.pt2").stat().st_size and told["model"] == "vit-c32-d1-h2"
+    assert [c["images"] for c in told["checked"]] == [[1, 3, 16, 56], [3, 3, 48, 32]]
+    assert all(c["relative_error"] < 5e-5 for c in told["checked"])
     for arguments in ([], ["--format", "tensorrt"], ["--format", "pt2", "--size", "x"]):
         with pytest.raises(SystemExit) as caught:
             main(["export", str(folder), *arguments])
@@ -330,3 +341,38 @@ def test_the_command_without_onnxruntime(tmp_path, monkeypatch, capsys):
     assert main(["export", str(folder), "--format", "onnx", "--output", str(tmp_path / "model.onnx")]) == 0
     err = capsys.readouterr().err
     assert err.startswith("dinov3_lite: warning: ") and "model.onnx: not checked, which needs onnxruntime: pip" in err
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_a_file_that_can_t_be_written(format, tmp_path):
+    """A limit of 60 KB in place of a full disk. torch's own writer of archives would end the process."""
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    write_checkpoint(tmp_path / "checkpoint", SHALLOW)
+    command = f"ulimit -f 20; {sys.executable} -m dinov3_lite export checkpoint --format {format} --output x.{format}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert re.fullmatch(f"dinov3_lite: .*x\\.{format}.*File too large.*\n", done.stderr), done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_the_weights_get_their_name_before_the_file_that_needs_them(tmp_path, monkeypatch):
+    """Both are on the disk before either is renamed; a crash between the renames leaves no file without its weights."""
+    from dinov3_lite import export
+
+    calls = []
+    fsync, replace_ = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+
+    def replace_once(source, target):
+        calls.append(Path(target).name)
+        if calls.count("model.onnx"):
+            raise OSError("killed")
+        replace_(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(OSError, match="killed"), export._whole(tmp_path / "model.onnx") as temporary:
+        temporary.write_bytes(b"graph")
+        temporary.with_name("model.onnx.data").write_bytes(b"weights")
+    assert calls == ["fsync", "model.onnx.data", "fsync", "model.onnx"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx.data"]

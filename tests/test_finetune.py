@@ -159,3 +159,43 @@ def test_lora_on_all_our_projections_trains_and_merges(config):
     changed = {name for name, p in merged.named_parameters() if not torch.equal(p, base[name])}
     assert changed == {f"blocks.{i}.{part}.weight" for i in range(3) for part in ("attn.qkv", "attn.proj", *mlp)}
     assert type(merged) is DINOv3ViT
+
+
+@pytest.mark.parametrize("wrap", ["compile", "sequential", "ddp-like", "shared"])
+def test_groups_of_a_wrapped_model_have_its_rates(wrap):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = DINOv3ViT(TINY)
+    expected = {id(p): g["lr"] for g in parameter_groups(model, 1e-3, layer_decay=0.5) for p in g["params"]}
+    assert len(set(expected.values())) == TINY.num_hidden_layers + 2
+    if wrap == "shared":
+        model.blocks[2] = model.blocks[1]
+    wrapped = {"compile": torch.compile, "sequential": torch.nn.Sequential}.get(wrap, Wrapper)(model)
+    groups = parameter_groups(wrapped, 1e-3, layer_decay=0.5)
+    actual = {id(p): g["lr"] for g in groups for p in g["params"]}
+    assert actual.keys() == {id(p) for p in model.parameters()}
+    assert all(expected[p] == rate for p, rate in actual.items())
+
+
+def test_a_head_beside_the_model_trains_at_the_full_rate():
+    model = DINOv3ViT(TINY)
+    detector = torch.nn.ModuleDict({"backbone": model, "head": torch.nn.Linear(32, 2)})
+    groups = {group["name"]: group for group in parameter_groups(detector, 1e-3, 0.05, layer_decay=0.5)}
+    weight, bias = groups["head, decay"], groups["head, no decay"]
+    assert weight["params"] == [detector["head"].weight] and bias["params"] == [detector["head"].bias]
+    assert (weight["lr"], weight["weight_decay"], bias["lr"], bias["weight_decay"]) == (1e-3, 0.05, 1e-3, 0.0)
+    freeze_but_last(detector, 1)
+    assert detector["head"].weight.requires_grad and not model.cls_token.requires_grad
+    with pytest.raises(ValueError, match="model is a Linear without a DINOv3ViT inside"):
+        parameter_groups(torch.nn.Linear(2, 2), 1e-3)
+    with pytest.raises(ValueError, match="layer_decay is 0: expected a number above zero"):
+        parameter_groups(model, 1e-3, layer_decay=0)
+
+
+@pytest.mark.parametrize("n", [True, 1.5, "1"])
+def test_counts_of_blocks_that_are_none(n):
+    with pytest.raises(ValueError, match="expected a number of blocks from 0 to 3"):
+        freeze_but_last(DINOv3ViT(TINY), n)

@@ -19,8 +19,9 @@ CHECKPOINT = {
 }
 # The floors: a file may import, of ours, only what stands here. `lazily` counts as importing.
 EDGES = {
-    "kernels/availability.py": set(),
-    "kernels/tuning.py": set(),
+    "kernels/availability.py": {"tiles_triton"},
+    "kernels/measured.py": set(),
+    "kernels/tuning.py": {"measured"},
     "kernels/operators.py": set(),
     "kernels/reference.py": set(),
     "kernels/tiles_triton.py": set(),
@@ -29,12 +30,17 @@ EDGES = {
     "kernels/rope_attention_backward_triton.py": {"rope_attention_triton", "tiles_triton"},
     "kernels/layer_norm_triton.py": {"tiles_triton"},
     "kernels/swiglu_triton.py": {"tiles_triton"},
-    "kernels/rotate.py": {"availability", "operators", "rotate_triton", "tuning"},
-    "kernels/rope_attention.py": {
-        *("operators", "rope_attention_backward_triton", "rope_attention_triton", "rotate", "tuning")
+    "kernels/plain.py": {"reference"},
+    "kernels/first_use.py": {"tuning"},
+    "kernels/rotate.py": {"availability", "first_use", "operators", "plain", "rotate_triton", "tuning"},
+    "kernels/rope_attention_launch.py": {
+        *("first_use", "plain", "rope_attention_backward_triton", "rope_attention_triton", "tuning")
     },
-    "kernels/layer_norm.py": {"availability", "layer_norm_triton", "operators", "tuning"},
-    "kernels/swiglu.py": {"availability", "operators", "swiglu_triton", "tuning"},
+    "kernels/rope_attention.py": {"operators", "rope_attention_launch", "rotate", "tuning"},
+    "kernels/layer_norm.py": {
+        *("availability", "first_use", "layer_norm_triton", "operators", "plain", "reference", "tuning")
+    },
+    "kernels/swiglu.py": {"availability", "first_use", "operators", "plain", "reference", "swiglu_triton", "tuning"},
     "kernels/__init__.py": {"availability", "layer_norm", "reference", "rope_attention", "swiglu"},
     "kernels/builds.py": {  # the offline gate's: nothing of the library imports it
         *("layer_norm_triton", "rope_attention_backward_triton", "rope_attention_triton", "rotate_triton"),
@@ -43,18 +49,23 @@ EDGES = {
     "dinov3_lite/config.py": set(),
     "dinov3_lite/rope.py": {"config"},
     "dinov3_lite/checks.py": set(),
-    "dinov3_lite/attention.py": {"kernels", "kernels.availability", "rope"},
+    "dinov3_lite/attention.py": {"kernels", "kernels.availability", "kernels.first_use", "rope"},
     "dinov3_lite/checkpoint/files.py": set(),
     "dinov3_lite/checkpoint/pickles.py": set(),
     "dinov3_lite/checkpoint/pth.py": {"checkpoint.files", "checkpoint.pickles"},
     "dinov3_lite/checkpoint/choose.py": set(),
-    "dinov3_lite/checkpoint/containers.py": {"checkpoint.files"},
+    "dinov3_lite/checkpoint/containers.py": {"checkpoint.files", "checkpoint.pth"},
+    "dinov3_lite/checkpoint/matching.py": {
+        *("checkpoint.containers", "checkpoint.files", "checkpoint.layouts", "checkpoint.layouts.table"),
+    },
     "dinov3_lite/checkpoint/layouts/table.py": set(),
     "dinov3_lite/checkpoint/layouts/vit.py": {"checkpoint.layouts.table", "config", "rope"},
-    "dinov3_lite/checkpoint/layouts/*": {"checkpoint.files", "dinov3_lite/checkpoint/layouts/*", "config"},
+    "dinov3_lite/checkpoint/layouts/*": {
+        *("checkpoint.choose", "checkpoint.files", "dinov3_lite/checkpoint/layouts/*", "config"),
+    },
     "dinov3_lite/checkpoint/hub.py": {"checkpoint.layouts", "checkpoint.layouts.timm"},
     "dinov3_lite/checkpoint/__init__.py": {
-        *("checkpoint.containers", "checkpoint.files"),
+        *("checkpoint.choose", "checkpoint.containers", "checkpoint.files", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
     "dinov3_lite/checkpoint/saving.py": {
@@ -72,32 +83,76 @@ EDGES = {
     "dinov3_lite/encoder.py": {"model"},
     "dinov3_lite/interfaces.py": {"features", "model"},
     "dinov3_lite/finetune.py": {"model"},
-    "dinov3_lite/window.py": {"model"},
+    "dinov3_lite/window.py": {"checks", "console", "model"},
     "dinov3_lite/export.py": {"model"},
     "dinov3_lite/prepacked.py": set(),
     "dinov3_lite/folding.py": {"image", "layers", "prepacked"},
     "dinov3_lite/graphs.py": {"packing"},
-    "dinov3_lite/inference.py": {*("checks", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")},
-    "dinov3_lite/picture.py": set(),
+    "dinov3_lite/inference.py": {
+        *("checks", "finetune", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")
+    },
+    "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {"checkpoint.layouts", "checkpoint.layouts.cards", "config", "image", "model"},
     "dinov3_lite/__init__.py": {
-        *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window")
+        *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window"),
+        *("extraction.engines", "extraction.store"),
+    },
+    "dinov3_lite/explore/*": {"image", "model"},
+    "dinov3_lite/tasks/*": {
+        *("dinov3_lite/tasks/*", "checkpoint.files", "finetune", "image", "inference", "model", "pixels", "window")
     },
     "dinov3_lite/console.py": set(),
     "dinov3_lite/__main__.py": {"console"},
     "dinov3_lite/commands/*": {
-        "dinov3_lite/commands/*",
-        "checkpoint",
-        "console",
-        "export",
-        "image",
-        "model",
-        "picture",
-        "sample",
+        *("dinov3_lite/commands/*", "checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.hub"),
+        *("console", "explore", "export", "image", "model", "pixels", "sample", "tasks", "visualize"),
+        *(f"tasks.{name}" for name in ("data", "drawing", "matching", "measures", "predicting", "probing", "tracking")),
+    },
+    **{  # reading features stands on folder alone, writing them on the model; engines on all
+        f"dinov3_lite/extraction/{name}.py": {f"extraction.{own}" for own in own} | others
+        for name, own, others in (
+            ("folder", (), set()),
+            ("store", ("dataset", "folder"), set()),
+            ("dataset", (), set()),
+            ("writer", (), {"checkpoint.files"}),
+            ("sources", (), set()),
+            ("parquet", ("sources",), set()),
+            ("plan", ("folder", "parquet", "sources"), set()),
+            ("reading", ("parquet", "plan", "sources"), set()),
+            ("decode", ("reading",), {"image", "pixels"}),
+            ("pipeline", ("decode", "reading"), set()),
+            ("commit", ("folder", "pipeline", "writer"), {"checkpoint.files"}),
+            ("compute", (), {"checkpoint", "image", "inference", "model"}),
+            (
+                "job",
+                ("commit", "compute", "decode", "folder", "plan", "sources", "writer"),
+                {"checkpoint", "checkpoint.hub", "image"},
+            ),
+            (
+                "shard",
+                ("commit", "compute", "decode", "folder", "job", "pipeline", "plan", "reading", "writer"),
+                {"checkpoint", "checkpoint.hub", "image"},
+            ),
+            ("check", ("folder", "plan"), set()),
+            ("parts", (), set()),
+            ("progress", ("folder",), set()),
+            ("engines", ("commit", "folder", "job", "parts", "plan", "progress", "shard", "sources", "store"), set()),
+            ("formats", ("store",), {"checkpoint.files"}),
+            ("command", ("check", "engines", "folder", "formats"), {"commands.arguments", "console"}),
+            ("__init__", ("engines", "store"), {"extraction"}),
+        )
     },
     "convert/verify.py": {"convert/*", *CHECKPOINT, "dinov3_lite.model"},
-    "convert/describe.py": {"convert/*", "dinov3_lite.checkpoint", "dinov3_lite.image", "dinov3_lite.rope"},
-    "convert/*": {"convert/*", *CHECKPOINT},
+    "convert/describe.py": {
+        *(
+            "convert/*",
+            "dinov3_lite.checkpoint",
+            "dinov3_lite.checkpoint.files",
+            "dinov3_lite.image",
+            "dinov3_lite.rope",
+        ),
+    },
+    "convert/*": {"convert/*", *CHECKPOINT, "dinov3_lite.console"},
 }
 OURS = ("dinov3_lite", "convert", "kernels")
 

@@ -272,3 +272,19 @@ def test_timms_bad_options(model, images):
         model.forward_intermediates(images, output_fmt="NHWC")
     with pytest.raises(ValueError, match=r"n is \[4\]: expected block indices from -4 to 3"):
         model.forward_intermediates(images, [4])
+
+
+def test_a_backbone_is_loaded_as_asked_for_and_in_evaluation_mode(tmp_path):
+    folder = write_checkpoint(tmp_path, CONFIGS["gelu"])
+    backbone = DINOv3ViTBackbone.from_pretrained(folder, dtype=torch.float16, attention="eager", out_indices=[2])
+    assert not backbone.training and not backbone.model.training
+    assert (backbone.model.dtype, backbone.model.attention, backbone.out_indices) == (torch.float16, "eager", [2])
+    assert DINOv3ViTBackbone.from_pretrained(folder, device="meta").model.device.type == "meta"
+
+
+@torch.no_grad()
+def test_normed_features_are_the_normed_layers(model, images):
+    maps = FeaturesOnly(model, [0, 2], norm=True)(images)
+    for actual, expected in zip(maps, model.get_intermediate_layers(images, [0, 2], reshape=True), strict=True):
+        assert torch.equal(actual, expected)
+    assert not torch.equal(maps[0], FeaturesOnly(model, [0, 2])(images)[0])

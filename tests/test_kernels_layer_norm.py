@@ -16,8 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # residual stream, everything else
 DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float16)]
-if DEVICE == "cuda":  # the interpreter truncates where bfloat16 rounds
-    DTYPES += [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+DTYPES += [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
 
 ADD_LAYER_NORM = "x_new normed grad_x grad_branch grad_gamma grad_weight grad_bias"
 

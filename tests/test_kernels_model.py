@@ -9,9 +9,8 @@ import torch
 from helpers import TINY, TINY_GATED, relative_error, write_checkpoint
 from kernel_inputs import DEVICE
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinov3_lite import DINOv3ViT
+from dinov3_lite import DINOv3ViT, kernels
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -62,26 +61,45 @@ def test_model_is_as_exact_as_eager(config, tmp_path):
 @pytest.mark.parametrize(
     ("config", "row_kernels"), [(TINY, {"add_layer_norm"}), (SWIGLU, {"add_layer_norm", "swiglu"})]
 )
-def test_model_runs_the_row_kernels_beside_attention(config, row_kernels, images):
+def test_model_runs_the_row_kernels_beside_attention(config, row_kernels, images, monkeypatch):
+    called = set()
+    for name in ("rope_attention", "add_layer_norm", "swiglu"):
+        function = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, name=name, f=function: (called.add(name), f(*args))[1])
     model = DINOv3ViT(config, attention="triton").to(DEVICE).eval()
     for name, expected in (("triton", {"rope_attention"} | row_kernels), ("sdpa", set())):
         model.attention = name
-        with Launches() as launches, torch.no_grad():
+        called.clear()
+        with torch.no_grad():
             model(images)
-        assert launches.ops == expected
+        assert called == expected
 
 
-class Launches(TorchDispatchMode):
-    """Which of our ops run."""
+@pytest.mark.parametrize("act", ["gelu", "silu"])
+def test_a_gated_model_of_another_activation_is_not_swiglu(act, images):
+    model = DINOv3ViT(replace(SWIGLU, hidden_act=act), attention="triton").to(DEVICE).eval()
+    model.load_state_dict({k: 4 * v for k, v in model.state_dict().items()})  # GELU and SiLU are one near zero
+    with torch.no_grad():
+        ours = model(images).last_hidden_state
+        model.attention = "eager"
+        assert relative_error(ours, model(images).last_hidden_state) < 1e-5
+        for block in model.blocks:
+            block.mlp.act = {"gelu": "silu", "silu": "gelu"}[act]
+        assert relative_error(ours, model(images).last_hidden_state) > 1e-2
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: set[str] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "dinov3_lite":
-            self.ops.add(func.__name__.split(".")[0])
-        return func(*args, **(kwargs or {}))
+@pytest.mark.parametrize(
+    "shapes", [[(8, 8), (72, 80)], [(72, 80), (8, 8), (80, 72)]], ids=["short first", "long first"]
+)
+def test_a_pack_whose_sequences_take_several_tiles(shapes):
+    """95 tokens beside 6: programs are launched for the longest sequence, wherever it lies."""
+    model = DINOv3ViT(TINY, attention="triton").to(DEVICE).eval()
+    pictures = [torch.randn(3, *shape, device=DEVICE) for shape in shapes]
+    with torch.no_grad():
+        packed = model.forward_packed(pictures)
+        model.attention = "eager"
+        for picture, out in zip(pictures, packed, strict=True):
+            assert relative_error(out.last_hidden_state, model(picture[None]).last_hidden_state) < 2e-6
 
 
 def test_model_under_autocast(images):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from dinov3_lite.kernels import (
@@ -104,6 +102,27 @@ def test_packed_sequences_attend_to_themselves(strategy, dtype):
     assert_no_worse_than(yardstick, ours, truth, "out dq dk dv")
 
 
+def test_a_pack_has_a_scale_of_its_own():
+    qkv, cos, sin = (x.squeeze(0) for x in attention_inputs(1, 21, 2, 32, 21, torch.float32))
+    pack = {"cu_seqlens": torch.tensor([0, 4, 21], dtype=torch.int32, device=DEVICE), "max_seqlen": 17, "scale": 0.4}
+    truth = attention_with_gradients(rope_attention_packed_reference, qkv.double(), cos.double(), sin.double(), **pack)
+    for a, t in zip(attention_with_gradients(rope_attention_packed, qkv, cos, sin, **pack), truth, strict=True):
+        assert relative_error(a, t) < 2e-6
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v"])
+def test_one_gradient_alone(wanted):
+    qkv, cos, sin = attention_inputs(1, 9, 2, 16, 4, torch.float32)
+    ours = dict(zip("qkv", qkv.unbind(2), strict=True))
+    wide = {name: x.double() for name, x in ours.items()}
+    gradients = []
+    for tensors, attention in ((ours, rope_attention), (wide, rope_attention_reference)):
+        tensors[wanted] = tensors[wanted].clone().requires_grad_()
+        out = attention(*tensors.values(), cos.to(tensors["q"].dtype), sin.to(tensors["q"].dtype))
+        gradients += torch.autograd.grad(out.square().sum(), tensors[wanted])
+    assert relative_error(*gradients) < 2e-6
+
+
 def test_packed_agrees_with_images_by_themselves():
     """Two images in a pack are the two images in a batch, bit for bit, whatever else max_seqlen would allow."""
     qkv, cos, sin = attention_inputs(2, 21, 2, 64, 21, torch.float16)
@@ -135,35 +154,49 @@ def test_any_strides(strategy):
         assert relative_error(a, t) < 2e-6
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores_of_thousands(dtype):
-    """Nothing overflows, and all that the gradients lose is the rounding of lse, which scales a row of P."""
-    qkv, cos, sin = attention_inputs(1, 69, 2, 64, 64, torch.float32)
+def test_scores_of_thousands(strategy, dtype):
+    """Neither the output nor a gradient loses a digit to them: maximum and total of a row are kept apart.
+
+    In float32 most of the error is that of the scores themselves, for everybody: whose is less depends on the order of
+    sums. A logarithm of the sum instead cost dv four times PyTorch's error here.
+    """
+    qkv, cos, sin = attention_inputs(1, 133, 2, 64, 128, torch.float32)
     qkv[:, :, :2] *= 30
     qkv = qkv.to(dtype)
     truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
-    yardstick = attention_with_gradients(sdpa_attention, qkv, *whole_table(cos, sin, 69))
+    yardstick = attention_with_gradients(sdpa_attention, qkv, *whole_table(cos, sin, 133))
+    _, maximum, _ = OPS.rope_attention(*qkv.unbind(2), cos, sin, None, None, 0.125, True)
+    assert maximum.max() > 1000
     ours = attention_with_gradients(rope_attention, qkv, cos, sin)
-    _, lse = OPS.rope_attention(*qkv.unbind(2), cos, sin, None, None, None, True)
-    assert lse.max() > 1000
-    rounding = 2**-24 * math.log(2) * lse.max().item()
-    for a, y, t in zip(ours, yardstick, truth, strict=True):
-        assert relative_error(a, t) <= 1.1 * relative_error(y, t) + rounding
-    assert relative_error(ours[0], truth[0]) <= 1.1 * relative_error(yardstick[0], truth[0])
+    assert_no_worse_than(yardstick, ours, truth, "out dq dk dv", factor=2.0 if dtype == torch.float32 else 1.1)
+
+
+def test_many_tokens_share_a_score_of_thousands():
+    """The sum of a row is then as large as the weights are small; its logarithm beside the maximum had no digits left.
+
+    Keys of one length and direction, so every score is about 6000 and every weight about 1/133.
+    """
+    qkv, cos, sin = attention_inputs(1, 133, 1, 64, 0, torch.float32)
+    qkv[:, :, 0] = 27 + 1e-3 * qkv[:, :, 0]
+    qkv[:, :, 1] = 27 + 1e-3 * qkv[:, :, 1]
+    truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
+    yardstick = attention_with_gradients(sdpa_attention, qkv, *whole_table(cos, sin, 133))
+    ours = attention_with_gradients(rope_attention, qkv, cos, sin)
+    assert_no_worse_than(yardstick, ours, truth, "out dq dk dv", factor=2.0)
 
 
 def test_rows_of_very_negative_scores():
-    """Their lse is far below zero: 2^(0 - lse), of what lies beyond the edge, is infinite."""
+    """Their maximum is far below zero: 2^(0 - maximum), of what lies beyond the edge, is infinite."""
     qkv, cos, sin = attention_inputs(1, 69, 1, 64, 0, torch.float32)
     qkv[:, :, 0], qkv[:, :, 1] = qkv[:, :, 0].abs() - 10, qkv[:, :, 1].abs() + 10
     truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
     ours = attention_with_gradients(rope_attention, qkv, cos, sin)
-    _, lse = OPS.rope_attention(*qkv.unbind(2), cos, sin, None, None, None, True)
-    assert lse.max() < -200
+    _, maximum, _ = OPS.rope_attention(*qkv.unbind(2), cos, sin, None, None, 0.125, True)
+    assert maximum.max() < -200
     yardstick = attention_with_gradients(sdpa_attention, qkv, *whole_table(cos, sin, 69))
-    rounding = 2**-24 * math.log(2) * -lse.min().item()
-    for a, y, t in zip(ours, yardstick, truth, strict=True):
-        assert relative_error(a, t) <= 1.1 * relative_error(y, t) + rounding
+    assert_no_worse_than(yardstick, ours, truth, "out dq dk dv")
 
 
 def test_gradients_are_the_same_every_time():

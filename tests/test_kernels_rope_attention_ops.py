@@ -7,7 +7,13 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from dinov3_lite.kernels import rope_attention, rope_attention_packed, rope_attention_reference, tuning
+from dinov3_lite.kernels import (
+    rope_attention,
+    rope_attention_packed,
+    rope_attention_packed_reference,
+    rope_attention_reference,
+    tuning,
+)
 from helpers import relative_error
 from kernel_inputs import DEVICE, attention_inputs, attention_with_gradients, whole_table
 from torch import Tensor
@@ -66,21 +72,51 @@ def test_strategies(monkeypatch, launches, limit, training, deterministic, expec
     """The rotation inside, up to a number of tokens; beyond, a pass of its own and PyTorch's attention where it may."""
     torch.use_deterministic_algorithms(deterministic)
     monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, limit))
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim: tokens > limit)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: tokens > limit)
     qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
     truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
-    if training:
-        ours = attention_with_gradients(rope_attention, qkv, cos, sin)
-    else:
-        ours, truth = [rope_attention(*qkv.unbind(2), cos, sin)], truth[:1]
+    for _ in range(2):  # a kernel's first use is checked: launches of its own
+        launches.clear()
+        if training:
+            ours = attention_with_gradients(rope_attention, qkv, cos, sin)
+        else:
+            ours = [rope_attention(*qkv.unbind(2), cos, sin)]
     assert launches == expected
+    truth = truth[: len(ours)]
     for a, t in zip(ours, truth, strict=True):
         assert relative_error(a, t) < 1e-6
 
 
+def test_a_scale_reaches_pytorchs_attention(monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: True)
+    qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
+    truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double(), 0.4)
+    ours = attention_with_gradients(rope_attention, qkv, cos, sin, 0.4)
+    for a, t in zip([rope_attention(*qkv.unbind(2), cos, sin, 0.4), *ours], [truth[0], *truth], strict=True):
+        assert relative_error(a, t) < 1e-6
+
+
+def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):
+    """Many short sequences are rotated inside, and never given to PyTorch's attention, however many tokens they are."""
+    monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, 8))
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: tokens > 8)
+    qkv, cos, sin = (x.squeeze(0) for x in attention_inputs(1, 24, 2, 32, 24, torch.float32))
+    for borders, longest, expected in [
+        ((0, 8, 16, 24), 8, ["rope_attention_forward"]),
+        ((0, 9, 24), 15, ["rotate", "rope_attention_forward"]),
+    ]:
+        pack = torch.tensor(borders, dtype=torch.int32, device=DEVICE), longest
+        ours = rope_attention_packed(*qkv.unbind(1), cos, sin, *pack)
+        launches.clear()
+        assert torch.equal(rope_attention_packed(*qkv.unbind(1), cos, sin, *pack), ours) and launches == expected
+        truth = rope_attention_packed_reference(*qkv.double().unbind(1), cos.double(), sin.double(), *pack)
+        assert relative_error(ours, truth) < 1e-6
+
+
 @pytest.mark.parametrize("N, D, expected", [(450, 64, False), (600, 64, False), (601, 64, True), (451, 128, True)])
 def test_where_pytorch_takes_over(N, D, expected):
-    assert tuning.prefers_sdpa(N, D) == expected
+    assert tuning.prefers_sdpa(N, D, torch.device("cpu")) == expected
 
 
 def test_opcheck():
@@ -88,13 +124,13 @@ def test_opcheck():
     q, k, v = (x.clone().requires_grad_() for x in qkv.unbind(2))
     cu_seqlens = torch.tensor([0, 5, 6], dtype=torch.int32, device=DEVICE)
     tables = whole_table(cos, sin, 6)
-    torch.library.opcheck(OPS.rope_attention.default, (q, k, v, cos, sin, None, None, None, True))
+    torch.library.opcheck(OPS.rope_attention.default, (q, k, v, cos, sin, None, None, 0.125, True))
     torch.library.opcheck(OPS.rope_attention.default, (*qkv.unbind(2), cos, sin, None, None, 0.3, False))
-    torch.library.opcheck(OPS.rope_attention.default, (q, k, v, *tables, cu_seqlens, 5, None, True))
+    torch.library.opcheck(OPS.rope_attention.default, (q, k, v, *tables, cu_seqlens, 5, 0.125, True))
     torch.library.opcheck(OPS.rotate.default, (q, k, cos, sin, False))
     with torch.no_grad():
-        out, lse = OPS.rope_attention(q, k, v, cos, sin, None, None, None, True)
-    saved = (*qkv.unbind(2), cos, sin, None, None, None, out, lse)
+        out, maximum, total = OPS.rope_attention(q, k, v, cos, sin, None, None, 0.125, True)
+    saved = (*qkv.unbind(2), cos, sin, None, None, 0.125, out, maximum, total)
     torch.library.opcheck(OPS.rope_attention_backward.default, (torch.randn_like(out), *saved))
 
 

@@ -521,3 +521,45 @@ def test_activations_overwrite_only_what_nobody_else_reads(config):
         handle.remove()
         ((x, hidden),) = seen
         assert torch.equal(hidden, first(x))
+
+
+# ---- values that tests usually leave at their defaults
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+@torch.no_grad()
+def test_every_norm_has_the_configs_epsilon(eps, tmp_path, images):
+    pytest.importorskip("transformers")
+    import reference
+
+    folder = write_checkpoint(tmp_path, replace(TINY, layer_norm_eps=eps))
+    truth = reference.states(reference.truth_model(folder), images.double())
+    model = DINOv3ViT.from_pretrained(folder, dtype=torch.float64)
+    for state, expected in zip(reference.states(model, images), truth, strict=True):
+        assert relative_error(state, expected) < 1e-6
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {eps}
+
+
+def test_stochastic_depth_may_drop_both_branches():
+    block = DINOv3ViT(replace(TINY, drop_path_rate=1 - 1e-7)).train().blocks[0]
+    x = torch.randn(4, 5, 32)
+    assert torch.equal(block(x, torch.ones(5, 8), torch.zeros(5, 8), eager_attention), x)
+    assert not torch.equal(block.eval()(x, torch.ones(5, 8), torch.zeros(5, 8), eager_attention), x)
+
+
+@pytest.mark.skipif(not importable("triton"), reason="needs triton")
+@torch.no_grad()
+def test_a_gate_of_another_activation_is_not_fused(tmp_path, images):
+    config = replace(TINY_GATED, hidden_act="gelu", num_hidden_layers=1)
+    model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, config))
+    expected = model(images).last_hidden_state
+    model.attention = "triton"
+    assert relative_error(model(images).last_hidden_state, expected) < 2e-6
+
+
+def test_attention_maps_keep_their_dtype_under_autocast(model, images):
+    exact = model.attention_maps(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = model.attention_maps(images)
+    assert maps.dtype == torch.float32 and 0 < relative_error(maps, exact) < 0.05
+    assert (maps.sum(dim=(-2, -1)) < 1).all()

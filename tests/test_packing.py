@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -127,3 +128,15 @@ def test_stochastic_depth_has_no_samples_to_drop():
     with pytest.raises(ValueError, match=r"drop_path_rate is 0.1: stochastic depth drops whole samples"):
         model.forward_packed([torch.zeros(3, 8, 8), torch.zeros(3, 8, 16)])
     model.eval().forward_packed([torch.zeros(3, 8, 8), torch.zeros(3, 8, 16)])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@torch.no_grad()
+def test_the_longest_sequence_need_not_be_the_first(tmp_path):
+    """A short one first, then one of more tokens than a kernel's tile has rows."""
+    model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, replace(TINY, num_hidden_layers=1)))
+    images = [torch.randn(3, 8, 8), torch.randn(3, 80, 88)]
+    expected = [model(image.unsqueeze(0)).last_hidden_state for image in images]
+    model.attention = "triton"
+    for out, truth in zip(model.forward_packed(images), expected, strict=True):
+        assert relative_error(out.last_hidden_state, truth) < 2e-6

@@ -87,3 +87,9 @@ def test_no_window_sees_more_than_itself(model):
 def test_sizes_that_do_not_fit(model, size, window, stride, message):
     with pytest.raises(ValueError, match=message):
         sliding_window_features(model, torch.zeros(1, 3, *size), window, stride)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True, None])
+def test_batch_sizes_that_are_none(model, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}: expected a whole number from 1 up"):
+        sliding_window_features(model, torch.randn(1, 3, 16, 16), 16, batch_size=batch_size)

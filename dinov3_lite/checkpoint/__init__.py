@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .choose import choose, without_wrappers
 from .containers import cast, read_headers
-from .files import Span, StoredTensor, cut, read_json, read_license, weight_files
-from .layouts import LAYOUTS, LITE, carried_names, detect, model_tensors, own_name, prefix_of, reason_of
-from .layouts.table import Beside, Card, Config, Layout, Shape, Table, masked, numel
+from .files import SeveralFiles, Span, StoredTensor, check_index, cut, few, read_json, read_license, weight_files
+from .layouts import LAYOUTS, LITE, backbones, carried_names, detect, model_tensors, own_name, reason_of
+from .layouts.table import Beside, Card, Layout, Table, numel
 from .layouts.vit import storage_dtype
+from .matching import match
 
 # What --dtype of the command lines offers.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ONE_MODEL = "weights and config must be of one model"
 CONVERTED = LITE.files[0]
 """The converted copy that may lie beside the weights it was made of."""
 
@@ -42,7 +43,7 @@ class Checkpoint:
     """What is said of the weights; its config is never None here."""
     spans: dict[str, list[Span]]
     """For each of the model's tensors: the stored elements that make it up."""
-    left_out: list[str]
+    left_out: dict[str, str]
     """Tensors of the files that are not the model's, each with the reason."""
     carried: dict[str, StoredTensor]
     """Those of them that some layout knows by these names: files of that layout and our own keep them."""
@@ -119,10 +120,11 @@ class Checkpoint:
         return f"{self.layout.name} {digest[:8]}" + (f" ({self.card.note})" if self.card.note else "")
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, original: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, original: bool = False, prefix: str | None = None) -> Checkpoint:
     """Open a local folder or file and check names, shapes and dtypes; of the data only samples are read.
 
     Of a folder with a converted copy beside its weights, the copy is opened, or with `original` the weights.
+    prefix: what stands before the names of the backbone that is meant, where the files hold several (see `choose`).
     Raises FileNotFoundError or ValueError, in one sentence that names the file and the tensor; also if the copy was
     made of other weights than those beside it.
     """
@@ -130,52 +132,55 @@ def open_checkpoint(path: str | os.PathLike[str], *, original: bool = False) -> 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
-        return _open(path, [path])
+        return _open(path, [path], prefix)
     files, copy = weights_in(path)
     if not files and not copy:
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        found = few(sorted(p.name for p in path.iterdir())) or "nothing"
         raise ValueError(
-            f"{path}: no model.safetensors, model.safetensors.index.json, single .pth or {CONVERTED} in this folder "
-            f"(it holds {found})"
+            f"{path}: no model.safetensors, pytorch_model.bin, index of shards, single .pth or {CONVERTED} in this "
+            f"folder (it holds {found})"
         )
     if files and (original or not copy):
-        return _open(path, files)
-    converted = _open(copy[0], copy)
+        return _open(path, files, prefix)
+    converted = _open(copy[0], copy, prefix)
     if files:
-        _check_current(converted, _open(path, files))
+        _check_current(converted, _open(path, files, prefix))
     return converted
 
 
 def weights_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of weights in a folder, in the order in which layouts look for them, and the converted copy of them."""
     names = [name for layout in LAYOUTS.values() if not layout.mark for name in layout.files]
-    return weight_files(folder, list(dict.fromkeys(names))), weight_files(folder, [CONVERTED])
+    copy = weight_files(folder, [CONVERTED])
+    try:
+        return weight_files(folder, list(dict.fromkeys(names))), copy
+    except SeveralFiles:
+        if copy:
+            return [], copy
+        raise
 
 
-def _open(path: Path, files: list[Path]) -> Checkpoint:
-    """Headers -> names without prefix -> layout -> card -> config -> match."""
+def _open(path: Path, files: list[Path], prefix: str | None) -> Checkpoint:
+    """Headers -> the backbone's names -> layout -> card -> config -> match."""
     file = files[0]
     stored, metadata = read_headers(files)
-    stored, left_out = _without_prefix(file, stored)
+    check_index(files, stored)
     try:
+        stored, left_out = _backbone(stored, prefix)
         layout, config_class = detect(stored, metadata)
+        table = layout.tables[config_class]
+        heads = {name: "a head, not the backbone" for name in stored if table.is_head(name)}
+        card = layout.read_card(_beside(file, layout, metadata))
+        card = _with_config(card, path, layout, table, {name: stored[name] for name in stored if name not in heads})
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    table = layout.tables[config_class]
-    card = layout.read_card(_beside(file, layout, metadata))
-    if card.config is None:
-        shapes = {name: tensor.shape for name, tensor in stored.items()}
-        try:
-            card = card._replace(config=table.family.infer(table, shapes, lambda name: stored[name].read()))
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+        raise error if str(error).startswith(str(file.parent)) else ValueError(f"{file}: {error}") from error
     carried = carried_names(layout, table, stored)
     checkpoint = Checkpoint(
         path=path,
         layout=layout,
         card=card,
-        spans=match(file, table, card.config, {name: stored[name] for name in stored if name not in carried}),
-        left_out=left_out + [f"{own!r} ({reason_of(own)})" for own in carried.values()],
+        spans=match(file, table, card.config, {n: t for n, t in stored.items() if n not in carried and n not in heads}),
+        left_out=left_out | heads | {own: reason_of(own) for own in carried.values()},
         carried={own: stored[name] for name, own in carried.items()},
     )
     if card.digest and checkpoint.digest() != card.digest:
@@ -184,82 +189,52 @@ def _open(path: Path, files: list[Path]) -> Checkpoint:
 
 
 def _beside(file: Path, layout: Layout, metadata: dict[str, str]) -> Beside:
-    """What lies beside the tensors: the layout says in which files."""
+    """What lies beside the tensors: the layout says in which files, unless the file itself says it all."""
+    if layout.mark in metadata:
+        return Beside(metadata, weights=file)
     paths = [file.with_name(name) for name in layout.side_files]
     files = {path.name: read_json(path) for path in paths if path.is_file()}
-    return Beside(metadata, files, "" if layout.mark else read_license(file.parent), file)
+    return Beside(metadata, files, read_license(file.parent), file)
 
 
-def _without_prefix(file: Path, stored: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The backbone's tensors under its own names, and what else the files hold."""
-    prefix = prefix_of(stored)
-    result: dict[str, StoredTensor] = {}
-    left_out = []
-    for name, tensor in stored.items():
-        if not name.startswith(prefix):
-            left_out.append(f"{name!r} (outside of {prefix!r})")
-            continue
-        own = own_name(name, prefix)
-        if own in result:
-            raise ValueError(f"{file}: tensor {name!r} is also there as {result[own].name!r}: remove one")
-        result[own] = tensor
-    return result, left_out
+def _with_config(card: Card, path: Path, layout: Layout, table: Table, stored: dict[str, StoredTensor]) -> Card:
+    """The card with a config: the one that it says, or that the tensors show.
 
-
-def match(file: Path, table: Table, config: Config, stored: dict[str, StoredTensor]) -> dict[str, list[Span]]:
-    """The stored elements that make up each of the model's tensors.
-
-    Raises ValueError if a tensor is missing, left over, misshapen, or holds what the config says there is not.
+    What lies in the folder of a file that was named by itself decides only if it is about that file: a config.json of
+    other sizes is of another model, and so is the preprocessing beside it.
     """
-    the_config = f"the config ({config.name})"
-    equations = table.equations(config)
-    expected = {name: shape for equation in equations for name, shape in equation.theirs}
-    expected |= {e.mask: e.theirs[0][1] for e in equations if e.mask in stored}
-    if missing := expected.keys() - stored.keys():
-        raise ValueError(f"{file}: lacks {_listed(missing)}, which {the_config} calls for: {ONE_MODEL}")
-    if extra := stored.keys() - expected.keys():
-        raise ValueError(f"{file}: holds {_listed(extra)}, which {the_config} has no place for: {ONE_MODEL}")
-    misshapen = [name for name, shape in expected.items() if stored[name].shape != shape]
-    if misshapen:
-        shapes_found = ", ".join(f"{name!r} has shape {stored[name].shape}, not {expected[name]}" for name in misshapen)
-        raise ValueError(f"{stored[misshapen[0]].file}: against {the_config}, tensor {shapes_found}: {ONE_MODEL}")
-
-    shapes: dict[str, Shape] = {name: shape for name, (shape, _) in model_tensors(config).items()}
-    spans: dict[str, list[Span]] = {}
-    for equation in equations:
-        theirs = [_masked(file, stored, name, equation.mask).span() for name, _ in equation.theirs]
-        runs = cut(theirs, [numel(shape) for _, shape in equation.ours])
-        for (name, _), run in zip(equation.ours, runs, strict=True):
-            if name in shapes:
-                spans[name] = run
-            # a key bias without its mask acts in no model of a config that has none: it was masked in training
-            elif (equation.mask in stored or not name.endswith("k_bias")) and any(part.read().any() for part in run):
-                raise ValueError(
-                    f"{file}: tensor {equation.theirs[0][0]!r} holds a {name.rsplit('.')[-1]} that is not zero, "
-                    f"which {the_config} says the model lacks: {ONE_MODEL}"
-                )
-    for pattern, assumed in table.assumed.items():
-        for number in table.family.numbers(pattern, config):
-            if (name := pattern.format(**number)) in shapes:
-                spans[name] = [StoredTensor.in_memory(name, assumed.make(config)).span()]
-    return {name: spans[name] for name in shapes}
+    if card.config is not None and (path.is_dir() or layout.needs_config or card.digest):
+        return card
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    shown = table.family.infer(table, shapes, lambda name: stored[name].read())
+    if card.config is None:
+        return card._replace(config=shown)
+    said, seen = (
+        {name: shape for name, (shape, _) in model_tensors(config).items() if not name.endswith("bias")}
+        for config in (card.config, shown)
+    )
+    return card if said == seen else card._replace(config=shown, preprocessing=None, note="")
 
 
-def _masked(file: Path, stored: dict[str, StoredTensor], name: str, mask: str) -> StoredTensor:
-    """The tensor times its mask, where the file has one that changes more than a key bias of zeros."""
-    tensor = stored[name]
-    if mask not in stored:
-        return tensor
-    try:
-        product = masked(tensor.read(), stored[mask].read(), mask)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    return tensor if torch.equal(product, tensor.read()) else StoredTensor.in_memory(name, product, tensor.file)
+def _backbone(stored: dict[str, StoredTensor], prefix: str | None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of the backbone that is meant, under its own names, and what else the files hold."""
+    stored = _renamed((without_wrappers(name), tensor) for name, tensor in stored.items())
+    found = backbones(stored)
+    if not found and prefix is not None:
+        raise ValueError(f"has no backbone under {prefix!r}, nor under another prefix")
+    chosen = choose(found, prefix) if found else ""
+    outside = {name: f"outside of {chosen!r}" for name in stored if not name.startswith(chosen)}
+    return _renamed((own_name(n, chosen), tensor) for n, tensor in stored.items() if n not in outside), outside
 
 
-def _listed(names: Iterable[str]) -> str:
-    quoted = [repr(name) for name in sorted(names)]
-    return f"tensor{'s' * (len(quoted) > 1)} {', '.join(quoted)}"
+def _renamed(tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """Tensors by their new names. Raises ValueError if two have the same."""
+    result: dict[str, StoredTensor] = {}
+    for name, tensor in tensors:
+        if name in result:
+            raise ValueError(f"tensor {tensor.name!r} is also there as {result[name].name!r}: remove one")
+        result[name] = tensor
+    return result
 
 
 def _check_current(converted: Checkpoint, source: Checkpoint) -> None:

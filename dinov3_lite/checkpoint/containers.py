@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
-import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,11 +71,6 @@ def read_headers(files: Sequence[Path]) -> tuple[dict[str, StoredTensor], dict[s
             raise ValueError(f"{file}: expected a folder or a file of type {', '.join(CONTAINERS)}")
         tensors, metadata = CONTAINERS[file.suffix].read(file)
         for tensor in tensors:
-            if tensor.problem:
-                raise ValueError(f"{file}: tensor {tensor.name!r} {tensor.problem}")
-            if tensor.dtype not in SAFETENSORS_DTYPES.values():
-                expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in SAFETENSORS_DTYPES.values())
-                raise ValueError(f"{file}: tensor {tensor.name!r} is {tensor.dtype}, expected one of {expected}")
             if tensor.name in stored:
                 other = stored[tensor.name].file.name
                 raise ValueError(f"{file}: tensor {tensor.name!r} is also in {other}: remove one")
@@ -93,15 +86,20 @@ def _read_safetensors(file: Path) -> Headers:
         handle = safe_open(file, framework="pt")  # checks header, offsets and size
         metadata = handle.metadata() or {}
         header, start = _header(file)
-    except (SafetensorError, OSError, ValueError) as error:
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{file!a}: its path is no UTF-8, which safetensors needs: rename it") from error
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file}: {not_whole(file, 'safetensors', error)}") from error
+    except OSError as error:  # a path or memory, nothing in the file
+        raise error if error.filename else OSError(f"{file}: can't be opened: {error}") from error
     tensors = []
     for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
         entry = header[name]
         dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
             expected = ", ".join(SAFETENSORS_DTYPES)
-            raise ValueError(f"{file}: tensor {name!r} is {entry['dtype']}, expected one of {expected}")
+            tensors.append(StoredTensor.unreadable(name, file, f"is {entry['dtype']}, expected one of {expected}"))
+            continue
 
         def read(name: str = name) -> Tensor:
             return handle.get_tensor(name)
@@ -145,79 +143,12 @@ def _write_safetensors(
 # ---- PyTorch's archive
 
 
-def _read_pth(file: Path) -> Headers:
-    """A .pth file, without running any code in it: torch.load with weights_only and mmap."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file}: holds Python objects beyond tensors, which are not loaded since they could run code: "
-            "save its state dict by itself"
-        ) from error
-    except Exception as error:  # torch.load raises what its many readers raise
-        raise ValueError(f"{file}: {not_whole(file, 'PyTorch', error)}") from error
-    tensors = _state_dict(content)
-    if not tensors:
-        raise ValueError(f"{file}: no tensors in it (it holds a {type(content).__name__}): expected a state dict")
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise ValueError(f"{file}: tensor {name!r} is sparse or quantized, expected a plain one")
-    offsets = _record_offsets(file, tensors)
-
-    def stored(name: str, tensor: Tensor) -> StoredTensor:
-        return StoredTensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor, file, offsets.get(name))
-
-    return [stored(name, tensor) for name, tensor in tensors.items()], {}
-
-
-# Where training code keeps the weights to use, best first.
-_NESTED = ("teacher", "model_ema", "ema", "model", "state_dict", "student", "backbone")
-
-
-def _state_dict(content: Any) -> dict[str, Tensor]:
-    """The state dict in a training checkpoint: nested dictionaries opened, other entries left."""
-    if not isinstance(content, Mapping):
-        return {}
-    for key in _NESTED:
-        if isinstance(content.get(key), Mapping) and (inner := _state_dict(content[key])):
-            return inner
-    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-
-
-def _record_offsets(file: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Where the bytes of each contiguous memory-mapped tensor start in the file; nothing where that can't be told.
-
-    All storages lie in one mapping of the file: one place gives the others, and all must be the archive's records.
-    """
-    if not zipfile.is_zipfile(file):
-        return {}
-    with zipfile.ZipFile(file) as archive, file.open("rb") as f:
-        records = {_record_offset(f, info) for info in archive.infolist() if info.file_size}
-        data = [_record_offset(f, i) for i in archive.infolist() if i.file_size and "/data/" in i.filename]
-    pointers = {name: t.untyped_storage().data_ptr() for name, t in tensors.items() if t.numel()}
-    if not pointers or not data:
-        return {}
-    for base in {min(pointers.values()) - start for start in sorted(data)[:64]}:
-        if all(pointer - base in records for pointer in pointers.values()):
-            return {
-                name: pointer - base + int(tensors[name].storage_offset()) * tensors[name].element_size()
-                for name, pointer in pointers.items()
-                if tensors[name].is_contiguous()
-            }
-    return {}
-
-
-def _record_offset(f: Any, info: zipfile.ZipInfo) -> int:
-    """Where an uncompressed member of an archive starts: after its local header of 30 bytes, name and extra field."""
-    f.seek(info.header_offset + 26)
-    name, extra = struct.unpack("<HH", f.read(4))
-    return info.header_offset + 30 + name + extra
-
-
 def _write_pth(
     file: IO[bytes], tensors: Sequence[OutputTensor], metadata: Mapping[str, str], on_bytes: OnBytes
 ) -> None:
     """PyTorch's archive: torch.save lays it out without data, which is then written in its places. No metadata."""
+    from .pth import record_offset
+
     with torch.serialization.skip_data():
         torch.save(
             {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for tensor in tensors}, file
@@ -231,14 +162,20 @@ def _write_pth(
                 raise ValueError(
                     f"torch.save reserved {record.file_size} bytes for {tensor.name!r}, not {tensor.nbytes}"
                 )
-            file.seek(_record_offset(file, record))
+            file.seek(record_offset(file, record))
             _write_tensor(file, tensor, on_bytes)
 
 
+def _read_pth(file: Path) -> Headers:
+    from .pth import open_pth  # imported where there is such a file: most have none
+
+    return open_pth(file), {}
+
+
+PTH = Container(_read_pth, _write_pth)
 CONTAINERS = {
     ".safetensors": Container(_read_safetensors, _write_safetensors),
-    ".pth": Container(_read_pth, _write_pth),
-    ".pt": Container(_read_pth, _write_pth),
+    **dict.fromkeys((".pth", ".pt", ".ckpt", ".bin"), PTH),
 }
 
 

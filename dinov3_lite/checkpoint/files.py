@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-MAX_JSON_BYTES = 64 << 20  # of a config or an index; a real one has kilobytes
+MAX_JSON_BYTES = 4 << 20  # of a config or an index; a real one has kilobytes, the 7B's index 60 of them
 
 
 class StoredTensor(NamedTuple):
@@ -134,6 +135,19 @@ def not_whole(file: Path, kind: str, error: Exception) -> str:
     return f"not a whole {kind} file ({' '.join(str(error).split())[:200]}): download it again"
 
 
+def few(names: Iterable[object], most: int = 5) -> str:
+    """The first names in quotes, none longer than a line, and how many more there are."""
+    quoted = [short(name) for name in names]
+    more = f" and {len(quoted) - most} more" if len(quoted) > most else ""
+    return ", ".join(quoted[:most]) + more
+
+
+def short(value: object, width: int = 100) -> str:
+    """The value as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 4]}...{text[-1]}"
+
+
 # ---- JSON
 
 
@@ -151,12 +165,21 @@ def read_json(file: Path) -> dict[str, Any]:
 def parse_json_object(text: str | bytes) -> dict[str, Any]:
     """The object that the text spells. Raises ValueError if it is anything else."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {short(key)} is there twice")
+        result[key] = value
+    return result
 
 
 # ---- what a folder holds
@@ -165,7 +188,8 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
 def weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """The weights in a folder: the first of `names` that is there, or the only file that a name with `*` matches.
 
-    An index (*.index.json) stands for the shards that it lists. Nothing if there are none, or several with `*`.
+    An index (*.index.json) stands for the shards that it lists. Nothing if there are none. Raises ValueError if there
+    are several to choose from: shards with their index beside a single file, or several files that match.
     """
     if not folder.is_dir():
         return []
@@ -173,29 +197,55 @@ def weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
         file = folder / name
         if file.is_symlink() and not file.exists():
             raise ValueError(f"{file}: a link to a file that is gone: download it again")
-        if "*" not in name and file.is_file():
-            return _shards(file) if name.endswith(".index.json") else [file]
+    for name in names:
+        file, index = folder / name, folder / f"{name}.index.json"
+        if "*" in name or not (file.is_file() or index.is_file()):
+            continue
+        if not index.is_file():
+            return [file]
+        shards = list(dict.fromkeys(read_index(index).values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if file.is_file() and missing:  # transformers' own save leaves the index of an earlier one
+            return [file]
+        if file.is_file():
+            raise ValueError(f"{folder}: holds {name} and, by {index.name}, {few(shards)}: remove one of the two")
+        if missing:
+            raise ValueError(f"{index}: shard {short(missing[0])} is missing from the folder: download it")
+        return [folder / shard for shard in shards]
     wildcards = [name for name in names if "*" in name]
     found = sorted(p for p in folder.iterdir() if any(fnmatch(p.name, name) for name in wildcards) and p.is_file())
-    return found if len(found) == 1 else []
+    if len(found) > 1:
+        raise SeveralFiles(f"{folder}: holds {few([file.name for file in found])}: name the file that is meant")
+    return found
 
 
-def _shards(index: Path) -> list[Path]:
+class SeveralFiles(ValueError):
+    """A folder of several files of weights, none of which has a name that says it is the one."""
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Which file of the folder each tensor is in, by an index of shards.
+
+    Raises ValueError if it lists none, or a path that is not the name of a file beside it.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map in it: download it again")
-    folder = index.parent.resolve()
-    # the hub's cache keeps the files of a snapshot as links into the repository's own folder
-    home = folder.parent.parent if folder.parent.name == "snapshots" else folder
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise ValueError(f"{index}: shard {name!r} is not the name of a file in this folder")
-        shard = index.parent / name
-        if not shard.is_file():
-            raise ValueError(f"{index}: shard {name!r} is missing from the folder: download it")
-        if not shard.resolve().is_relative_to(home):
-            raise ValueError(f"{index}: shard {name!r} is a link out of the folder: put the file itself there")
-    return [index.parent / name for name in dict.fromkeys(weight_map.values())]
+            raise ValueError(f"{index}: shard {short(name)} is not the name of a file in this folder")
+    return weight_map
+
+
+def check_index(files: Sequence[Path], stored: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError if the index of these shards says of a tensor that it is where it is not."""
+    names = {file.name for file in files}
+    for index in files[0].parent.glob("*.index.json"):
+        said = read_index(index)
+        for name, shard in said.items() if set(said.values()) == names else ():
+            if name not in stored or stored[name].file.name != shard:
+                where = f"it is in {stored[name].file.name}" if name in stored else "no shard has it"
+                raise ValueError(f"{index}: puts tensor {short(name)} into {shard}, but {where}: download it again")
 
 
 def license_files(folder: Path) -> list[Path]:
@@ -204,10 +254,24 @@ def license_files(folder: Path) -> list[Path]:
 
 
 def read_license(folder: Path) -> str:
-    """`dinov3-license` if a licence file says that it is Meta's, the file's name if it is another, or nothing."""
+    """`dinov3-license` if a licence file says that it is Meta's, the file's name if it is another; else what the front
+    matter of a README.md calls it, or nothing.
+    """
     for file in license_files(folder):
-        return "dinov3-license" if "DINOv3" in file.read_text(encoding="utf-8", errors="replace")[:4096] else file.name
-    return ""
+        return "dinov3-license" if "DINOv3" in _start(file) else file.name
+    front = re.match(r"---\n(.*?)\n---", _start(folder / "README.md"), re.DOTALL)
+    said: dict[str, str] = (
+        dict(re.findall(r"^(license|license_name): *['\"]?([\w.-]+)", front[1], re.MULTILINE)) if front else {}
+    )
+    name = said.get("license_name", said.get("license", ""))
+    return "" if name in ("other", "unknown") else name
+
+
+def _start(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        return stream.read(4096)
 
 
 # ---- whole or not at all
@@ -240,11 +304,23 @@ class WholeFiles:
             list(self._temporary)[-1].unlink(missing_ok=True)
         for path, temporary in self._temporary.items():
             os.replace(temporary, path)
+        for folder in {path.parent for path in self._temporary}:
+            _flush_folder(folder)
 
     def discard(self) -> None:
         """Remove what has not got its name."""
         for temporary in self._temporary.values():
             temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have a folder's names on the disk, where the system lets folders be opened: a rename may be lost otherwise."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pickle import UnpicklingError
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -63,12 +63,13 @@ class OtherTensor:
     kind: str
 
 
-def read_pickle(stream: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
+def read_pickle(stream: Any) -> tuple[Any, dict[str, Storage]]:
     """The object that the pickle at the stream's position builds, and the storages that it names by their keys.
 
-    The stream is left behind the pickle. Dictionaries of any kind become plain, tensors SavedTensor or OtherTensor.
-    Raises pickle.UnpicklingError that names the first thing in it that is neither tensors nor plain data, and anything
-    else if it is damaged.
+    stream: anything with `read` and `readline`; it is left behind the pickle.
+
+    Dictionaries of any kind become plain, tensors SavedTensor or OtherTensor. Raises pickle.UnpicklingError that names
+    the first thing in it that is neither tensors nor plain data, and anything else if it is damaged.
     """
     stack: list[Any] = []
     marks: list[int] = []

@@ -131,6 +131,8 @@ def read_content(file: Path) -> tuple[Any, dict[str, Place]]:
             for name, info in members.items()
             if name.startswith(f"{root}data/")
         }
+        if any(place.start + place.nbytes > file.stat().st_size for place in places.values()):
+            raise ValueError("it ends within a tensor")
         content, _ = read_pickle(io.BytesIO(member(f"{root}data.pkl")))
         return content, places
 
@@ -141,24 +143,35 @@ def _read_legacy(file: Path) -> tuple[Any, dict[str, Place]]:
         if f.read(1) != b"\x80":
             raise ValueError("it begins like none of PyTorch's files")
         f.seek(0)
-        if read_pickle(f)[0] != MAGIC_NUMBER:
+        stream = _Bounded(f, file.stat().st_size)
+        if read_pickle(stream)[0] != MAGIC_NUMBER:
             raise ValueError("a pickle that torch.save did not write")
-        if read_pickle(f)[0] != PROTOCOL:
+        if read_pickle(stream)[0] != PROTOCOL:
             raise Refused("a format of before 2018: save it again with a newer PyTorch")
-        system, _ = read_pickle(f)
+        system, _ = read_pickle(stream)
         if not isinstance(system, dict) or not system.get("little_endian"):
             raise Refused(BIG_ENDIAN)
-        content, storages = read_pickle(f)
-        keys, _ = read_pickle(f)
+        content, storages = read_pickle(stream)
+        keys, _ = read_pickle(stream)
         places = {}
-        size = file.stat().st_size
         for key in keys:
             numel = int.from_bytes(f.read(8), "little")
             nbytes = numel * storages[key].dtype.itemsize
             places[key] = Place(f.tell(), nbytes)
-            if f.seek(nbytes, os.SEEK_CUR) > size:
+            if f.tell() + nbytes > stream.size:
                 raise ValueError("it ends within a tensor")
+            f.seek(nbytes, os.SEEK_CUR)
         return content, places
+
+
+class _Bounded:
+    """A file that is asked for no more than it has: Python sets aside as much memory as it is asked for."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self.file, self.size, self.readline = file, size, file.readline
+
+    def read(self, count: int) -> bytes:
+        return self.file.read(min(count, self.size - self.file.tell()))
 
 
 def named_tensors(content: Any) -> Iterator[tuple[str, SavedTensor | OtherTensor]]:

@@ -15,7 +15,7 @@ from . import Checkpoint
 from .containers import CONTAINERS, OnBytes, OutputTensor
 from .files import StoredTensor, cut, whole_files
 from .layouts import reader_config
-from .layouts.table import Layout, numel, pattern
+from .layouts.table import README, Layout, numel, pattern
 from .layouts.vit import storage_dtype
 
 
@@ -34,8 +34,8 @@ class WeightsFile:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-Files = dict[str, WeightsFile | dict[str, Any]]
-"""The files of a checkpoint by name, in the order of writing: weights, and the content of JSON files."""
+Files = dict[str, WeightsFile | dict[str, Any] | str]
+"""The files of a checkpoint by name, in the order of writing: a text, weights, and the content of JSON files."""
 
 
 def files_of(
@@ -67,7 +67,8 @@ def files_of(
     names = (
         [f"{stem}-{i + 1:05}-of-{len(shards):05}{suffix}" for i in range(len(shards))] if len(shards) > 1 else [name]
     )
-    files: Files = {
+    files: Files = {README: beside.readme} if beside.readme else {}  # first: the last is what readers look for
+    files |= {
         file: WeightsFile(shard, beside.metadata, layout.container) for file, shard in zip(names, shards, strict=True)
     }
     files |= beside.files
@@ -190,4 +191,5 @@ def save(folder: Path, files: Files, on_bytes: OnBytes = lambda count: None) -> 
                 if isinstance(content, WeightsFile):
                     CONTAINERS[content.container].write(file, content.tensors, content.metadata, on_bytes)
                 else:
-                    file.write((json.dumps(content, indent=2) + "\n").encode())
+                    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+                    file.write(text.encode())

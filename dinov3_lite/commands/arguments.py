@@ -14,7 +14,11 @@ def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's own)")
 
 
-def size(text: str) -> tuple[int, int]:
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="tell what was done as one JSON object, for programs")
+
+
+def image_size(text: str) -> tuple[int, int]:
     """(height, width) of N or HEIGHTxWIDTH."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not match:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..console import say
+from ..console import naming, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,5 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..sample import write_sample
 
-    write_sample(args.folder)
+    with naming(args.folder):
+        write_sample(args.folder)
     say(f"{args.folder}: a ViT-S checkpoint in transformers' layout, with made weights (not trained)")

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ..choose import prefixes
 from .lite import LITE
 from .meta import META
 from .table import Card, Config, Layout, Read, Shape, Table, numel, pattern
@@ -16,7 +17,7 @@ from .timm import TIMM
 from .transformers import TRANSFORMERS
 
 LAYOUTS = {layout.name: layout for layout in (LITE, TRANSFORMERS, META, TIMM)}
-__all__ = ["LAYOUTS", "LITE", "META", "TIMM", "TRANSFORMERS", "detect", "model_tensors", "prefix_of", "rename"]
+__all__ = ["LAYOUTS", "LITE", "META", "TIMM", "TRANSFORMERS", "backbones", "detect", "model_tensors", "rename"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -62,20 +63,13 @@ def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) ->
     return best[2], best[3]
 
 
-def prefix_of(names: Collection[str]) -> str:
-    """What stands before the names of the backbone's tensors, as `module.`, `backbone.` or `teacher.backbone.`."""
+def backbones(names: Collection[str]) -> list[str]:
+    """What stands before the names of each backbone's tensors, as `module.`, `backbone.` or `teacher.backbone.`."""
     tables = [table for layout in LAYOUTS.values() for table in layout.tables.values()]
     anchors = {name for table in tables for name in table.theirs(table.family.anchor)}
-    prefixes = {name[: -len(a)] for name in names for a in anchors if ("." + name).endswith("." + a)}
-    patterns = frozenset().union(*(table.patterns for table in tables))
-
-    def preference(prefix: str) -> tuple[bool, bool, int]:
-        known = sum(pattern(own_name(name, prefix)) in patterns for name in names if name.startswith(prefix))
-        return known > 1, "teacher" in prefix or "ema" in prefix, known
-
-    if len(prefixes) < 2:
-        return next(iter(prefixes), "")
-    return max(sorted(prefixes), key=preference)
+    starts = {start for table in tables for start in table.block_starts}
+    starts |= {start for layout in LAYOUTS.values() for start in layout.in_memory}
+    return prefixes(names, anchors, starts)
 
 
 def own_name(name: str, prefix: str) -> str:

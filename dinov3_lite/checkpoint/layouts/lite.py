@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from ...config import DINOv3Config
 from ..files import parse_json_object
+from .cards import read_foreign_card
 from .table import Beside, Card, Layout, Table
 from .vit import VIT
 
@@ -16,10 +17,13 @@ VERSION = "1"
 
 
 def read_card(beside: Beside) -> Card:
-    """The card in the file's metadata. Raises ValueError if that is missing or of another release."""
+    """The card in the file's metadata, or of a bare state dict what lies beside it.
+
+    Raises ValueError if the metadata is of another release, or not what this library writes.
+    """
     said = beside.metadata
     if MARK not in said:
-        raise ValueError(f"{beside.weights}: a converted file whose metadata is lost: convert it again from its source")
+        return read_foreign_card(beside)
     if said[MARK] != VERSION:
         raise ValueError(
             f"{beside.weights}: converted file of version {said[MARK]}, this release reads {VERSION}: convert again"
@@ -74,7 +78,6 @@ LITE = Layout(
     read_card=read_card,
     write_card=write_card,
     file_name=file_name,
-    side_files=(),
     keeps_float32=True,
     mark=MARK,
     carries="carried.",

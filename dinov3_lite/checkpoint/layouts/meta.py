@@ -61,10 +61,11 @@ META = Layout(
             ROWS,
             carried=dict.fromkeys(LOCAL_NORM, "normalises the CLS token of local crops in pretraining"),
             copies=copies,
+            stores_empty=False,
         )
     },
     container=".pth",
-    files=("*.pth", "*.pt"),
+    files=("*.pth", "*.pt", "*.ckpt", "*.bin"),
     read_card=read_foreign_card,
     write_card=write_card,
     file_name=file_name,

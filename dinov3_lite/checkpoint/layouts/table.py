@@ -20,11 +20,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+README = "README.md"
+README_MARK = "<!-- written by dinov3-lite: take this line out of a card that is to stay -->"
+
 Shape = tuple[int, ...]
 Letters = tuple[str, ...]
 Config = Any  # a frozen dataclass, one class a model family
 Read = Callable[[str], Tensor]
 """A tensor of a file by its name in the file."""
+
+
+HEADS = {
+    *("head", "heads", "head_dist", "fc", "fc_norm", "classifier", "cls_head", "linear_head", "dino_head", "ibot_head"),
+    *("projector", "projectors", "projection", "projection_head", "proj_head"),
+}
+"""What training code calls the modules that it puts on a backbone."""
 
 
 class ModelTensor(NamedTuple):
@@ -116,6 +126,8 @@ class Table:
     """Tensors that its files may hold and the model does not need, with the reason: our own file carries them along."""
     copies: Callable[[Config], Mapping[str, str]] = lambda config: {}
     """Which of the carried are written as copies of which of ours where the source has none."""
+    stores_empty: bool = True
+    """Whether a tensor without elements, register tokens where there are none, is written."""
 
     @functools.cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -133,6 +145,15 @@ class Table:
         """All names that it knows, with # for numbers."""
         return frozenset(pattern(name) for row in self.rows for name in (*row.theirs, row.mask) if name)
 
+    @functools.cached_property
+    def block_starts(self) -> frozenset[str]:
+        """How the names of tensors in blocks begin."""
+        return frozenset(name.split("{")[0] for row in self.rows for name in row.theirs if "{" in name)
+
+    def is_head(self, name: str) -> bool:
+        """Whether a tensor that it does not know is by its name part of a head or a projector on the backbone."""
+        return name.split(".")[0] in HEADS and pattern(name) not in self.patterns
+
     def theirs(self, ours: str) -> tuple[str, ...]:
         """What it calls that tensor of ours; nothing where it does not store it, or only with others in one."""
         return next((row.theirs for row in self.rows if row.ours[0] == ours), ())
@@ -148,6 +169,8 @@ class Table:
                 wholes = [(shape[0] * t.fused, *shape[1:]) for t, shape in zip(ours, wholes, strict=True)]
                 part = (sum(shape[0] for shape in wholes) // len(row.theirs), *wholes[0][1:])
                 shape = self.family.shape(row.shape, config) if row.shape else part
+                if not (numel(shape) or self.stores_empty):
+                    continue
                 for number in self.family.numbers(row.ours[0], config):
                     theirs = [(name.format(**number), shape) for name in row.theirs]
                     named = [(name.format(**number), whole) for name, whole in zip(row.ours, wholes, strict=True)]
@@ -191,6 +214,8 @@ class Beside(NamedTuple):
     license: str = ""
     weights: Path = Path()
     """The file of weights, for messages."""
+    readme: str = ""
+    """The model card of its folder, written where nobody has put one; only its licence is ever read."""
 
     def path(self, name: str) -> Path:
         """Where a side file lies, for messages."""
@@ -218,6 +243,8 @@ class Layout(NamedTuple):
     """Whether a checkpoint is a folder of files, and not the one file of weights."""
     is_sharded: bool = False
     """Whether big weights are cut into several files with an index."""
+    needs_config: bool = False
+    """Whether its files come with their config, which then holds whatever lies beside them."""
     keeps_float32: bool = False
     """Whether tensors that float16 is too narrow for may stay in float32: other readers expect one dtype."""
     in_memory: Mapping[str, str] = MappingProxyType({})

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ...config import DINOv3Config
-from .cards import CONFIG, read_foreign_card
+from .cards import CONFIG, read_foreign_card, readme
 from .meta import variant_ignoring_biases
 from .table import Beside, Card, Layout, Row, Table
 from .vit import COMPUTED_PERIODS, NO_KEY_BIAS, NO_MASK_TOKEN, VIT
@@ -61,7 +61,7 @@ def _read_images(cfg: Any) -> dict[str, Any] | None:
 
 
 def write_card(card: Card) -> Beside:
-    """Its config.json: the name of its model, where it has one with these tensors, and the image statistics."""
+    """Its config.json: the name of its model where one has these tensors, and image statistics. A model card too."""
     config = card.config
     if config is None:
         return Beside(metadata={"format": "pt"}, license=card.license)
@@ -78,7 +78,11 @@ def write_card(card: Card) -> Beside:
             "std": std,
             "interpolation": "bilinear",
         }
-    return Beside(metadata={"format": "pt"}, files={CONFIG: content}, license=card.license)
+    use = 'import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True)'
+    if not size:  # none of timm's models has these tensors: its readers are ours
+        use = 'from dinov3_lite import DINOv3ViT\n\nmodel = DINOv3ViT.from_pretrained(".")'
+    card_text = readme(card, "timm", use)
+    return Beside(metadata={"format": "pt"}, files={CONFIG: content}, readme=card_text, license=card.license)
 
 
 def _write_images(d: dict[str, Any] | None) -> tuple[int, int, list[float], list[float]] | None:
@@ -120,7 +124,7 @@ def ungated_copy(repo_id: str) -> str:
 
 TIMM = Layout(
     name="timm",
-    tables={DINOv3Config: Table(VIT, ROWS, assumed=ASSUMED)},
+    tables={DINOv3Config: Table(VIT, ROWS, assumed=ASSUMED, stores_empty=False)},
     container=".safetensors",
     files=(FILE,),
     read_card=read_card,

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ...config import MODEL_TYPE, DINOv3Config
-from .cards import CONFIG, NOTE_KEY, PREPROCESSOR, read_foreign_card
+from .cards import CONFIG, NOTE_KEY, PREPROCESSOR, read_config, read_foreign_card, readme
 from .table import Beside, Card, Layout, Row, Table
 from .vit import COMPUTED_PERIODS, VIT
 
@@ -58,16 +58,19 @@ def read_card(beside: Beside) -> Card:
         raise ValueError(
             f"{beside.path(CONFIG)}: no model_type in it, expected {MODEL_TYPE!r}: this is no model's config.json"
         )
-    return read_foreign_card(beside)
+    return read_foreign_card(beside)._replace(config=read_config(beside))
 
 
 def write_card(card: Card) -> Beside:
-    """Its two JSON files."""
+    """Its two JSON files, and a model card."""
     note = {NOTE_KEY: card.note} if card.note else {}
     files = {CONFIG: {**card.config.to_dict(), **note}} if card.config else {}
     if card.preprocessing is not None:
         files[PREPROCESSOR] = card.preprocessing
-    return Beside(metadata={"format": "pt"}, files=files, license=card.license)
+    use = 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained(".")'
+    return Beside(
+        metadata={"format": "pt"}, files=files, readme=readme(card, "transformers", use), license=card.license
+    )
 
 
 def opens(layout: Layout, path: Path) -> bool:
@@ -84,11 +87,12 @@ TRANSFORMERS = Layout(
     name="transformers",
     tables={DINOv3Config: Table(VIT, ROWS, assumed={"rope_embed.periods": COMPUTED_PERIODS})},
     container=".safetensors",
-    files=(f"{FILE}.index.json", FILE),
+    files=(FILE, "pytorch_model.bin"),
     read_card=read_card,
     write_card=write_card,
     file_name=file_name,
     is_folder=True,
     is_sharded=True,
+    needs_config=True,
     in_memory={"model.layer.": "layer."},
 )

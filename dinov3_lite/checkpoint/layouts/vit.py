@@ -50,6 +50,7 @@ TENSORS = (
 )
 # fmt: on
 
+QKV = "blocks.{i}.attn.qkv"
 COMPUTED_PERIODS = Assumed(
     rope_periods, "it computes RoPE periods from the config, and these are others (Meta's are rounded)"
 )
@@ -97,24 +98,30 @@ def infer_config(table: Table, shapes: Mapping[str, Shape], read: Read) -> DINOv
     gated = shape("blocks.{i}.mlp.w12.weight")
     # gated and plain MLPs share a name for the second matrix in some layouts: the first one tells
     hidden = gated or shape("blocks.{i}.mlp.fc1.weight")
+    if hidden is None:
+        gates, plain = table.theirs("blocks.{i}.mlp.w12.weight")[0], table.theirs("blocks.{i}.mlp.fc1.weight")[0]
+        raise ValueError(f"it has neither {plain.format(i=0)!r} nor {gates.format(i=0)!r}: this is no DINOv3 model")
     block = re.compile(re.escape(table.theirs("blocks.{i}.norm1.weight")[0].split("{i}")[0]) + r"(\d+)\.")
     depth = len({match[1] for name in shapes if (match := block.match(name))})
     periods = _periods(table, shapes, read)
     head_dim = 4 * len(periods) if periods is not None else 128 if C >= 4096 else 64
-    qkv_bias = shape("blocks.{i}.attn.qkv.q_bias") is not None
+    biases = {}
+    for part in ("q_bias", "k_bias", "v_bias"):  # where they are fused, the first one names the tensor of all
+        fused = next((row.ours for row in table.rows if f"{QKV}.{part}" in row.ours), ())
+        biases[part] = bool(fused) and shape(fused[0]) is not None
     config = DINOv3Config(
         patch_size=patch[2],
         num_channels=patch[1],
         hidden_size=C,
-        intermediate_size=hidden[0] if hidden else 0,
+        intermediate_size=hidden[0] // (2 if gated and len(table.theirs("blocks.{i}.mlp.w12.weight")) == 1 else 1),
         num_hidden_layers=depth,
         num_attention_heads=C // head_dim if C % head_dim == 0 else 0,
         num_register_tokens=registers[1] if registers and len(registers) == 3 else 0,
         use_gated_mlp=gated is not None,
         hidden_act="silu" if gated is not None else "gelu",
-        query_bias=qkv_bias,
-        value_bias=qkv_bias,
-        key_bias=qkv_bias and any("blocks.{i}.attn.qkv.k_bias" in row.ours for row in table.rows),
+        query_bias=biases["q_bias"],
+        key_bias=biases["k_bias"],
+        value_bias=biases["v_bias"],
         proj_bias=shape("blocks.{i}.attn.proj.bias") is not None,
         mlp_bias=shape("blocks.{i}.mlp.w12.bias" if gated else "blocks.{i}.mlp.fc1.bias") is not None,
     )

@@ -1,0 +1,73 @@
+"""`explore PHOTO ... --output page.html`: a page to look at features with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..console import say
+from .arguments import MODEL, add_device_and_dtype, image_size
+
+if TYPE_CHECKING:
+    from ..model import DINOv3ViT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write one HTML page that opens by a double click and fetches nothing: hover over a patch and see what is "
+        "similar to it in every picture; masks, principal components, attention of the CLS token."
+    )
+    parser.epilog = "example:\n  %(prog)s photo.jpg other.jpg --model checkpoint --size 768 --output page.html"
+    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument(
+        "--output", type=Path, default=Path("explore.html"), metavar="PAGE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--size",
+        type=_size,
+        default=512,
+        metavar="N or HxW",
+        help="pixels: N for the longer side, at the picture's own aspect, or both sides (default: 512)",
+    )
+    parser.add_argument(
+        "--blocks", metavar="I,J,...", help="counted from 0 (default: as many as fit in 2 MB, the last among them)"
+    )
+    add_device_and_dtype(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..checkpoint.files import whole_files
+    from ..explore import blocks_that_fit, check_size, explore, grid_of
+    from ..tasks.data import read_picture
+    from .loading import load_model_and_processor
+
+    if not args.output.parent.is_dir():
+        raise FileNotFoundError(f"{args.output}: there is no folder {args.output.parent}: make it first")
+    if args.output.resolve() in {photo.resolve() for photo in args.photos}:
+        raise ValueError(f"{args.output}: is one of the photos: give another name")
+    pictures = [(photo.name, read_picture(photo)) for photo in args.photos]
+    model, processor = load_model_and_processor(args)
+    grids = [grid_of(picture, args.size, model.patch_size) for _, picture in pictures]
+    blocks = _blocks(args.blocks, model) if args.blocks else blocks_that_fit(grids, model)
+    check_size(grids, model, blocks)
+    page = explore(pictures, model, processor, grids, blocks)
+    with whole_files() as out, out.create(args.output) as file:
+        file.write(page.encode())
+    shown = ", ".join(map(str, blocks))
+    say(f"{model.config.name}  weights {model.weights_id}")
+    say(f"{args.output}: {len(page) / 1e6:.1f} MB, {len(pictures)} pictures, block{'s' * (len(blocks) > 1)} {shown}")
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    return image_size(text) if "x" in text else image_size(text)[0]
+
+
+def _blocks(text: str, model: DINOv3ViT) -> list[int]:
+    try:
+        return model.block_indices([int(part) for part in text.split(",")])
+    except ValueError as error:
+        raise ValueError(
+            f"--blocks {text}: expected indices from 0 to {model.depth - 1}, with commas between"
+        ) from error

@@ -1,0 +1,81 @@
+"""`track VIDEO --mask FIRST.png --model M --output DIR`: masks of a first frame carried through a video."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..console import progress, say
+from .arguments import MODEL, add_device_and_dtype
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Carry the objects of a first frame's mask through a video or a folder of frames, and write a mask a frame."
+    )
+    parser.epilog = (
+        "example:\n  %(prog)s frames --mask first.png --model checkpoint --size 480 --output tracked\n\n"
+        "The mask is an 8-bit picture: 0 is the background, any other value an object."
+    )
+    parser.add_argument("video", type=Path, metavar="VIDEO", help="a video, or a folder of frames in order of names")
+    parser.add_argument("--mask", required=True, type=Path, help="of the first frame")
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the masks")
+    parser.add_argument(
+        "--size", type=int, default=960, metavar="N", help="pixels of the shorter side (default: %(default)s)"
+    )
+    parser.add_argument("--truth", type=Path, metavar="DIR", help="true masks of all frames, to print DAVIS' J and F")
+    add_device_and_dtype(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..tasks.data import pictures_in, read_mask
+    from ..tasks.drawing import save_picture
+    from ..tasks.tracking import j_and_f, read_frames, track
+    from .loading import feature_map, load_model_and_processor
+
+    mask, palette = read_mask(args.mask), _palette(args.mask)
+    if args.output.exists() and (not args.output.is_dir() or args.output.resolve() == args.video.resolve()):
+        raise ValueError(f"{args.output}: is a file or the folder of frames: give another folder for the masks")
+    model, processor = load_model_and_processor(args)
+    names: list[str] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        for name, frame in progress(read_frames(args.video), unit="frame"):
+            names.append(name)
+            yield frame
+
+    def features(frame: np.ndarray) -> torch.Tensor:
+        scale = args.size / min(frame.shape[:2])
+        rows, columns = (max(1, round(scale * side / model.patch_size)) for side in frame.shape[:2])
+        return feature_map(model, processor, frame, (rows, columns))
+
+    say(f"{model.config.name}  weights {model.weights_id}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    found: list[np.ndarray] = []
+    for tracked in track(frames(), mask, features):
+        save_picture(tracked, args.output / f"{names[len(found)]}.png", palette)
+        found.append(tracked)
+    say(f"{args.output}: {len(found)} masks")
+    if args.truth:
+        truth = pictures_in(args.truth)
+        missing = [name for name in names if name not in truth]
+        if missing:
+            raise ValueError(f"{args.truth}: holds no mask for the frame {missing[0]}: expected one a frame, by stem")
+        measures = j_and_f(found, [read_mask(truth[name]) for name in names])
+        say("  ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+
+
+def _palette(file: Path) -> list[int] | None:
+    """The colours of a mask that has some, as DAVIS' have, to write the others with."""
+    from ..pixels import open_file
+
+    with open_file(file) as image:
+        return image.getpalette() if image.mode == "P" else None

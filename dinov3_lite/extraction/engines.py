@@ -1,0 +1,230 @@
+"""`extract`: which process does which shard. This process, the parts that a launcher tells of, or Ray's actors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from .commit import complete
+from .folder import Folder
+from .job import Request, prepare
+from .parts import Part, local_device, local_threads, parse_part, part_from_environment
+from .plan import Plan
+from .progress import Bar
+from .shard import Setup, Worker, extract_shard
+from .sources import is_url
+from .store import FeatureStore, open_features
+
+ENGINES = ("local", "ray")
+
+
+class ShardsFailed(RuntimeError):
+    """Some shards could not be done. `failures`: the reason of each. All others are there: `open_features`."""
+
+    def __init__(self, folder: str, failures: dict[int, str], total: int) -> None:
+        self.failures = failures
+        first, reason = next(iter(failures.items()))
+        super().__init__(f"{folder}: {len(failures)} of {total} shards failed; shard {first}: {reason}")
+
+
+class Stopped(RuntimeError):
+    """SIGTERM came: what was begun is finished, and the same call goes on from there."""
+
+
+def extract(
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    outputs: Sequence[str] = ("cls_token",),
+    blocks: Sequence[int] | int | None = None,
+    size: int | tuple[int, int] | str | None = None,
+    dtype: Any = None,
+    store: str = "float16",
+    batch_size: int | None = None,
+    shard_size: int | None = None,
+    resize: str = "float32",
+    scaled_decoding: bool = False,
+    column: str | None = None,
+    device: str | None = None,
+    decode_threads: int | None = None,
+    max_rejects: str | int = "50%",
+    part: str | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> FeatureStore:
+    """Features of all pictures of `inputs`, in a folder of numpy files; called again, it goes on where it was.
+
+    inputs: one or several of: a folder (recursively), a list of paths (.txt, one a line, relative to it), a picture;
+        tar files (as webdataset's) or parquet files, patterns of them (`*`, `{000..099}`); URLs of all those.
+    model: a checkpoint folder, a converted file or a hub id. output: the folder, made if need be.
+    outputs: of "cls_token" (C,), "patch_mean" (C,), "patch_tokens" (h*w, C) and "register_tokens" (R, C), each after
+        the final LayerNorm. blocks: whose; several give each row a first axis of blocks. None is the last.
+    size: pixels a side, (height, width), None for the checkpoint's, or "native": each picture in its own size,
+        rounded to whole patches, and run as one sequence with others, without padding.
+    dtype: of the weights, "float32", "bfloat16" or "float16"; None is the checkpoint's own. store: of the files,
+        "float16" or "float32".
+    batch_size: pictures a forward: 64, native 8. shard_size: pictures a shard: 4096, with patch tokens 1024. A tar is
+        one shard, whatever its length.
+    resize: "float32" as `ImageProcessor`; "uint8" rounds resized pixels to whole numbers, as torchvision's transforms
+        do: faster, and a quarter of the bytes to a GPU. scaled_decoding: let JPEGs of more than four times the
+        wanted size be decoded at a half, a quarter or an eighth of theirs. docs/extract.md has what both change.
+    column: of a parquet file; needed where several hold bytes.
+    device: "cpu", "cuda", "cuda:1"; None is a GPU if there is one. decode_threads: None is one a core.
+    max_rejects: how many pictures of a shard may be rejected, a number or "P%" (which always allows ten).
+    part: "I/N", as N processes at once share the shards; None reads what torchrun, SLURM or Kubernetes say.
+    engine: "local" is this process; "ray" is `workers` actors, on the cluster of RAY_ADDRESS or on this machine.
+    progress: a bar; None shows one on a terminal.
+
+    Raises FileNotFoundError and ValueError for what can't be begun, ShardsFailed when all but some shards are done,
+    Stopped after SIGTERM, and OSError if the output can't be written.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
+    if not re.fullmatch(r"\d+%?|\d+\.\d+%", str(max_rejects)):
+        raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
+    folder = Folder(_local(output))
+    request = Request(
+        inputs=tuple(os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)),
+        model=os.fspath(model),
+        outputs=(outputs,) if isinstance(outputs, str) else tuple(outputs),
+        blocks=None if blocks is None else (blocks,) if isinstance(blocks, int) else tuple(blocks),
+        size=(size, size) if isinstance(size, int) else size,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        store=store,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        resize=resize,
+        scaled_decoding=scaled_decoding,
+        column=column,
+    )
+    mine = parse_part(part) if part else part_from_environment()
+    job = prepare(folder, request)
+    setup = Setup(
+        folder=os.path.abspath(folder.path),
+        model=os.path.abspath(request.model) if os.path.exists(request.model) else request.model,
+        device=device or local_device(),
+        decode_threads=decode_threads or local_threads(),
+        max_rejects=str(max_rejects),
+    )
+    total = len(Plan(folder.plan))
+    with Bar(folder, job["plan"], progress) as bar:
+        run = run_ray if engine == "ray" else run_local
+        failures = run(setup, job, _missing(folder, mine, total), bar, workers)
+    complete(folder, total)
+    if failures:
+        raise ShardsFailed(setup.folder, failures, total)
+    return open_features(folder.path)
+
+
+def _local(output: str | os.PathLike[str]) -> str:
+    if is_url(os.fspath(output)):
+        raise ValueError(f"{output}: the output must be a folder: write to one, and copy it when it is complete")
+    return os.fspath(output)
+
+
+def _missing(folder: Folder, part: Part, total: int) -> list[int]:
+    """What is to be done, in order; what processes died at comes last."""
+    done, deaths = set(folder.done()), folder.deaths()
+    return sorted((i for i in range(total) if i in part and i not in done), key=lambda i: (len(deaths.get(i, ())), i))
+
+
+def run_local(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, _: int | None) -> dict[int, str]:
+    """Do the shards one after the other in this process; the reasons of those that failed."""
+    if not shards:
+        return {}
+    failures = {}
+    worker = Worker(setup, job["model"]["weights"], bar.add)
+    try:
+        with _ends_after_the_shard() as stopped:
+            for shard in shards:
+                if (reason := extract_shard(worker, shard)) is not None:
+                    failures[shard] = reason
+                bar.count()
+                if stopped():
+                    raise Stopped(f"{setup.folder}: stopped by SIGTERM after shard {shard}: the same command goes on")
+    finally:
+        worker.close()
+    return failures
+
+
+@contextmanager
+def _ends_after_the_shard() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come, which then no longer ends the process by itself."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # where signals can't be handled
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class RayWorker:
+    """A Worker in an actor of Ray Data: a row in is a shard's number, a row out what became of it."""
+
+    def __init__(self, setup: dict[str, Any], digest: str) -> None:
+        self.worker = Worker(Setup(**setup), digest)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        reasons = [extract_shard(self.worker, int(shard)) for shard in batch["shard"]]
+        return {"shard": batch["shard"], "reason": [reason or "" for reason in reasons]}
+
+
+def run_ray(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, workers: int | None) -> dict[int, str]:
+    """Do the shards in a pool of Ray's actors. Neither pictures nor features pass through its object store.
+
+    Ray replaces actors that die and gives their shards to others; what a shard's files hold it does not know.
+    """
+    if not shards:
+        return {}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError("engine 'ray' needs Ray Data: pip install 'dinov3-lite[ray]'") from error
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        return {i: reason for i, reason in _ray_outcomes(ray, setup, job, shards, workers, bar) if reason}
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _ray_outcomes(
+    ray: Any, setup: Setup, job: dict[str, Any], shards: list[int], workers: int | None, bar: Bar
+) -> Iterable[tuple[int, str]]:
+    resources = ray.cluster_resources()
+    gpu = setup.device.startswith("cuda")
+    workers = min(len(shards), workers or int(resources.get("GPU" if gpu else "CPU", 1)))
+    cores = max(1, int(resources.get("CPU", 1)) // workers)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    numbers = ray.data.from_items([{"shard": i} for i in shards], override_num_blocks=len(shards))
+    done = numbers.map_batches(
+        RayWorker,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        fn_constructor_kwargs={
+            "setup": {**asdict(setup), "device": "cuda" if gpu else setup.device},  # Ray shows an actor its GPU alone
+            "digest": job["model"]["weights"],
+        },
+        num_cpus=cores if gpu else 1,
+        num_gpus=1 if gpu else 0,
+    )
+    for row in done.iter_rows():
+        bar.count()
+        yield int(row["shard"]), row["reason"]

@@ -1,0 +1,172 @@
+"""All that decides the numbers: made from what was asked for, kept in job.json, compared when a job goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..checkpoint import DTYPES, open_checkpoint
+from ..checkpoint.hub import locate
+from ..image import ImageProcessor
+from .commit import GRID
+from .compute import OUTPUTS, STORES, weights_digest
+from .decode import decoders
+from .folder import FORMAT, Folder
+from .plan import write_plan
+from .sources import find_sources, is_url
+from .writer import write_whole
+
+GLOBAL_SHARD, DENSE_SHARD = 4096, 1024  # pictures; dense features are a hundred times as large
+BATCH, NATIVE_BATCH = 64, 8  # pictures
+NATIVE = "native"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for: see `extract`."""
+
+    inputs: tuple[str, ...]
+    model: str
+    outputs: tuple[str, ...] = ("cls_token",)
+    blocks: tuple[int, ...] | None = None
+    size: tuple[int, int] | str | None = None
+    dtype: str | None = None
+    store: str = "float16"
+    batch_size: int | None = None
+    shard_size: int | None = None
+    resize: str = "float32"
+    scaled_decoding: bool = False
+    column: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("outputs", OUTPUTS), ("store", STORES), ("resize", ("float32", "uint8"))):
+            value = getattr(self, name)
+            for choice in value if isinstance(value, tuple) else (value,):
+                if choice not in known:
+                    raise ValueError(
+                        f"{name} {choice!r}: expected {'some' if name == 'outputs' else 'one'} of {', '.join(known)}"
+                    )
+        if not self.outputs or len(set(self.outputs)) < len(self.outputs):
+            raise ValueError(f"outputs {self.outputs}: expected some of {', '.join(OUTPUTS)}, each once")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(
+                f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}, or none for the checkpoint's own"
+            )
+        for name in ("batch_size", "shard_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: expected at least 1")
+        if self.scaled_decoding and self.size == NATIVE:
+            raise ValueError("scaled decoding makes pictures smaller, and their native size is asked for: choose one")
+
+
+def prepare(folder: Folder, request: Request) -> dict[str, Any]:
+    """The job of this folder: made of the request, or found there, and then the same.
+
+    Raises FileNotFoundError for a missing input or model, ValueError for a request that can't be met and for a folder
+    that holds another job, naming each field that differs; OSError for a folder that can't be written.
+    """
+    wanted = describe(request)
+    if not folder.job.is_file():
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not folder.plan.is_dir():
+            write_plan(folder.plan, find_sources(list(request.inputs)), wanted["shard_size"], request.column, wanted)
+        write_whole(folder.job, (folder.plan / "job.json").read_bytes())
+    job = folder.read_job()
+    if different := differences({k: v for k, v in job.items() if k != "plan"}, wanted):
+        raise ValueError(
+            f"{folder.path}: holds another job: {'; '.join(different)}: give another output folder, or ask for the same"
+        )
+    folder.make(job["outputs"])
+    return job
+
+
+def describe(request: Request) -> dict[str, Any]:
+    """The job of a request, but for its plan."""
+    checkpoint = open_checkpoint(locate(request.model))
+    config, processor = checkpoint.config, ImageProcessor.from_pretrained(request.model)
+    if request.size == NATIVE:
+        size = None
+    else:
+        size = request.size or processor.size
+        if size is None:
+            raise ValueError(f"{request.model}: its preprocessing does not resize: give a size, or {NATIVE!r}")
+        if any(n % config.patch_size for n in size):
+            raise ValueError(f"size {size[0]} x {size[1]}: expected multiples of the patch size {config.patch_size}")
+    blocks = _blocks(request.blocks, config.num_hidden_layers)
+    dense = "patch_tokens" in request.outputs
+    return {
+        "format": FORMAT,
+        "inputs": _inputs(request.inputs),
+        "column": request.column,
+        "model": {
+            "name": config.name,
+            "weights": weights_digest(checkpoint),
+            "config": asdict(config),
+        },
+        "dtype": request.dtype or str(checkpoint.dtype).removeprefix("torch."),
+        "preprocessing": {
+            **json.loads(json.dumps(asdict(processor))),
+            "size": NATIVE if size is None else list(size),
+            "resize": request.resize,
+            "scaled_decoding": request.scaled_decoding,
+        },
+        "decoder": decoders(),
+        "outputs": _shapes(request, config, size, blocks),
+        "blocks": blocks,
+        "store": request.store,
+        "batch_size": request.batch_size or (NATIVE_BATCH if size is None else BATCH),
+        "shard_size": request.shard_size or (DENSE_SHARD if dense else GLOBAL_SHARD),
+    }
+
+
+def _inputs(inputs: Sequence[str]) -> list[str]:
+    paths = [path if is_url(path) else os.path.abspath(path) for path in inputs]
+    if len(paths) <= 16:
+        return paths
+    digest = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
+    return [paths[0], f"and {len(paths) - 1} more, sha256 {digest}"]
+
+
+def _blocks(blocks: tuple[int, ...] | None, depth: int) -> list[int] | None:
+    if blocks is None:
+        return None
+    if not blocks or not all(-depth <= i < depth for i in blocks):
+        raise ValueError(f"blocks {list(blocks)}: expected indices from {-depth} to {depth - 1}")
+    return sorted({i % depth for i in blocks})
+
+
+def _shapes(request: Request, config: Any, size: Any, blocks: list[int] | None) -> dict[str, list[int | None]]:
+    """The shape of one row of each output; None where it differs from picture to picture."""
+    C = config.hidden_size
+    patches = None if size is None else (size[0] // config.patch_size) * (size[1] // config.patch_size)
+    of_block: dict[str, list[int | None]] = {
+        "cls_token": [C],
+        "patch_mean": [C],
+        "patch_tokens": [patches, C],
+        "register_tokens": [config.num_register_tokens, C],
+    }
+    several = [len(blocks)] if blocks is not None and len(blocks) > 1 else []
+    shapes = {output: [*several, *of_block[output]] for output in request.outputs}
+    return {**shapes, GRID: [2]} if size is None else shapes
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs, a clause a field."""
+    clauses = []
+    for name in sorted({*found, *wanted}):
+        a, b = found.get(name), wanted.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            clauses += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            clauses.append(f"{prefix}{name} is {_short(a)} there and {_short(b)} here")
+    return clauses
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:16]}..."

@@ -1,0 +1,192 @@
+"""The pictures of a shard as bytes. A picture that can't be had for good is `Rejected`; other failures are OSErrors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import IO, Any, NamedTuple, TypeVar
+
+from .parquet import open_parquet
+from .plan import Plan
+from .sources import filesystem, is_picture, is_url
+
+TRIES = 3
+PAUSES = (0.5, 2.0)  # seconds between them
+LARGEST = 1 << 30  # bytes of one picture's file
+T = TypeVar("T")
+
+
+class Rejected(Exception):
+    """Why a picture has no features: its message is the reason that the marker keeps."""
+
+
+class NotThere(Rejected):
+    """A file that is not there or may not be read: where this holds for all, the fault is not the files'."""
+
+
+class Item(NamedTuple):
+    """One picture of a shard."""
+
+    key: str
+    read: Callable[[], bytes]
+    """Its bytes. Raises Rejected, or OSError where reading failed three times."""
+
+
+def read_items(plan: Plan, shard: dict[str, Any]) -> Iterator[Item]:
+    """The pictures of a shard in the plan's order.
+
+    Raises OSError if an archive can't be read, ValueError if it is not the one that was planned.
+    """
+    if shard["kind"] == "files":
+        for item in plan.items(shard):
+            key = f"{shard['name']}/{item}" if shard["name"] else item
+            yield Item(key, partial(read_file, _join(shard["root"], item)))
+    elif shard["kind"] == "tar":
+        yield from _read_tar(shard)
+    else:
+        yield from _read_parquet(shard)
+
+
+def _join(root: str, item: str) -> str:
+    if is_url(item) or not root:
+        return item
+    return f"{root.rstrip('/')}/{item}" if is_url(root) else os.path.join(root, item)
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file or URL, tried three times. Raises Rejected if it is none, is gone, or is huge."""
+    return retried(lambda: _read_url(path) if is_url(path) else _read_local(path))
+
+
+def retried(call: Callable[[], T]) -> T:
+    """What a call returns that may fail now and then: tried three times."""
+    for pause in PAUSES:
+        try:
+            return call()
+        except OSError:
+            time.sleep(pause)
+    return call()
+
+
+_NOT_THERE = {
+    errno.ENOENT: "no such file",
+    errno.ENOTDIR: "no such file",
+    errno.EACCES: "may not be read",
+    errno.EPERM: "may not be read",
+}
+_NO_FILE = {errno.EISDIR: "is a folder", errno.ELOOP: "links in a circle", errno.ENAMETOOLONG: "too long a name"}
+
+
+def _read_local(path: str) -> bytes:
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            link = os.path.islink(path)
+            raise Rejected("a link to a folder that it lies in" if link else "a folder that can't be read")
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+            raise Rejected("is no regular file")
+        if status.st_size > LARGEST:
+            raise Rejected(f"{status.st_size} bytes: more than {LARGEST}")
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            raise NotThere(_NOT_THERE[error.errno]) from error
+        if error.errno in _NO_FILE:
+            raise Rejected(_NO_FILE[error.errno]) from error
+        raise
+    except ValueError as error:  # a NUL in the name
+        raise NotThere("no such file") from error
+
+
+def _read_url(url: str) -> bytes:
+    fs, path = filesystem(url)
+    try:
+        return fs.cat_file(path)
+    except FileNotFoundError as error:
+        raise NotThere(_NOT_THERE[errno.ENOENT]) from error
+    except PermissionError as error:
+        raise NotThere(_NOT_THERE[errno.EACCES]) from error
+
+
+def _open(shard: dict[str, Any]) -> IO[bytes]:
+    """The archive of a shard, checked to be as long as it was when it was planned."""
+    path = shard["path"]
+    if is_url(path):
+        fs, inner = filesystem(path)
+        size, file = fs.size(inner), fs.open(inner, "rb")
+    else:
+        size, file = os.path.getsize(path), open(path, "rb")  # noqa: SIM115 - its caller closes it
+    if size != shard["bytes"]:
+        file.close()
+        raise ValueError(f"{path}: has {size} bytes, and had {shard['bytes']} when it was planned: extract it anew")
+    return file
+
+
+class _Member(tarfile.TarInfo):
+    """Where tarfile takes a damaged header, or none, for the end of the archive, an error: pictures may be missing."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined] # zeros: a proper end
+                raise
+            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
+
+
+def _read_tar(shard: dict[str, Any]) -> Iterator[Item]:
+    """Members that are named as pictures, one by one. A damaged archive ends in a rejected item of its own name."""
+    with _open(shard) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
+                for member in tar:
+                    if not is_picture(member.name):
+                        continue
+                    key = f"{shard['name']}/{member.name.removeprefix('./')}"
+                    if not member.isreg():
+                        yield _rejected(key, "is no regular file of the archive")
+                    elif member.size > LARGEST:
+                        yield _rejected(key, f"{member.size} bytes: more than {LARGEST}")
+                    else:
+                        content = tar.extractfile(member)
+                        assert content is not None
+                        data = content.read()
+                        yield Item(key, lambda data=data: data)  # type: ignore[misc]
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            yield _rejected(shard["name"], f"not a whole tar file ({' '.join(str(error).split())})")
+
+
+def _rejected(key: str, reason: str) -> Item:
+    def read() -> bytes:
+        raise Rejected(reason)
+
+    return Item(key, read)
+
+
+def _read_parquet(shard: dict[str, Any]) -> Iterator[Item]:
+    root = os.path.dirname(shard["path"])
+    _open(shard).close()
+    with open_parquet(shard["path"]) as file:
+        groups = list(range(*shard["row_groups"]))
+        row = shard["first_row"]
+        for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[shard["column"]]):
+            for value in batch.column(0):
+                yield _parquet_item(f"{shard['name']}/{row}", value.as_py(), root)
+                row += 1
+
+
+def _parquet_item(key: str, value: Any, root: str) -> Item:
+    if isinstance(value, dict):
+        value = value["bytes"] if value["bytes"] is not None else value["path"]
+    if isinstance(value, bytes):
+        return Item(key, lambda: value)
+    if isinstance(value, str):
+        return Item(key, lambda: read_file(_join(root, value)))
+    return _rejected(key, "nothing in this row" if value is None else f"a {type(value).__name__}, not bytes or a path")

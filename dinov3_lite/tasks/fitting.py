@@ -1,0 +1,111 @@
+"""`fit`: from a folder of pictures and masks to a head."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..finetune import parameter_groups
+from ..image import ImageProcessor
+from ..model import DINOv3ViT
+from .data import check_pairs, find_pairs, hold_out
+from .head import DenseHead, HeadSettings, Segmenter, fingerprint, save_head
+from .loop import Fitted, Recipe, train
+
+StrPath = str | os.PathLike[str]
+BACKBONE_RATE = 0.01  # of the head's learning rate, for blocks that train
+LAYER_DECAY = 0.8
+
+
+def fit(
+    data: StrPath | Sequence[StrPath],
+    backbone: DINOv3ViT,
+    output: StrPath,
+    *,
+    processor: ImageProcessor | None = None,
+    recipe: Recipe | None = None,
+    classes: int = 1,
+    unfreeze: int = 0,
+    held_out: float = 0.1,
+    report: Callable[[str], None] = print,
+    workers: int = 0,
+) -> Fitted:
+    """Fit a dense head to pictures and masks, and write the one that did best on a part held out to `output`.
+
+    data: a folder of pictures and masks, or several (see `dinov3_lite.tasks.data`).
+    backbone: stays frozen but for its last `unfreeze` blocks, which are fitted in place.
+    processor: whose mean and std pictures are normalised by; ImageNet's unless given.
+    classes: 1 for one foreground; else their number. Masks then hold 0 to classes - 1, and 255 for what counts nowhere.
+    held_out: the share of the pairs by which the best epoch is chosen.
+
+    A run that is stopped leaves OUTPUT.resume, from which the same call goes on.
+
+    Raises ValueError for masks that can't be read in one way, for sizes that the backbone does not take and for an
+    unfinished run with other settings; FileExistsError where `output` is there already.
+    """
+    output = Path(output)
+    folders = [data] if isinstance(data, (str, os.PathLike)) else data
+    resume = output.with_name(f"{output.name}.resume")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output}: there is no folder {output.parent}: make it first")
+    if output.exists() and not resume.exists():
+        raise FileExistsError(f"{output}: is there already: give another name or remove it")
+    if not 1 <= classes <= 255:
+        raise ValueError(f"classes is {classes}: expected 1, for one foreground, to 255")
+    recipe = recipe or Recipe()
+    if processor is not None:
+        scale = 255 * processor.rescale_factor
+        mean, std = (tuple(value / scale for value in values) for values in (processor.mean, processor.std))
+        recipe = replace(recipe, mean=mean, std=std)
+    _check_size(recipe.size, backbone)
+    pairs = [pair for folder in folders for pair in find_pairs(folder)]
+    reading, empty = check_pairs(pairs, classes)
+    if empty:
+        report(
+            f"{empty[0]}: is empty{f', as {len(empty) - 1} more are' if len(empty) > 1 else ''}, of {len(pairs)} "
+            "masks: learned as pictures with nothing to find"
+        )
+    train_pairs, held = hold_out(pairs, held_out, recipe.seed)
+    report(f"{len(train_pairs)} pictures to train on, {len(held)} held out for choosing")
+
+    settings = HeadSettings(
+        classes=classes,
+        size=recipe.size,
+        channels=(backbone.embed_dim,) * 4,
+        unfreeze=unfreeze,
+        mean=recipe.mean,
+        std=recipe.std,
+        backbone=backbone.config.name,
+        fingerprint=fingerprint(backbone),
+    )
+    torch.manual_seed(recipe.seed)
+    network = Segmenter(backbone, DenseHead(settings.channels, classes), unfreeze)
+    groups = [
+        {"params": [p for p in network.head.parameters() if (p.ndim > 1) == decays], "weight_decay": weight_decay}
+        for decays, weight_decay in ((True, recipe.weight_decay), (False, 0.0))
+    ]
+    if unfreeze:
+        groups += parameter_groups(backbone, BACKBONE_RATE * recipe.lr, recipe.weight_decay, LAYER_DECAY)
+        backbone.weights_id = "fitted"
+    return train(
+        network,
+        train_pairs,
+        held,
+        reading,
+        recipe,
+        parameter_groups=groups,
+        on_best=lambda measures: save_head(network, settings, output, measures),
+        resume=resume,
+        report=report,
+        workers=workers,
+    )
+
+
+def _check_size(size: tuple[int, int], backbone: DINOv3ViT) -> None:
+    p = backbone.patch_size
+    if any(side < p or side % p for side in size):
+        raise ValueError(f"size is {size[0]} x {size[1]}: expected multiples of the patch size {p}")

@@ -1,0 +1,78 @@
+"""`predict`: from pictures to masks at their own sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..window import blend
+from .data import pictures_in
+from .head import HeadSettings
+from .loop import Normalise, as_bytes, resized
+
+
+def pictures_of(inputs: Sequence[Path]) -> dict[str, Path]:
+    """The pictures that a command is given, files or folders of them, by their stems.
+
+    Raises FileNotFoundError for what is not there, ValueError for a folder without pictures and for two of one stem.
+    """
+    found: dict[str, Path] = {}
+    for path in inputs:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        pictures = pictures_in(path) if path.is_dir() else {path.stem: path}
+        if not pictures:
+            raise ValueError(f"{path}: is a folder without pictures")
+        for stem, file in pictures.items():
+            if stem in found:
+                raise ValueError(f"{file}: has the stem of {found[stem]}, and predictions are named by it: rename one")
+            found[stem] = file
+    return found
+
+
+@torch.no_grad()
+def predict(network: nn.Module, pixels: np.ndarray, settings: HeadSettings, *, sliding: bool = False) -> np.ndarray:
+    """The prediction of a picture (H, W, 3) uint8 at its own size: (H, W) uint8.
+
+    With one foreground 255 times its probability, else the classes' numbers. sliding: instead of shrinking a picture
+    that is larger than those in training, slide a window of their size over it at full resolution.
+    """
+    device = next(network.parameters()).device
+    normalise = Normalise(settings.mean, settings.std).to(device)
+
+    def logits_of(pictures: Tensor) -> Tensor:
+        """(B, 3, h, w) in 0 to 255 -> (B, K, h, w)."""
+        return resized(network(normalise(pictures.to(device))), settings.size)
+
+    picture = torch.from_numpy(pixels).permute(2, 0, 1).float()[None]
+    logits = slide(logits_of, picture, settings.size) if sliding else logits_of(_resize(picture, settings.size))
+    return as_bytes(resized(logits, pixels.shape[:2]))[0].numpy()
+
+
+def slide(run: Callable[[Tensor], Tensor], picture: Tensor, window: tuple[int, int]) -> Tensor:
+    """Logits (1, K, H, W) of a picture (1, 3, H, W) by windows that overlap by half, blended as
+    `sliding_window_features` does. A picture with a side below the window's is enlarged until it fits.
+    """
+    h, w = window
+    scale = max(1.0, h / picture.shape[2], w / picture.shape[3])
+    picture = _resize(picture, (max(h, round(scale * picture.shape[2])), max(w, round(scale * picture.shape[3]))))
+    H, W = picture.shape[2:]
+    (tops, rows), (lefts, columns) = blend(H, h, max(1, h // 2)), blend(W, w, max(1, w // 2))
+    total: Tensor | None = None
+    for y, row in zip(tops, rows, strict=True):
+        for x, column in zip(lefts, columns, strict=True):
+            logits = run(picture[:, :, y : y + h, x : x + w]).cpu()
+            if total is None:
+                total = logits.new_zeros(1, logits.shape[1], H, W)
+            total[:, :, y : y + h, x : x + w] += torch.outer(row, column).to(logits) * logits
+    assert total is not None  # there is one window at least
+    return total
+
+
+def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(picture, size, mode="bilinear", antialias=True, align_corners=False)

@@ -1,0 +1,110 @@
+"""Pictures of patch features: principal components as colours, similarity to one patch as heat. Needs pillow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PANEL_HEIGHT, MARGIN, CAPTION_HEIGHT = 448, 8, 24  # pixels
+NEAREST = 0  # Pillow's number for it
+
+
+def pca_colours(feature_maps: Tensor) -> Tensor:
+    """The first three principal components of all patch tokens, each stretched to [0, 1]: (B, C, h, w) -> (B, h, w, 3).
+
+    One basis serves the whole batch, so that colours mean the same in all of its pictures.
+    """
+    tokens = feature_maps.float().permute(0, 2, 3, 1)  # (B, h, w, C)
+    flat = tokens.flatten(0, 2)
+    centred = flat - flat.mean(dim=0)
+    eigenvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(-1)[:, :3]  # (C, 3), largest first
+    components = centred @ eigenvectors
+    low, high = (torch.quantile(components, q, dim=0) for q in (0.01, 0.99))
+    return ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).view(*tokens.shape[:3], 3)
+
+
+def foreground_pca(feature_maps: Tensor) -> Tensor:
+    """Principal components of the foreground alone, on black: (B, C, h, w) -> (B, h, w, 3), in [0, 1].
+
+    The recipe behind the paper's pictures: three components fitted to the foreground's patches, whitened, times two,
+    through a sigmoid. What is foreground is told without labels: patches fall into two parts by the first component of
+    all of them, at Otsu's threshold, and the part that meets the pictures' borders less is the foreground.
+    """
+    tokens = feature_maps.float().permute(0, 2, 3, 1)  # (B, h, w, C)
+    B, h, w, _ = tokens.shape
+    flat = tokens.flatten(0, 2)
+    first = _components(flat, 1)[:, 0]
+    inside = (first > _otsu(first)).view(B, h, w)
+    border = torch.ones(h, w, dtype=torch.bool, device=tokens.device)
+    border[1:-1, 1:-1] = False
+    if inside[:, border].float().mean() > (~inside)[:, border].float().mean():
+        inside = ~inside
+    chosen = inside.flatten()
+    colours = torch.zeros(len(flat), 3, device=flat.device)
+    if chosen.sum() > 3:
+        components = _components(flat[chosen], 3)
+        colours[chosen] = torch.sigmoid(2 * components / components.std(0).clamp_min(1e-12))
+    return colours.view(B, h, w, 3)
+
+
+def _components(vectors: Tensor, count: int) -> Tensor:
+    """The first principal components of vectors (n, C): (n, count), the largest weight of each positive."""
+    centred = vectors - vectors.mean(0)
+    basis = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(-1)[:, :count]
+    largest = basis.take_along_dim(basis.abs().argmax(0, keepdim=True), dim=0)
+    return centred @ (basis * largest.sign())
+
+
+def _otsu(values: Tensor) -> Tensor:
+    """The threshold that parts values into two with the least variance within each (Otsu, 1979)."""
+    ordered = values.sort().values
+    n = torch.arange(1, len(ordered), device=values.device)
+    low = ordered.cumsum(0)[:-1]
+    between = (low / n - (ordered.sum() - low) / (len(ordered) - n)) ** 2 * n * (len(ordered) - n)
+    cut = between.argmax()
+    return (ordered[cut] + ordered[cut + 1]) / 2
+
+
+def similarity(feature_map: Tensor, row: int, column: int) -> Tensor:
+    """Cosine similarity of every patch token to the one at (row, column): (C, h, w) -> (h, w), in [-1, 1]."""
+    directions = F.normalize(feature_map.float(), dim=0)
+    return torch.einsum("chw,c->hw", directions, directions[:, row, column])
+
+
+def draw(rows: list[list[tuple[Tensor, str]]]) -> Image.Image:
+    """A sheet of panels with captions: (h, w, 3) colours or (h, w) values, in [0, 1].
+
+    Each row starts with a photo of PANEL_HEIGHT pixels, and its other panels are enlarged to the photo's size.
+    """
+    from PIL import Image, ImageDraw
+
+    sheet_rows = []
+    for row in rows:
+        height, width = row[0][0].shape[:2]
+        sheet_rows.append([(_panel(content).resize((width, height), NEAREST), caption) for content, caption in row])
+    width = max(sum(panel.width + MARGIN for panel, _ in row) for row in sheet_rows) + MARGIN
+    height = len(rows) * (PANEL_HEIGHT + CAPTION_HEIGHT + MARGIN) + MARGIN
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    y = MARGIN
+    for sheet_row in sheet_rows:
+        x = MARGIN
+        for panel, caption in sheet_row:
+            sheet.paste(panel, (x, y))
+            pen.text((x, y + PANEL_HEIGHT + 6), caption, fill="black")
+            x += panel.width + MARGIN
+        y += PANEL_HEIGHT + CAPTION_HEIGHT + MARGIN
+    return sheet
+
+
+def _panel(content: Tensor) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    pixels = Image.fromarray((content * 255).round().to(torch.uint8).cpu().numpy())
+    return pixels if content.ndim == 3 else ImageOps.colorize(pixels, black="#0b0724", mid="#b63679", white="#fcfdbf")

@@ -1,0 +1,79 @@
+"""Triton's interpreter, mended so that it computes in bfloat16.
+
+It keeps bfloat16 as 16-bit patterns, and multiplies and adds those as integers; it truncates what it casts to bfloat16.
+Here arithmetic runs on the numbers that the patterns stand for, in float32, and results are rounded to nearest, ties to
+even: what a GPU does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """The float32 numbers of bfloat16 patterns: the patterns are their upper halves."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(numbers: np.ndarray) -> np.ndarray:
+    """The bfloat16 patterns nearest to float32 numbers, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32).reshape(np.shape(numbers))
+    # half a unit of what is kept, less one if that is even: a tie then only carries into an odd pattern
+    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(numbers), 0x7FC0, rounded).astype(np.uint16)
+
+
+def mend_bfloat16() -> None:
+    """Replace the interpreter's casts, products and arithmetic by such as know bfloat16. Twice does no more than once."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    if hasattr(InterpreterBuilder, "knows_bfloat16"):
+        return
+    InterpreterBuilder.knows_bfloat16 = True
+
+    def is_bfloat16(handle: Any) -> bool:
+        return handle.dtype.scalar == tl.bfloat16
+
+    def float32(handle: Any) -> Any:
+        return TensorHandle(widen(handle.data), tl.float32) if is_bfloat16(handle) else handle
+
+    def result(handle: Any) -> Any:
+        """Arithmetic's float32 result as bfloat16; a comparison's stays what it is."""
+        if handle.data.dtype != np.float32:
+            return handle
+        return TensorHandle(narrow(handle.data), tl.bfloat16)
+
+    def cast(original: Any) -> Any:
+        def cast_impl(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
+            if not is_bfloat16(src) and dst_type.scalar != tl.bfloat16:
+                return original(self, src, dst_type, *rounding)
+            src = float32(src)
+            if dst_type.scalar == tl.bfloat16:
+                return TensorHandle(narrow(src.data.astype(np.float32)), tl.bfloat16)
+            if dst_type.scalar == tl.float32:
+                return src
+            return original(self, src, dst_type, *rounding)
+
+        return cast_impl
+
+    def arithmetic(original: Any) -> Any:
+        def operate(self: Any, *handles: Any) -> Any:
+            *operands, op = handles
+            if op is np.where or not any(map(is_bfloat16, operands)):
+                return original(self, *handles)
+            return result(original(self, *map(float32, operands), op))
+
+        return operate
+
+    dot, fma = InterpreterBuilder.create_dot, InterpreterBuilder.create_fma
+    InterpreterBuilder.cast_impl = cast(InterpreterBuilder.cast_impl)
+    InterpreterBuilder.create_fp_to_fp = cast(InterpreterBuilder.create_fp_to_fp)
+    for name in ("unary_op", "binary_op", "ternary_op"):
+        setattr(InterpreterBuilder, name, arithmetic(getattr(InterpreterBuilder, name)))
+    InterpreterBuilder.create_dot = lambda self, a, b, *others: dot(self, float32(a), float32(b), *others)
+    InterpreterBuilder.create_fma = lambda self, x, y, z: (
+        result(fma(self, *map(float32, (x, y, z)))) if is_bfloat16(z) else fma(self, x, y, z)
+    )
