@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ CONVERTED = LITE.files[0]
 """The converted copy that may lie beside the weights it was made of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """An opened checkpoint, checked to hold exactly the tensors that its config calls for."""
 
@@ -222,18 +222,18 @@ def _with_config(card: Card, path: Path, layout: Layout, table: Table, stored: d
                 f"its tensors are those of a {table.family.name}, and the config's model_type is "
                 f"{layout.table(card.config).family.model_type!r}: weights and config must be of one model"
             )
-        card = replace(card, config=None, preprocessing=None, note="")
+        card = card._replace(config=None, preprocessing=None, note="")
     if card.config is not None and (path.is_dir() or layout.needs_config or card.digest):
         return card
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     shown = table.family.infer(table, shapes, lambda name: stored[name].read())
     if card.config is None:
-        return replace(card, config=shown)
+        return card._replace(config=shown)
     said, seen = (
         {name: shape for name, (shape, _) in model_tensors(config).items() if not name.endswith("bias")}
         for config in (card.config, shown)
     )
-    return card if said == seen else replace(card, config=shown, preprocessing=None, note="")
+    return card if said == seen else card._replace(config=shown, preprocessing=None, note="")
 
 
 def _backbone(stored: dict[str, StoredTensor], prefix: str | None) -> tuple[dict[str, StoredTensor], dict[str, str]]:

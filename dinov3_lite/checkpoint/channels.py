@@ -51,7 +51,7 @@ def check_rule(count: int, rule: str) -> None:
 
 
 def with_channels(opened: Checkpoint, count: int | None, rule: str) -> Checkpoint:
-    """The checkpoint of a model that takes `count` channels, by one of `RULES`; itself for None, or if it takes as many.
+    """The checkpoint of a model that takes `count` channels, by one of `RULES`; itself for None or if it does already.
 
     The projection (C, channels, p, p) is computed in float32 or wider. Raises ValueError as `check_rule`.
     """
@@ -64,5 +64,5 @@ def with_channels(opened: Checkpoint, count: int | None, rule: str) -> Checkpoin
     stored = opened.tensor(WEIGHT)
     weight = RULES[rule](stored.to(torch.promote_types(stored.dtype, torch.float32)), count).to(stored.dtype)
     span = StoredTensor.in_memory(WEIGHT, weight.contiguous(), opened.spans[WEIGHT][0].stored.file).span()
-    card = replace(opened.card, config=config, digest="", preprocessing=None)  # whose statistics are of others
+    card = opened.card._replace(config=config, digest="", preprocessing=None)  # whose statistics are of others
     return replace(opened, card=card, spans={**opened.spans, WEIGHT: [span]})

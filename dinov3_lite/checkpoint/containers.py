@@ -7,7 +7,6 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -16,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import Shape, Span, StoredTensor, not_whole, read_into
-from .pth import open_pth, record_offset
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIGNMENT = 64  # bytes; the data starts on a cache line, as matrix kernels like it
@@ -26,8 +24,7 @@ OnBytes = Callable[[int], Any]
 Headers = tuple[list[StoredTensor], dict[str, str]]
 
 
-@dataclass(frozen=True)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """A tensor to be written: its elements are those of its spans, one after the other, cast to `dtype`."""
 
     name: str
@@ -150,6 +147,8 @@ def _write_pth(
     file: IO[bytes], tensors: Sequence[OutputTensor], metadata: Mapping[str, str], on_bytes: OnBytes
 ) -> None:
     """PyTorch's archive: torch.save lays it out without data, which is then written in its places. No metadata."""
+    from .pth import record_offset
+
     with torch.serialization.skip_data():
         torch.save(
             {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for tensor in tensors}, file
@@ -168,6 +167,8 @@ def _write_pth(
 
 
 def _read_pth(file: Path) -> Headers:
+    from .pth import open_pth  # imported where there is such a file: most have none
+
     return open_pth(file), {}
 
 

@@ -7,9 +7,8 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +21,7 @@ except ImportError:  # not POSIX: there, an open file can't be removed
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor of a file, or one in memory: what is known without its data, and the data on `read()`."""
 
     name: str
@@ -59,8 +57,7 @@ class StoredTensor:
         return Span(self, 0, count)
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Elements start to stop of a stored tensor, in memory order."""
 
     stored: StoredTensor

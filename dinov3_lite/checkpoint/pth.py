@@ -158,8 +158,9 @@ def _read_legacy(file: Path) -> tuple[Any, dict[str, Place]]:
             numel = int.from_bytes(f.read(8), "little")
             nbytes = numel * storages[key].dtype.itemsize
             places[key] = Place(f.tell(), nbytes)
-            if f.seek(nbytes, os.SEEK_CUR) > stream.size:
+            if f.tell() + nbytes > stream.size:
                 raise ValueError("it ends within a tensor")
+            f.seek(nbytes, os.SEEK_CUR)
         return content, places
 
 

@@ -57,8 +57,7 @@ def files_of(
     """
     card = opened.card
     if layout.mark:
-        card = replace(
-            card,
+        card = card._replace(
             source_layout=card.source_layout or opened.layout.name,
             source_digest=card.source_digest or opened.digest(),
             digest=opened.digest(dtype or opened.dtype),
@@ -211,7 +210,7 @@ def checkpoint_of(model: Any) -> Checkpoint:
         shown = model.config  # what does not fit is named below
     counts = {field: getattr(shown, field) for field in table.family.counts}
     config = replace(model.config, **counts)  # blocks and registers may have been dropped or appended
-    card = replace(model.card or Card(), config=config, digest="", source_digest="", source_layout="")
+    card = (model.card or Card())._replace(config=config, digest="", source_digest="", source_layout="")
     spans = match(Path(f"the {type(model).__name__}"), table, config, stored)
     return Checkpoint(Path(), LITE, card, spans, {}, {})
 

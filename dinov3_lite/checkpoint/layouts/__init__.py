@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from ..choose import prefixes
 from .lite import LITE
 from .meta import META
-from .table import Card, Config, Layout, Read, Shape, Table, numel, pattern, shapes_of
+from .table import Card, Config, Layout, Read, Shape, Table, numel, pattern
 from .timm import TIMM
 from .transformers import TRANSFORMERS
 
@@ -18,9 +20,10 @@ LAYOUTS = {layout.name: layout for layout in (LITE, TRANSFORMERS, META, TIMM)}
 __all__ = ["LAYOUTS", "LITE", "META", "TIMM", "TRANSFORMERS", "backbones", "detect", "model_tensors", "rename"]
 
 
+@functools.lru_cache(maxsize=8)
 def model_tensors(config: Config) -> Mapping[str, tuple[Shape, int]]:
     """Shape and number of fused tensors of each of the model's tensors by its name, in the order of its state dict."""
-    return shapes_of(LITE.table(config).family, config)
+    return MappingProxyType(LITE.table(config).family.shapes(config))
 
 
 def rename(weights: Mapping[str, Tensor], layout: Layout, config: Config) -> dict[str, Tensor]:

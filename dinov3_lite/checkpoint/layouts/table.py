@@ -51,8 +51,7 @@ class ModelTensor(NamedTuple):
         return all(getattr(config, switch) == value for switch, value in self.when.items())
 
 
-@dataclass(frozen=True, eq=False)
-class Family:
+class Family(NamedTuple):
     """The models of one config class: their tensors in the order of the state dict, and what a config says of them."""
 
     name: str
@@ -82,21 +81,18 @@ class Family:
         sizes = self.sizes(config)
         return tuple(int(letter) if letter.isdigit() else sizes[letter] for letter in letters)
 
-
-@functools.lru_cache(maxsize=8)
-def shapes_of(family: Family, config: Config) -> Mapping[str, tuple[Shape, int]]:
-    """Shape and number of fused tensors of each of the model's tensors by its name, in the order of the state dict."""
-    result = {}
-    for tensor in family.tensors:
-        if tensor.exists(config):
-            first, *rest = family.shape(tensor.shape, config)
-            for number in family.numbers(tensor.name, config):
-                result[tensor.name.format(**number)] = (first * tensor.fused, *rest), tensor.fused
-    return MappingProxyType(result)
+    def shapes(self, config: Config) -> dict[str, tuple[Shape, int]]:
+        """Shape and number of fused tensors of each tensor of a model by its name, in the order of the state dict."""
+        result = {}
+        for tensor in self.tensors:
+            if tensor.exists(config):
+                first, *rest = self.shape(tensor.shape, config)
+                for number in self.numbers(tensor.name, config):
+                    result[tensor.name.format(**number)] = (first * tensor.fused, *rest), tensor.fused
+        return result
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Where a layout differs: `theirs`, one after the other, hold `ours`, one after the other.
 
     One of ours that a config lacks counts as zeros if the row holds another that exists: Meta's key bias.
@@ -126,7 +122,7 @@ class Equation(NamedTuple):
     mask: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class Table:
     """How a layout stores the models of one family."""
 
@@ -205,8 +201,7 @@ class Table:
         return {name: torch.cat((ones, torch.zeros_like(ones), ones)) for name in names}
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """What is said of weights beside their names, shapes and values. Empty: not said."""
 
     config: Config | None = None
@@ -225,12 +220,11 @@ class Card:
     """Where the RoPE periods came from: "computed" from the config, or "stored" in the source."""
 
 
-@dataclass(frozen=True)
-class Beside:
+class Beside(NamedTuple):
     """A card as it lies beside the tensors: in the file's own metadata, in JSON files, in a licence file."""
 
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = MappingProxyType({})
+    files: Mapping[str, dict[str, Any]] = MappingProxyType({})
     """The content of the side files that there are, by name."""
     license: str = ""
     weights: Path = Path()
@@ -243,8 +237,7 @@ class Beside:
         return self.weights.with_name(name)
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
+class Layout(NamedTuple):
     """A way to store checkpoints: tables of names and cuts by config class, the container, the files, the card."""
 
     name: str
@@ -269,7 +262,7 @@ class Layout:
     """Whether its files come with their config, which then holds whatever lies beside them."""
     keeps_float32: bool = False
     """Whether tensors that float16 is too narrow for may stay in float32: other readers expect one dtype."""
-    in_memory: Mapping[str, str] = field(default_factory=dict)
+    in_memory: Mapping[str, str] = MappingProxyType({})
     """Other beginnings that its names have in memory, and those that they have in its files."""
     mark: str = ""
     """The key in a file's metadata by which its files say that they are its."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any
 
 from ...config import CONVNEXTS, DINOv3Config, DINOv3ConvNeXtConfig
@@ -56,7 +55,7 @@ def read_card(beside: Beside) -> Card:
     """What its config.json says of images; transformers' files go before it where they lie beside it too."""
     card = read_foreign_card(beside)
     if card.preprocessing is None:
-        card = replace(card, preprocessing=_read_images(beside.files.get(CONFIG, {}).get("pretrained_cfg")))
+        card = card._replace(preprocessing=_read_images(beside.files.get(CONFIG, {}).get("pretrained_cfg")))
     return card
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
 from ...config import CONVNEXT_TYPE, MODEL_TYPE, DINOv3Config, DINOv3ConvNeXtConfig
@@ -73,7 +72,7 @@ def read_card(beside: Beside) -> Card:
             f"{beside.path(CONFIG)}: no model_type in it, expected {MODEL_TYPE!r}, or {CONVNEXT_TYPE!r}: this is no "
             "model's config.json"
         )
-    return replace(read_foreign_card(beside), config=read_config(beside))
+    return read_foreign_card(beside)._replace(config=read_config(beside))
 
 
 def write_card(card: Card) -> Beside:
