@@ -675,3 +675,65 @@ def test_a_licence_that_is_there_stays(folder, tmp_path):
     (out / "LICENSE.md").write_text("another's")
     convert(folder, out)
     assert (out / "LICENSE.md").read_text() == "another's"
+
+
+@pytest.mark.parametrize("to", ["transformers", "timm"])
+def test_a_layout_that_is_a_folder_makes_one_of_any_name(to, tmp_path):
+    folder = write_checkpoint(tmp_path / "source", TIMMS)
+    out = convert(folder, tmp_path / "dots.safetensors", to=to, allow_loss=True)
+    assert out == tmp_path / "dots.safetensors" and (out / "model.safetensors").is_file()
+
+
+def test_the_british_licence_goes_along_too(folder, tmp_path):
+    (folder / "LICENCE").write_text("DINOv3 License Agreement")
+    assert open_checkpoint(convert(folder, tmp_path / "out")).card.license == "dinov3-license"
+    assert (tmp_path / "out" / "LICENCE").exists()
+
+
+def test_a_damaged_index_is_a_model_that_fails_by_itself(tmp_path, capsys):
+    for name in ("a", "b"):
+        write_checkpoint(tmp_path / name, TINY)
+    (tmp_path / "a" / "model.safetensors").unlink()
+    (tmp_path / "a" / "model.safetensors.index.json").write_text("{")
+    assert main([str(tmp_path), "--quiet"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        len(lines) == 2 and "index.json: not valid JSON" in lines[0] and lines[1].endswith(f"failed: {tmp_path / 'a'}")
+    )
+    assert (tmp_path / "b" / CONVERTED).exists()
+
+
+def test_an_index_of_many_megabytes_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 500)
+    assert (folder / "config.json").stat().st_size > 500
+    with pytest.raises(ValueError, match=r"config.json: \d+ bytes, expected a JSON file of at most 500"):
+        open_checkpoint(folder)
+
+
+def test_what_is_lost_and_left_out_is_said_to_people_too(tmp_path, capsys):
+    meta = convert(write_checkpoint(tmp_path / "source", TIMMS), tmp_path / "meta", to="meta")
+    tensors = torch.load(meta, weights_only=True)
+    torch.save(tensors | {f"local_cls_norm.{part}": torch.zeros(128) for part in ("weight", "bias")}, meta)
+    options = [str(meta), "--to", "timm", "--allow-loss", "--dtype", "bfloat16", "--output", str(tmp_path / "timm")]
+    left_out = "2 tensors of 'local_cls_norm.' (normalises the CLS token of local crops in pretraining)"
+    assert main([*options, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "-> timm bfloat16" in text and "would lose 'mask_token'" in text and f"would leave out {left_out}" in text
+    assert main(options) == 0
+    assert f"\n  left out {left_out}\n" in capsys.readouterr().out
+    lite = convert(meta, tmp_path / "lite")
+    assert main([str(lite), "--inspect"]) == 0
+    text = capsys.readouterr().out
+    assert "  made from  meta\n" in text and "  layout     lite\n" in text
+    assert open_checkpoint(tmp_path / "timm").left_out == {}
+
+
+def test_a_revision_reaches_the_hub(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dinov3_lite.checkpoint.hub.download", lambda name, **k: (asked.append((name, k)), folder)[1])
+    convert("someone/dinov3-tiny", tmp_path / "a", revision="v2")
+    assert main(["someone/dinov3-tiny", "--revision", "v3", "--quiet", "--output", str(tmp_path / "b")]) == 0
+    assert [(name, options["revision"]) for name, options in asked] == [
+        ("someone/dinov3-tiny", "v2"),
+        ("someone/dinov3-tiny", "v3"),
+    ]
