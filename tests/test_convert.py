@@ -737,3 +737,14 @@ def test_a_revision_reaches_the_hub(folder, tmp_path, monkeypatch):
         ("someone/dinov3-tiny", "v2"),
         ("someone/dinov3-tiny", "v3"),
     ]
+
+
+@pytest.mark.parametrize("to", ["lite", "meta"])
+def test_what_is_carried_along_is_not_said_to_be_left_out(to, folder, tmp_path, capsys):
+    meta = convert(folder, tmp_path / "meta", to="meta")
+    tensors = torch.load(meta, weights_only=True)
+    torch.save(tensors | {f"local_cls_norm.{part}": torch.zeros(32) for part in ("weight", "bias")}, meta)
+    options = [str(meta), "--to", to, "--output", str(tmp_path / "out"), "--json"]
+    for more in (["--dry-run"], []):
+        assert main([*options, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["left_out"] == []
