@@ -748,3 +748,21 @@ def test_what_is_carried_along_is_not_said_to_be_left_out(to, folder, tmp_path, 
     for more in (["--dry-run"], []):
         assert main([*options, *more]) == 0
         assert json.loads(capsys.readouterr().out)["left_out"] == []
+
+
+def test_what_is_carried_along_keeps_its_own_dtype(folder, tmp_path):
+    meta = convert(folder, tmp_path / "meta", to="meta")
+    tensors = torch.load(meta, weights_only=True)
+    norm = {f"local_cls_norm.{part}": torch.randn(32).bfloat16() for part in ("weight", "bias")}
+    torch.save(tensors | norm, meta)
+    back = torch.load(convert(convert(meta, tmp_path / "lite"), tmp_path / "back", to="meta"), weights_only=True)
+    for name, tensor in norm.items():
+        assert back[name].dtype == torch.bfloat16 and torch.equal(back[name], tensor)
+
+
+def test_the_index_of_shards_that_are_gone_is_not_of_the_file_beside_it(folder):
+    """An index that transformers' own save leaves behind."""
+    index = {"weight_map": dict.fromkeys(trained_like(TINY), "model-00001-of-00002.safetensors")}
+    expected = open_checkpoint(folder).weights_id
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_checkpoint(folder).weights_id == expected
