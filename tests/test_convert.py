@@ -766,3 +766,15 @@ def test_the_index_of_shards_that_are_gone_is_not_of_the_file_beside_it(folder):
     expected = open_checkpoint(folder).weights_id
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert open_checkpoint(folder).weights_id == expected
+
+
+def test_the_source_is_remembered_through_a_cast_and_another_conversion(folder, tmp_path):
+    half = convert(folder, tmp_path / "half", dtype=torch.bfloat16)
+    assert open_checkpoint(convert(half, tmp_path / "again")).card.source_digest == open_checkpoint(folder).digest()
+
+
+def test_what_lies_beside_a_file_that_was_named_is_not_about_it_if_it_is_of_other_sizes(folder, tmp_path):
+    meta = convert(folder, tmp_path / "meta", to="meta")
+    write_checkpoint(meta.parent, replace(TINY, hidden_size=64), {"x": torch.zeros(1)})
+    opened = open_checkpoint(meta)
+    assert opened.config == TINY and opened.card.preprocessing is None
