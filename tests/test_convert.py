@@ -675,3 +675,106 @@ def test_a_licence_that_is_there_stays(folder, tmp_path):
     (out / "LICENSE.md").write_text("another's")
     convert(folder, out)
     assert (out / "LICENSE.md").read_text() == "another's"
+
+
+@pytest.mark.parametrize("to", ["transformers", "timm"])
+def test_a_layout_that_is_a_folder_makes_one_of_any_name(to, tmp_path):
+    folder = write_checkpoint(tmp_path / "source", TIMMS)
+    out = convert(folder, tmp_path / "dots.safetensors", to=to, allow_loss=True)
+    assert out == tmp_path / "dots.safetensors" and (out / "model.safetensors").is_file()
+
+
+def test_the_british_licence_goes_along_too(folder, tmp_path):
+    (folder / "LICENCE").write_text("DINOv3 License Agreement")
+    assert open_checkpoint(convert(folder, tmp_path / "out")).card.license == "dinov3-license"
+    assert (tmp_path / "out" / "LICENCE").exists()
+
+
+def test_a_damaged_index_is_a_model_that_fails_by_itself(tmp_path, capsys):
+    for name in ("a", "b"):
+        write_checkpoint(tmp_path / name, TINY)
+    (tmp_path / "a" / "model.safetensors").unlink()
+    (tmp_path / "a" / "model.safetensors.index.json").write_text("{")
+    assert main([str(tmp_path), "--quiet"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        len(lines) == 2 and "index.json: not valid JSON" in lines[0] and lines[1].endswith(f"failed: {tmp_path / 'a'}")
+    )
+    assert (tmp_path / "b" / CONVERTED).exists()
+
+
+def test_an_index_of_many_megabytes_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 500)
+    assert (folder / "config.json").stat().st_size > 500
+    with pytest.raises(ValueError, match=r"config.json: \d+ bytes, expected a JSON file of at most 500"):
+        open_checkpoint(folder)
+
+
+def test_what_is_lost_and_left_out_is_said_to_people_too(tmp_path, capsys):
+    meta = convert(write_checkpoint(tmp_path / "source", TIMMS), tmp_path / "meta", to="meta")
+    tensors = torch.load(meta, weights_only=True)
+    torch.save(tensors | {f"local_cls_norm.{part}": torch.zeros(128) for part in ("weight", "bias")}, meta)
+    options = [str(meta), "--to", "timm", "--allow-loss", "--dtype", "bfloat16", "--output", str(tmp_path / "timm")]
+    left_out = "2 tensors of 'local_cls_norm.' (normalises the CLS token of local crops in pretraining)"
+    assert main([*options, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "-> timm bfloat16" in text and "would lose 'mask_token'" in text and f"would leave out {left_out}" in text
+    assert main(options) == 0
+    assert f"\n  left out {left_out}\n" in capsys.readouterr().out
+    lite = convert(meta, tmp_path / "lite")
+    assert main([str(lite), "--inspect"]) == 0
+    text = capsys.readouterr().out
+    assert "  made from  meta\n" in text and "  layout     lite\n" in text
+    assert open_checkpoint(tmp_path / "timm").left_out == {}
+
+
+def test_a_revision_reaches_the_hub(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dinov3_lite.checkpoint.hub.download", lambda name, **k: (asked.append((name, k)), folder)[1])
+    convert("someone/dinov3-tiny", tmp_path / "a", revision="v2")
+    assert main(["someone/dinov3-tiny", "--revision", "v3", "--quiet", "--output", str(tmp_path / "b")]) == 0
+    assert [(name, options["revision"]) for name, options in asked] == [
+        ("someone/dinov3-tiny", "v2"),
+        ("someone/dinov3-tiny", "v3"),
+    ]
+
+
+@pytest.mark.parametrize("to", ["lite", "meta"])
+def test_what_is_carried_along_is_not_said_to_be_left_out(to, folder, tmp_path, capsys):
+    meta = convert(folder, tmp_path / "meta", to="meta")
+    tensors = torch.load(meta, weights_only=True)
+    torch.save(tensors | {f"local_cls_norm.{part}": torch.zeros(32) for part in ("weight", "bias")}, meta)
+    options = [str(meta), "--to", to, "--output", str(tmp_path / "out"), "--json"]
+    for more in (["--dry-run"], []):
+        assert main([*options, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["left_out"] == []
+
+
+def test_what_is_carried_along_keeps_its_own_dtype(folder, tmp_path):
+    meta = convert(folder, tmp_path / "meta", to="meta")
+    tensors = torch.load(meta, weights_only=True)
+    norm = {f"local_cls_norm.{part}": torch.randn(32).bfloat16() for part in ("weight", "bias")}
+    torch.save(tensors | norm, meta)
+    back = torch.load(convert(convert(meta, tmp_path / "lite"), tmp_path / "back", to="meta"), weights_only=True)
+    for name, tensor in norm.items():
+        assert back[name].dtype == torch.bfloat16 and torch.equal(back[name], tensor)
+
+
+def test_the_index_of_shards_that_are_gone_is_not_of_the_file_beside_it(folder):
+    """An index that transformers' own save leaves behind."""
+    index = {"weight_map": dict.fromkeys(trained_like(TINY), "model-00001-of-00002.safetensors")}
+    expected = open_checkpoint(folder).weights_id
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_checkpoint(folder).weights_id == expected
+
+
+def test_the_source_is_remembered_through_a_cast_and_another_conversion(folder, tmp_path):
+    half = convert(folder, tmp_path / "half", dtype=torch.bfloat16)
+    assert open_checkpoint(convert(half, tmp_path / "again")).card.source_digest == open_checkpoint(folder).digest()
+
+
+def test_what_lies_beside_a_file_that_was_named_is_not_about_it_if_it_is_of_other_sizes(folder, tmp_path):
+    meta = convert(folder, tmp_path / "meta", to="meta")
+    write_checkpoint(meta.parent, replace(TINY, hidden_size=64), {"x": torch.zeros(1)})
+    opened = open_checkpoint(meta)
+    assert opened.config == TINY and opened.card.preprocessing is None

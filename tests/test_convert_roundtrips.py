@@ -463,3 +463,15 @@ def test_timm_itself_loads_what_we_write_and_agrees(name, changes, architecture,
         ours = DINOv3ViT.from_pretrained(folder)(images).last_hidden_state
     assert relative_error(theirs["features"], ours) < 5e-6
     assert ImageProcessor.from_pretrained(folder).size == (224, 224)
+
+
+@pytest.mark.parametrize("to", ["meta", "timm"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_number_of_channels_is_read_off_the_tensors(channels, to, tmp_path):
+    config = replace(WIDE, num_channels=channels)
+    source = write_checkpoint(tmp_path / "source", config, holdable(config))
+    out = convert(source, tmp_path / "out", to=to)
+    assert open_checkpoint(out).config == config
+    if to == "timm":
+        said = json.loads((out / "config.json").read_text())["pretrained_cfg"]
+        assert said["input_size"] == [channels, 224, 224]

@@ -376,3 +376,27 @@ def test_the_weights_get_their_name_before_the_file_that_needs_them(tmp_path, mo
         temporary.with_name("model.onnx.data").write_bytes(b"weights")
     assert calls == ["fsync", "model.onnx.data", "fsync", "model.onnx"]
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx.data"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrong", OUTPUTS)
+@pytest.mark.parametrize("shape", [0, 1])
+def test_each_output_is_checked_at_each_shape_against_what_its_dtype_allows(shape, wrong, dtype, tmp_path):
+    model = DINOv3ViT(SHALLOW).eval().to(dtype)
+    bound = {torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}[dtype]
+    shapes = [(1, 3, 2 * 8, 7 * 8), (3, 3, 6 * 8, 4 * 8)]
+
+    def run_with(error):
+        def run(images):
+            output = model(images)
+            given = {name: getattr(output, name).double() for name in OUTPUTS}
+            given[wrong] *= 1 + error * (tuple(images.shape) == shapes[shape])
+            return given
+
+        return run
+
+    errors = dinov3_lite.export._compare(run_with(0.9 * bound), model, tmp_path / "x", None)
+    assert list(errors) == shapes
+    assert errors[shapes[shape]] == pytest.approx(0.9 * bound) and errors[shapes[1 - shape]] == 0
+    with pytest.raises(RuntimeError, match=r"not written: for images of shape .* expected at most"):
+        dinov3_lite.export._compare(run_with(1.1 * bound), model, tmp_path / "x", None)
