@@ -143,6 +143,7 @@ class DINOv3ViT(features.Sizes):
         device: torch.device | str | None = None,
         attention: str = "auto",
         prefix: str | None = None,
+        subfolder: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -156,6 +157,7 @@ class DINOv3ViT(features.Sizes):
         device: to load to; None is the CPU. attention: see the class.
         prefix: what stands before the names of the backbone that is meant, where the checkpoint holds several, such as
             "teacher.backbone"; None takes an exponential moving average, or a teacher, or the only one.
+        subfolder: where the checkpoint is within the source, such as "backbone"; None: it is the source itself.
         revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
@@ -164,7 +166,9 @@ class DINOv3ViT(features.Sizes):
         resolve_attention(attention)
         if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
-        path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        path = locate(
+            source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         opened = open_checkpoint(path, prefix=prefix)
         with torch.device("meta"):
             model = cls(opened.config, attention)

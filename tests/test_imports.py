@@ -95,7 +95,9 @@ EDGES = {
     "dinov3_lite/image.py": {"checkpoint", "checkpoint.hub", "pixels"},
     "dinov3_lite/pixels.py": set(),
     "dinov3_lite/encoder.py": {"model"},
-    "dinov3_lite/interfaces.py": {"features", "model"},
+    "dinov3_lite/interfaces.py": {
+        *("checkpoint.files", "checkpoint.hub", "checkpoint.json_files", "config", "features", "model"),
+    },
     "dinov3_lite/finetune.py": {"model"},
     "dinov3_lite/window.py": {"checks", "console", "model"},
     "dinov3_lite/export.py": {"model"},
