@@ -79,7 +79,7 @@ EDGES = {
     "dinov3_lite/checkpoint/hub.py": {"checkpoint.files", "checkpoint.layouts", "checkpoint.layouts.timm"},
     "dinov3_lite/checkpoint/__init__.py": {
         *("checkpoint.choose", "checkpoint.containers", "checkpoint.files", "checkpoint.folders"),
-        *("checkpoint.json_files", "checkpoint.matching"),
+        *("checkpoint.json_files", "checkpoint.layouts.others", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
     "dinov3_lite/checkpoint/saving.py": {
