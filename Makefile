@@ -26,7 +26,7 @@ endif
 test: export OMP_NUM_THREADS = 1
 test: .venv/installed-dev
 	$(BIN)/pytest -n auto --dist loadfile
-	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest tests/test_parity.py tests/test_checkpoint_layouts.py
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest tests/test_parity.py tests/test_convnext_parity.py tests/test_checkpoint_layouts.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

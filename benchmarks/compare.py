@@ -6,9 +6,10 @@
     python benchmarks/compare.py startup | conversion | features | parity | growth | rope_attention | layer_norm
                                  | swiglu [options of that script]
 
-A row is a variant, a resolution times a batch, and a dtype, all peers on the same weights. Outputs are checked against
-transformers' before anything is timed; a peer that is missing or fails shows its reason. Rounds are interleaved in
-rotated order, ratios taken round by round. Writes benchmarks/results/NAME.json; page.py makes tables and charts of it.
+A row is a variant (a ViT's, or convnext-tiny and its kin), a resolution times a batch, and a dtype, all peers on the
+same weights. Outputs are checked against transformers' before anything is timed; a peer that is missing or fails shows
+its reason. Rounds are interleaved in rotated order, ratios taken round by round. Writes benchmarks/results/NAME.json;
+page.py makes tables and charts of it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from environment import environment, headline, peak_gflops, save
 from peers import PEERS, Features, Peer, write_checkpoint
 from timing import in_a_child, interleaved, median_ratio, process_mib, relative_difference, spread
 
-from dinov3_lite import DINOv3Config, DINOv3ViT
+from dinov3_lite import DINOv3Config, DINOv3ConvNeXtConfig, load
+from dinov3_lite.config import config_from_name
 
 OTHERS = ("startup", "conversion", "features", "rope_attention", "layer_norm", "swiglu", "parity", "growth")
 REFERENCE = "transformers, sdpa"
@@ -122,7 +124,7 @@ def measure(
         "pixels": pixels,
         "batch": batch,
         "dtype": dtype_name,
-        "gflop": batch * gflop(DINOv3Config.from_name(variant), pixels),
+        "gflop": batch * gflop(config_from_name(variant), pixels),
         "peak GFLOP/s": max(before, after),
         "seconds": seconds,
         "peak MiB": {name: peak_of(name, checkpoint, pixels, batch, dtype_name, device) for name in calls},
@@ -131,16 +133,24 @@ def measure(
 
 
 def reference_features(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Features:
-    """What outputs are compared with: transformers', or our own eager attention where transformers is not installed."""
+    """What outputs are compared with: transformers', or our own where transformers is not installed."""
     try:
         return next(peer for peer in PEERS if peer.name == REFERENCE).build(checkpoint, dtype, device)
     except ImportError:
-        model = DINOv3ViT.from_pretrained(checkpoint, dtype=dtype, attention="eager").to(device)
+        model = load(checkpoint, dtype=dtype).to(device)
+        if hasattr(model, "attention"):
+            model.attention = "eager"
         return lambda images: model(images).last_hidden_state
 
 
-def gflop(config: DINOv3Config, pixels: int) -> float:
-    """Operations of the matrix products of one image, in 1e9."""
+def gflop(config: DINOv3Config | DINOv3ConvNeXtConfig, pixels: int) -> float:
+    """Operations of the matrix products, and of a ConvNeXt's convolutions, of one image, in 1e9."""
+    if isinstance(config, DINOv3ConvNeXtConfig):
+        count, before = 0, config.num_channels * 4  # the stem's 4 x 4 pixels are two steps of 2 x 2
+        for i, (C, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
+            P = (pixels // 4 // 2**i) ** 2
+            count, before = count + P * (4 * before * C + depth * (49 * C + 8 * C**2)), C
+        return 2 * count / 1e9
     P = (pixels // config.patch_size) ** 2
     N, C, F = P + config.num_prefix_tokens, config.hidden_size, config.intermediate_size
     embedding = P * config.num_channels * config.patch_size**2 * C

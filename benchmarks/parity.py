@@ -22,8 +22,8 @@ TESTS = Path(__file__).parent.parent / "tests"
 
 def main() -> int:
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
-        files = [str(TESTS / name) for name in ("test_parity.py", "test_interfaces.py")]
-        chosen = "hidden_state or outliers or transformers_backbone or metas_intermediate or timms_intermediates"
+        files = [str(TESTS / name) for name in ("test_parity.py", "test_interfaces.py", "test_convnext_parity.py")]
+        chosen = "hidden_state or outliers or transformers_backbone or metas_ or timms_"
         pytest = [str(Path(sys.executable).with_name("pytest")), "-q", *files, "-k", chosen]
         status = subprocess.run(pytest, env={**os.environ, "PARITY_TABLE": file.name}).returncode
         rows = [json.loads(line) for line in Path(file.name).read_text().splitlines()]

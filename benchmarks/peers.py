@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convert import convert
-from dinov3_lite import DINOv3Config, DINOv3ViT, optimize_for_inference
+from dinov3_lite import DINOv3ConvNeXt, DINOv3ViT, load, optimize_for_inference
 from dinov3_lite.checkpoint.layouts import TRANSFORMERS, rename
+from dinov3_lite.config import config_from_dict, config_from_name
 from dinov3_lite.sample import made_weights
 
 REFERENCES = Path(sys.prefix) / "references" / "torchvision"
@@ -30,7 +31,7 @@ Builder = Callable[[Path, torch.dtype, torch.device], Features]
 
 def write_checkpoint(folder: Path, variant: str) -> Path:
     """Made weights of a released variant, as from the hub."""
-    config = DINOv3Config.from_name(variant)
+    config = config_from_name(variant)
     theirs = {name: t.contiguous() for name, t in rename(made_weights(config), TRANSFORMERS, config).items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(theirs, folder / "model.safetensors", {"format": "pt"})
@@ -59,8 +60,16 @@ def of_module(load: Callable[..., Any], features: Callable[[Any, Tensor], Tensor
     return build
 
 
-def ours(folder: Path, dtype: torch.dtype = torch.float32) -> DINOv3ViT:
-    return DINOv3ViT.from_pretrained(folder, dtype=dtype)
+def config_of(folder: Path) -> Any:
+    return config_from_dict(json.loads((folder / "config.json").read_text()))
+
+
+def is_convnext(folder: Path) -> bool:
+    return "convnext" in config_of(folder).name
+
+
+def ours(folder: Path, dtype: torch.dtype = torch.float32) -> DINOv3ViT | DINOv3ConvNeXt:
+    return load(folder, dtype=dtype)
 
 
 def ours_prepared(backend: str) -> Builder:
@@ -71,17 +80,18 @@ def ours_prepared(backend: str) -> Builder:
     return build
 
 
-def transformers_model(
-    folder: Path, dtype: torch.dtype = torch.float32, name: str = "DINOv3ViTModel", **options: Any
-) -> Any:
+def transformers_model(folder: Path, dtype: torch.dtype = torch.float32, name: str = "", **options: Any) -> Any:
     """One of transformers' classes, in evaluation mode."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    name = name or ("DINOv3ConvNextModel" if is_convnext(folder) else "DINOv3ViTModel")
     return getattr(transformers, name).from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def transformers_eager(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    if is_convnext(folder):
+        raise ValueError("a ConvNeXt has no attention")
     return transformers_model(folder, dtype, attn_implementation="eager")
 
 
@@ -92,9 +102,20 @@ def timm_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     if not written.exists():
         convert(folder, written, to="timm", allow_loss=True)
     architecture = json.loads((written / "config.json").read_text())["architecture"]
-    model = timm.create_model(architecture, pretrained=False, num_classes=0, dynamic_img_size=True)
+    options = {} if is_convnext(folder) else {"dynamic_img_size": True}
+    model = timm.create_model(architecture, pretrained=False, num_classes=0, **options)
     model.load_state_dict(load_file(written / "model.safetensors"))
     return model.to(dtype).eval()
+
+
+def timm_features(model: Any, images: Tensor) -> Tensor:
+    """Its last_hidden_state; of a ConvNeXt, whose forward_features is a map, made of that as forward makes its pool."""
+    features = model.forward_features(images)
+    if features.ndim == 3:
+        return features
+    tokens = torch.cat((features.mean((2, 3)).unsqueeze(1), features.flatten(2).mT), dim=1)
+    norm = model.head.norm
+    return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 def import_timm() -> ModuleType:
@@ -117,7 +138,7 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     if not written.exists():
         convert(folder, written, to="meta")
     (file,) = written.glob("*.pth")
-    name = f"dinov3_{DINOv3Config.from_dict(json.loads((folder / 'config.json').read_text())).name}"
+    name = f"dinov3_{config_of(folder).name}".replace("-", "_")
     model = torch.hub.load(os.environ["DINOV3_REPO"], name, source="local", pretrained=False)
     model.load_state_dict(torch.load(file))
     return model.to(dtype).eval()
@@ -174,7 +195,7 @@ PEERS = [
     Peer("transformers, sdpa", of_module(transformers_model, last_hidden_state)),
     Peer("transformers, eager attention", of_module(transformers_eager, last_hidden_state)),
     Peer("transformers, compiled", of_module(transformers_model, last_hidden_state, compiled=True)),
-    Peer("timm", of_module(timm_model, lambda model, images: model.forward_features(images))),
+    Peer("timm", of_module(timm_model, timm_features)),
     Peer("Meta", of_module(meta_model, meta_features)),
     Peer("onnxruntime", onnxruntime_session, devices=("cpu",), dtypes=(torch.float32,)),
     Peer("OpenVINO", openvino_model, devices=("cpu",), dtypes=(torch.float32,)),

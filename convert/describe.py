@@ -57,7 +57,7 @@ def describe_as_text(description: dict[str, Any]) -> str:
         "parameters": f"{description['parameters']:,}",
         "dtype": description["dtype"],
         "size": f"{description['bytes'] / 1e6:.1f} MB in {description['files']} file(s)",
-        "RoPE": description["rope"],
+        "RoPE": description["rope"] or "none: no attention",
         "images": f"size {description['image_size']}, mean {description['image_mean']}, std {description['image_std']}"
         if description["image_mean"]
         else "no preprocessing with it",
@@ -143,8 +143,10 @@ def grouped(left_out: dict[str, str]) -> list[str]:
     ]
 
 
-def rope(opened: Checkpoint) -> str:
+def rope(opened: Checkpoint) -> str | None:
     """Whether the RoPE periods are those the config gives, those rounded to bfloat16 as Meta's files are, or others."""
+    if not opened.rope:
+        return None
     periods, computed = opened.tensor("rope_embed.periods").float(), rope_periods(opened.config)
     if torch.allclose(periods, computed, rtol=1e-6, atol=0):
         return "computed from the config" if opened.rope == "computed" else "stored, equal to the computed ones"

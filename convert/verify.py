@@ -18,10 +18,17 @@ from dinov3_lite.checkpoint import Checkpoint, open_checkpoint
 from dinov3_lite.checkpoint.files import Span
 from dinov3_lite.checkpoint.layouts.table import pattern
 from dinov3_lite.checkpoint.layouts.transformers import opens
-from dinov3_lite.model import DINOv3ViT
+from dinov3_lite.config import DINOv3Config, DINOv3ConvNeXtConfig
+from dinov3_lite.loading import load
 
 from .plan import Plan, make_plan
 from .writer import write
+
+# transformers' class for a config, and the stride of its tokens in pixels.
+REFERENCES = {
+    DINOv3Config: lambda config: ("DINOv3ViTModel", config.patch_size),
+    DINOv3ConvNeXtConfig: lambda config: ("DINOv3ConvNextModel", 32),
+}
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,11 @@ def _forward_errors(source: Checkpoint, written: Checkpoint) -> list[float] | No
         folder = source.path
         if not opens(source.layout, folder):
             folder = write(make_plan(source, scratch, to="transformers"))
-        theirs = transformers.DINOv3ViTModel.from_pretrained(folder, dtype=torch.float32).eval()
-        ours = DINOv3ViT.from_pretrained(written.path, dtype=torch.float32)
-        p = source.config.patch_size
-        images = torch.randn(1, source.config.num_channels, 4 * p, 6 * p, generator=torch.Generator().manual_seed(0))
+        name, stride = REFERENCES[type(source.config)](source.config)
+        theirs = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+        ours = load(written.path, dtype=torch.float32)
+        sides = 4 * stride, 6 * stride
+        images = torch.randn(1, source.config.num_channels, *sides, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             a = ours(images, output_hidden_states=True)
             b = theirs(images, output_hidden_states=True)

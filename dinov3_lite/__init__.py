@@ -13,19 +13,24 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .config import DINOv3Config
+    from .config import DINOv3Config, DINOv3ConvNeXtConfig
+    from .convnext import DINOv3ConvNeXt
     from .encoder import build_dinov3_encoder
     from .extraction.engines import extract
     from .extraction.store import open_features
     from .finetune import freeze_but_last, parameter_groups, trainable_summary
     from .image import ImageProcessor
     from .inference import optimize_for_inference
-    from .interfaces import DINOv3ViTBackbone, FeaturesOnly
+    from .interfaces import DINOv3ConvNextBackbone, DINOv3ViTBackbone, FeaturesOnly
+    from .loading import load
     from .model import DINOv3Output, DINOv3ViT
     from .window import sliding_window_features
 
 __all__ = [
     "DINOv3Config",
+    "DINOv3ConvNeXt",
+    "DINOv3ConvNeXtConfig",
+    "DINOv3ConvNextBackbone",
     "DINOv3Output",
     "DINOv3ViT",
     "DINOv3ViTBackbone",
@@ -34,6 +39,7 @@ __all__ = [
     "build_dinov3_encoder",
     "extract",
     "freeze_but_last",
+    "load",
     "open_features",
     "optimize_for_inference",
     "parameter_groups",
@@ -43,6 +49,9 @@ __all__ = [
 
 _MODULES = {
     "DINOv3Config": "config",
+    "DINOv3ConvNeXt": "convnext",
+    "DINOv3ConvNeXtConfig": "config",
+    "DINOv3ConvNextBackbone": "interfaces",
     "DINOv3Output": "model",
     "DINOv3ViT": "model",
     "DINOv3ViTBackbone": "interfaces",
@@ -51,6 +60,7 @@ _MODULES = {
     "build_dinov3_encoder": "encoder",
     "extract": "extraction.engines",
     "freeze_but_last": "finetune",
+    "load": "loading",
     "open_features": "extraction.store",
     "optimize_for_inference": "inference",
     "parameter_groups": "finetune",

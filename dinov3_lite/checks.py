@@ -25,6 +25,20 @@ def check_images(
     pixels: whether they may be whole numbers.
     """
     p = patch_size
+    check_kind(images, channels, name, dims, pixels)
+    H, W = images.shape[-2:]
+    if p > H or p > W or H % p or W % p:
+        raise ValueError(
+            f"image height {H} and width {W} must be multiples of the patch size {p}: "
+            f"the nearest that work are height {_nearest_multiples(H, p)} and width {_nearest_multiples(W, p)}"
+        )
+    return H // p, W // p
+
+
+def check_kind(
+    images: Tensor, channels: int, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
+) -> None:
+    """Rank, channels and dtype of images of any size: see `check_images`."""
     if images.ndim != len(dims) or images.shape[-3] != channels:
         expected = ", ".join(dims).replace("channels", str(channels))
         raise ValueError(f"{name} has shape {tuple(images.shape)}: expected ({expected})")
@@ -33,13 +47,6 @@ def check_images(
             f"{name} is {images.dtype}: expected normalised floating-point images, "
             "which dinov3_lite.ImageProcessor makes of pictures"
         )
-    H, W = images.shape[-2:]
-    if p > H or p > W or H % p or W % p:
-        raise ValueError(
-            f"image height {H} and width {W} must be multiples of the patch size {p}: "
-            f"the nearest that work are height {_nearest_multiples(H, p)} and width {_nearest_multiples(W, p)}"
-        )
-    return H // p, W // p
 
 
 def _nearest_multiples(size: int, p: int) -> str:
@@ -83,6 +90,12 @@ def check_keep_indices(keep_indices: Tensor, patches: Tensor) -> None:
             f"keep_indices goes from {keep_indices.min()} to {keep_indices.max()}: expected 0 to {P - 1}, "
             "the patches of the image row by row"
         )
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """A dtype that weights may have, or None for the checkpoint's own."""
+    if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
 
 
 def check_count(name: str, value: Any) -> int:

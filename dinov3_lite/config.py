@@ -1,4 +1,4 @@
-"""The configuration: what transformers' `config.json` says, and the released variants by name."""
+"""The configurations: what transformers' `config.json` says, and the released ViTs and ConvNeXts by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 MODEL_TYPE = "dinov3_vit"
+CONVNEXT_TYPE = "dinov3_convnext"
 ACTIVATIONS = ("gelu", "silu")
 
 # Parameters that enter the residual stream directly: in released models that stream leaves float16's range, so they
@@ -91,6 +92,8 @@ class DINOv3Config:
         repository = name.rsplit("/", 1)[-1]
         parts = repository.split("-")
         short = parts[1] if parts[0] == "dinov3" and len(parts) > 1 else OTHER_SOURCES.get(repository, name)
+        if short.startswith("convnext"):
+            raise ValueError(f"{name!r} is a ConvNeXt: use DINOv3ConvNeXtConfig, or DINOv3ConvNeXt for the model")
         if short not in VARIANTS:
             raise ValueError(
                 f"unknown DINOv3 variant {name[:100]!r}: expected one of {', '.join(VARIANTS)}, or their hub id"
@@ -106,8 +109,9 @@ class DINOv3Config:
         """
         model_type = d.get("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
+            hint = ": DINOv3ConvNeXtConfig reads it" if model_type == CONVNEXT_TYPE else ""
             raise ValueError(
-                f"model_type is {repr(model_type)[:100]}: expected {MODEL_TYPE!r}, a DINOv3 vision transformer"
+                f"model_type is {repr(model_type)[:100]}: expected {MODEL_TYPE!r}, a DINOv3 vision transformer{hint}"
             )
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in d.items() if key in known})
@@ -115,6 +119,111 @@ class DINOv3Config:
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that transformers and `from_dict` read back as this config."""
         return {"model_type": MODEL_TYPE, "architectures": ["DINOv3ViTModel"], **asdict(self)}
+
+
+@dataclass(frozen=True)
+class DINOv3ConvNeXtConfig:
+    """Architecture of one DINOv3 ConvNeXt. Field names and defaults are those of transformers' `dinov3_convnext`
+    config.json, hidden_sizes and depths one number for each of the four stages.
+
+    Raises ValueError if a value has the wrong type or sign, or if two values contradict each other.
+    """
+
+    num_channels: int = 3
+    hidden_sizes: tuple[int, ...] = (96, 192, 384, 768)
+    depths: tuple[int, ...] = (3, 3, 9, 3)
+    hidden_act: str = "gelu"
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    layer_scale_init_value: float = 1e-6
+    drop_path_rate: float = 0.0
+    image_size: int = 224
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            valid = _checked_stages(name, value) if name in _BY_STAGE else _checked(name, str(field.type), value)
+            object.__setattr__(self, name, valid)
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}: expected one of {', '.join(ACTIVATIONS)}")
+        if self.drop_path_rate >= 1:
+            raise ValueError(f"drop_path_rate is {self.drop_path_rate}: expected a probability below 1")
+
+    @property
+    def name(self) -> str:
+        """The released variant with these tensors (`convnext-tiny`), or the sizes where there is none
+        (`convnext-c8-16-24-32-d1-1-2-1`).
+        """
+        for name, variant in CONVNEXTS.items():
+            if all(getattr(self, key) == getattr(variant, key) for key in (*_BY_STAGE, "num_channels", "hidden_act")):
+                return name
+        widths, depths = ("-".join(map(str, sizes)) for sizes in (self.hidden_sizes, self.depths))
+        return f"convnext-c{widths}-d{depths}"
+
+    @classmethod
+    def from_name(cls, name: str) -> DINOv3ConvNeXtConfig:
+        """A released variant by its short name (`convnext-tiny`) or by a hub id
+        (`facebook/dinov3-convnext-tiny-pretrain-lvd1689m`, `facebook/EUPE-ConvNeXt-T`).
+
+        Raises ValueError, with the names that there are, for any other name.
+        """
+        repository = name.rsplit("/", 1)[-1]
+        parts = repository.split("-")
+        short = "-".join(parts[1:3]) if parts[0] == "dinov3" else OTHER_SOURCES.get(repository, name)
+        if short not in CONVNEXTS:
+            if short in VARIANTS or any(part in VARIANTS for part in parts):
+                raise ValueError(f"{name!r} is a vision transformer: use DINOv3Config, or DINOv3ViT for the model")
+            raise ValueError(
+                f"unknown DINOv3 ConvNeXt {name!r}: expected one of {', '.join(CONVNEXTS)}, or their hub id"
+            )
+        return CONVNEXTS[short]
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> DINOv3ConvNeXtConfig:
+        """The config in a parsed config.json. Missing keys take transformers' defaults, keys of other purposes are
+        ignored.
+
+        Raises ValueError if `model_type` names another architecture or a value is out of range.
+        """
+        model_type = d.get("model_type", CONVNEXT_TYPE)
+        if model_type != CONVNEXT_TYPE:
+            hint = ": DINOv3Config reads it" if model_type == MODEL_TYPE else ""
+            raise ValueError(f"model_type is {model_type!r}: expected {CONVNEXT_TYPE!r}, a DINOv3 ConvNeXt{hint}")
+        known = {field.name for field in fields(cls)}
+        absent = {key for key in _BY_STAGE if d.get(key) is None}  # transformers writes null for its defaults
+        return cls(**{key: value for key, value in d.items() if key in known - absent})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json that transformers and `from_dict` read back as this config."""
+        stages = [f"stage{i}" for i in range(1, len(self.depths) + 1)]
+        return {
+            "model_type": CONVNEXT_TYPE,
+            "architectures": ["DINOv3ConvNextModel"],
+            **asdict(self),
+            **{key: list(getattr(self, key)) for key in _BY_STAGE},
+            "out_features": stages[-1:],
+            "out_indices": [len(stages)],
+            "stage_names": ["stem", *stages],
+        }
+
+
+def config_from_name(name: str) -> DINOv3Config | DINOv3ConvNeXtConfig:
+    """A released variant of either architecture, by its short name or by a hub id.
+
+    Raises ValueError, with the names that there are, for any other name.
+    """
+    known = {**dict.fromkeys(VARIANTS, DINOv3Config), **dict.fromkeys(CONVNEXTS, DINOv3ConvNeXtConfig)}
+    if name in known or "/" in name:
+        return (DINOv3ConvNeXtConfig if "convnext" in name.lower() else DINOv3Config).from_name(name)
+    raise ValueError(f"unknown DINOv3 variant {name!r}: expected one of {', '.join(known)}, or their hub id")
+
+
+def config_from_dict(d: dict[str, Any]) -> DINOv3Config | DINOv3ConvNeXtConfig:
+    """The config in a parsed config.json, a ViT's unless `model_type` says that it is a ConvNeXt's.
+
+    Raises ValueError as `from_dict` of either class does.
+    """
+    return (DINOv3ConvNeXtConfig if d.get("model_type") == CONVNEXT_TYPE else DINOv3Config).from_dict(d)
 
 
 # What decides the tensors' names and shapes: two configs that agree here are the same variant.
@@ -126,8 +235,9 @@ _ARCHITECTURE = (
 
 _POSITIVE = {
     "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps",
-    "rope_theta", "image_size", "num_channels", "pos_embed_jitter", "pos_embed_rescale",
+    "rope_theta", "image_size", "num_channels", "pos_embed_jitter", "pos_embed_rescale", "hidden_sizes", "depths",
 }  # fmt: skip
+_BY_STAGE = ("hidden_sizes", "depths")
 
 
 def _checked(name: str, kind: str, value: Any) -> Any:
@@ -152,9 +262,15 @@ def _checked(name: str, kind: str, value: Any) -> Any:
         raise ValueError(f"{name} is {repr(value)[:100]}: expected {kind}")
     if number and (value < 0 or (value == 0 and name in _POSITIVE)):
         raise ValueError(f"{name} is {value}: expected {'more than zero' if name in _POSITIVE else 'zero or more'}")
-    if kind == "int" and value > (limit := 1000 if name == "num_hidden_layers" else 2**20):
+    if kind == "int" and value > (limit := 1000 if name in ("num_hidden_layers", "depths") else 2**20):
         raise ValueError(f"{name} is {value}: expected at most {limit}")
     return float(value) if kind == "float" else value
+
+
+def _checked_stages(name: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, (list, tuple)) or len(values) != 4:
+        raise ValueError(f"{name} is {values!r}: expected four numbers, one for each stage")
+    return tuple(_checked(name, "int", value) for value in values)
 
 
 _VITS = DINOv3Config(num_register_tokens=4)
@@ -205,4 +321,15 @@ OTHER_SOURCES = {
     "EUPE-ViT-T": "vitt16",
     "EUPE-ViT-S": "vits16",
     "EUPE-ViT-B": "vitb16",
+    "EUPE-ConvNeXt-T": "convnext-tiny",
+    "EUPE-ConvNeXt-S": "convnext-small",
+    "EUPE-ConvNeXt-B": "convnext-base",
+}
+
+# DINOv3 paper, section 7.2: the ViT-7B distilled into ConvNeXts (arXiv 2201.03545, section 3) for edge devices.
+CONVNEXTS: dict[str, DINOv3ConvNeXtConfig] = {
+    "convnext-tiny": DINOv3ConvNeXtConfig(),
+    "convnext-small": DINOv3ConvNeXtConfig(depths=(3, 3, 27, 3)),
+    "convnext-base": DINOv3ConvNeXtConfig(depths=(3, 3, 27, 3), hidden_sizes=(128, 256, 512, 1024)),
+    "convnext-large": DINOv3ConvNeXtConfig(depths=(3, 3, 27, 3), hidden_sizes=(192, 384, 768, 1536)),
 }

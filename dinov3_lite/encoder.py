@@ -1,4 +1,4 @@
-"""A feature pyramid for segmentation decoders: four maps from the quarters of the backbone's depth."""
+"""A feature pyramid for segmentation decoders: four maps of a ViT's quarters, or of a ConvNeXt's stages."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convnext import DINOv3ConvNeXt
+from .loading import load
 from .model import DINOv3ViT
 
 
 class PyramidEncoder(nn.Module):
-    """(B, 3, H, W) -> [F1, F2, F3, F4], patch tokens of the blocks at 1/4, 2/4, 3/4 and 4/4 of the depth as maps.
+    """(B, 3, H, W) -> [F1, F2, F3, F4], patch tokens of the blocks at 1/4, 2/4, 3/4 and 4/4 of a ViT's depth as maps.
 
-    The maps are (B, C, H/s, W/s) for s in `strides`, before the final LayerNorm; a side shorter than s gives 1.
+    The maps are (B, C, H/s, W/s) for s in `strides`, before the final LayerNorm; a side shorter than s gives 1. Of a
+    ConvNeXt they are its four stages as they are, (B, c, H/s, W/s) for c in `channels`.
     A frozen encoder computes no gradients, keeps no activations, and stays in evaluation mode whatever its parent does.
     """
 
-    def __init__(self, backbone: DINOv3ViT, freeze: bool = True, simple: bool = False) -> None:
+    def __init__(self, backbone: DINOv3ViT | DINOv3ConvNeXt, freeze: bool = True, simple: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.freeze = freeze
-        p = backbone.patch_size
-        self.strides = (p, p, p, p) if simple else (p // 4, p // 2, p, 2 * p)
-        self.channels = (backbone.embed_dim,) * 4
+        if isinstance(backbone, DINOv3ConvNeXt):
+            if simple:
+                raise ValueError("simple keeps a vision transformer's one grid: a ConvNeXt has four, leave simple out")
+            self.strides, self.channels = backbone.strides, backbone.embed_dims
+        else:
+            p = backbone.patch_size
+            self.strides = (p, p, p, p) if simple else (p // 4, p // 2, p, 2 * p)
+            self.channels = (backbone.embed_dim,) * 4
         self.blocks = backbone.block_indices("quarters")
         backbone.requires_grad_(not freeze)
         self.train(not freeze)
@@ -36,7 +44,7 @@ class PyramidEncoder(nn.Module):
             return [self._resize(m, x, stride) for m, stride in zip(maps, self.strides, strict=True)]
 
     def _resize(self, feature_map: Tensor, x: Tensor, stride: int) -> Tensor:
-        if stride == self.backbone.patch_size:
+        if isinstance(self.backbone, DINOv3ConvNeXt) or stride == self.backbone.patch_size:
             return feature_map
         size = (max(1, x.shape[-2] // stride), max(1, x.shape[-1] // stride))
         return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
@@ -55,13 +63,16 @@ def build_dinov3_encoder(
     """A pretrained encoder whose four maps have strides 4, 8, 16 and 32 or, with `simple`, all 16 (at patch size 16).
 
     model_name: a hub id, used if there is no pretrained_path.
-    pretrained_path: whatever `DINOv3ViT.from_pretrained` reads.
+    pretrained_path: whatever `dinov3_lite.load` reads: a ViT, or a ConvNeXt, of which nothing is resized and whose maps
+        have unequal `channels`.
     freeze: no gradients, always in evaluation mode; False fine-tunes. Resizing is bilinear with align_corners=False.
-    loading: further arguments of `DINOv3ViT.from_pretrained`: dtype, device, attention, prefix, subfolder, revision,
-        cache_dir, local_files_only.
-    Raises what `DINOv3ViT.from_pretrained` does, and ValueError if the model has fewer than four blocks.
+    loading: further arguments of `dinov3_lite.load`: dtype, device, attention, prefix, subfolder, revision, cache_dir,
+        local_files_only.
+
+    Raises what `dinov3_lite.load` does, and ValueError if the model has fewer than four blocks, and for `simple` of a
+    ConvNeXt.
     """
-    backbone = DINOv3ViT.from_pretrained(model_name if pretrained_path is None else pretrained_path, **loading)
+    backbone = load(model_name if pretrained_path is None else pretrained_path, **loading)
     if backbone.depth < 4:
         raise ValueError(f"the model has {backbone.depth} blocks: four maps need at least 4")
     return PyramidEncoder(backbone, freeze, simple)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from .loading import Backbone
 from .model import DINOv3ViT
 
 OPSET = 18  # what torch's exporter writes without converting; LayerNormalization is there since 17
@@ -37,13 +38,13 @@ Runtime = Callable[[Tensor], dict[str, Tensor]]
 
 
 def export(
-    model: DINOv3ViT, path: str | os.PathLike[str], format: str, size: tuple[int, int] | None = None
+    model: Backbone, path: str | os.PathLike[str], format: str, size: tuple[int, int] | None = None
 ) -> dict[tuple[int, ...], float]:
     """Write `model` as a file of its own, which gets its name only once it was run and gave what the model gives.
 
     format: "onnx", "pt2" (a torch.export program) or "aoti" (compiled by AOTInductor for the device the model is on).
-    size: a fixed height and width in pixels; None leaves both free: multiples of the patch size, from two patches up.
-        The batch is free in any case.
+    size: a fixed height and width in pixels; None leaves both free: multiples of the patch size, from two patches up;
+        of a ConvNeXt, any from 64 pixels up. The batch is free in any case.
 
     Returns the relative error ||file - model|| / ||model||, the larger of both outputs, by shape of the images tried:
     none of them, and a UserWarning, where onnxruntime is missing. ONNX above 1.5 GiB has its weights in a second file,
@@ -64,17 +65,19 @@ def export(
         return _compare(run(temporary), model, path, size)
 
 
-def trace(model: DINOv3ViT, size: tuple[int, int] | None = None) -> ExportedProgram:
+def trace(model: Backbone, size: tuple[int, int] | None = None) -> ExportedProgram:
     """`model` as a torch.export program with scaled_dot_product_attention, whatever `model.attention` is.
 
     size: as in `export`.
     """
     B, h, w = TRACED
-    p = model.patch_size
+    p = model.stride
     H, W = size or (h * p, w * p)
     axes = {0: Dim("batch", min=1)}
-    if size is None:
+    if size is None and isinstance(model, DINOv3ViT):
         axes |= {2: p * Dim("h", min=2), 3: p * Dim("w", min=2)}
+    elif size is None:
+        axes |= {2: Dim("height", min=2 * p), 3: Dim("width", min=2 * p)}
     images = torch.zeros(B, model.config.num_channels, H, W, device=model.device)
     with torch.no_grad():
         program = torch.export.export(_NamedOutputs(model), (images,), dynamic_shapes={"pixel_values": axes})
@@ -83,12 +86,12 @@ def trace(model: DINOv3ViT, size: tuple[int, int] | None = None) -> ExportedProg
     return program
 
 
-def describe(model: DINOv3ViT) -> dict[str, str]:
+def describe(model: Backbone) -> dict[str, str]:
     """What a file's reader needs to know of its model: written into it, as text."""
     return {
         "model": model.config.name,
         "weights": model.weights_id,
-        "patch_size": str(model.patch_size),
+        "patch_size" if isinstance(model, DINOv3ViT) else "stride": str(model.stride),
         "num_prefix_tokens": str(model.num_prefix_tokens),
     }
 
@@ -96,10 +99,11 @@ def describe(model: DINOv3ViT) -> dict[str, str]:
 class _NamedOutputs(nn.Module):
     """The model with a plain dictionary as its output, which a file can be loaded with where this package is not."""
 
-    def __init__(self, model: DINOv3ViT) -> None:
+    def __init__(self, model: Backbone) -> None:
         super().__init__()
         self.model = copy.copy(model)  # shares the weights
-        self.model.attention = "sdpa"
+        if isinstance(self.model, DINOv3ViT):
+            self.model.attention = "sdpa"
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         output = self.model(pixel_values)
@@ -121,10 +125,11 @@ def _write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) 
         )
     assert onnx_program is not None
     if hasattr(onnx_program, "rename_axes"):  # torch 2.11
-        shape = onnx_program.model.graph.inputs[0].shape  # (s0, 3, 16*s1, 16*s2), in torch's own symbols
+        shape = onnx_program.model.graph.inputs[0].shape  # (s0, 3, 16*s1, 16*s2) or (s0, 3, s1, s2)
         assert shape is not None
         symbols = [str(axis).rpartition("*")[2] for axis in shape]
-        names = dict(zip(symbols, ("batch", "channels", "h", "w"), strict=True))
+        sides = ("h", "w") if "*" in str(shape[2]) else ("height", "width")
+        names = dict(zip(symbols, ("batch", "channels", *sides), strict=True))
         onnx_program.rename_axes({symbol: name for symbol, name in names.items() if not symbol.isdecimal()})
     onnx_program.model.metadata_props.update(metadata)
     onnx_program.save(path)
@@ -181,7 +186,7 @@ UNCHECKED = f"not checked, which needs onnxruntime: {INSTALL}"
 # ---- checks, before and after
 
 
-def _check(model: DINOv3ViT, path: Path, format: str, size: tuple[int, int] | None) -> None:
+def _check(model: Backbone, path: Path, format: str, size: tuple[int, int] | None) -> None:
     """What would otherwise fail after all the work, or not at all."""
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}: expected one of {', '.join(FORMATS)}")
@@ -194,7 +199,7 @@ def _check(model: DINOv3ViT, path: Path, format: str, size: tuple[int, int] | No
         if file.exists():
             raise FileExistsError(f"{file}: exists already: remove it, or choose another name")
     if model.training:
-        raise ValueError("the model is in training mode, where RoPE coordinates are random: call model.eval() first")
+        raise ValueError("the model is in training mode, where features are random: call model.eval() first")
     if size is not None:
         model.check_images(torch.empty(1, model.config.num_channels, *size, device="meta"))
     if format == "onnx":
@@ -209,12 +214,13 @@ def _check(model: DINOv3ViT, path: Path, format: str, size: tuple[int, int] | No
 
 
 @torch.no_grad()
-def _compare(run: Runtime, model: DINOv3ViT, path: Path, size: tuple[int, int] | None) -> dict[tuple[int, ...], float]:
+def _compare(run: Runtime, model: Backbone, path: Path, size: tuple[int, int] | None) -> dict[tuple[int, ...], float]:
     """The relative error at each shape tried, or RuntimeError if one is too large."""
-    p, bound = model.patch_size, BOUNDS[model.dtype]
+    p, bound = model.stride, BOUNDS[model.dtype]
+    odd = 0 if isinstance(model, DINOv3ViT) else 5  # a ConvNeXt takes any size
     errors: dict[tuple[int, ...], float] = {}
     for B, h, w in CHECKED:
-        shape = (B, model.config.num_channels, *(size or (h * p, w * p)))
+        shape = (B, model.config.num_channels, *(size or (h * p + odd, w * p + odd)))
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
         ours, theirs = model(images), run(images)
         error = max(_relative_error(theirs[name], getattr(ours, name)) for name in OUTPUTS)

@@ -58,6 +58,11 @@ class Sizes(nn.Module):
         return getattr(self.patch_embed, "patch_size", self.config.patch_size)
 
     @property
+    def stride(self) -> int:
+        """How many pixels a patch token stands for, along one side."""
+        return self.patch_size
+
+    @property
     def num_channels(self) -> int:
         """The channels of an image."""
         return getattr(self.patch_embed, "num_channels", self.config.num_channels)

@@ -13,28 +13,36 @@ mean / r: p - c loses no digit, and its sums are as small as those of normalised
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convnext import ConvNeXtBlock, Stem
 from .image import ImageProcessor
-from .layers import Block, GatedMlp, Mlp, PatchEmbed
+from .layers import Block, GatedMlp, LayerScale, Mlp, PatchEmbed
 from .prepacked import prepack
 
 
 @torch.no_grad()
-def fold(block: Block) -> Block:
+def fold(block: Block | ConvNeXtBlock) -> nn.Module:
     """Return a block that computes the same, with LayerScale in its projections; it shares the other weights."""
-    folded = copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
-    last = {Mlp: "fc2", GatedMlp: "w3"}[type(folded.mlp)]
-    for projection, scale in ((folded.attn.proj, folded.ls1), (getattr(folded.mlp, last), folded.ls2)):
+    folded = copy_sharing_weights(block)
+    last = getattr(folded.mlp, {Mlp: "fc2", GatedMlp: "w3"}[type(folded.mlp)])
+    branches = {"ls": last} if isinstance(folded, ConvNeXtBlock) else {"ls1": folded.attn.proj, "ls2": last}
+    for name, projection in branches.items():
+        scale: LayerScale = getattr(folded, name)
         projection.weight = _constant(scale.gamma.unsqueeze(1) * projection.weight)
         if projection.bias is not None:
             projection.bias = _constant(scale.gamma * projection.bias)
-    folded.add_module("ls1", Residual())
-    folded.add_module("ls2", Residual())
+        folded.add_module(name, Residual())
     return folded
+
+
+def copy_sharing_weights(module: nn.Module) -> Any:
+    """A copy of the modules, with the same tensors in them."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 class Residual(nn.Module):
@@ -45,40 +53,51 @@ class Residual(nn.Module):
 
 
 @torch.no_grad()
-def prepack_projections(block: Block, dynamic: bool) -> None:
+def prepack_projections(block: nn.Module, dynamic: bool) -> None:
     """Replace every projection of a block by a prepacked one."""
-    for part in (block.attn, block.mlp):
+    for part in block.children():
         for name, child in part.named_children():
             if isinstance(child, nn.Linear):
                 part.add_module(name, prepack(child, dynamic))
 
 
-class PixelPatchEmbed(nn.Module):
-    """`embed` made over for pixels that are not normalised, in float32 or wider: (B, 3, H, W) -> (B, P, C)."""
+class PixelConv(nn.Module):
+    """A convolution made over for pixels that are not normalised, in float32 or wider: (B, 3, H, W) -> (B, C, h, w)."""
 
     centre: Tensor
 
     @torch.no_grad()
-    def __init__(self, embed: PatchEmbed, processor: ImageProcessor) -> None:
+    def __init__(self, conv: nn.Conv2d, processor: ImageProcessor) -> None:
         super().__init__()
-        weight = embed.proj.weight.double()
+        weight = conv.weight.double()
         mean, std = (weight.new_tensor(values).view(-1, 1, 1) for values in (processor.mean, processor.std))
         centre = (mean / processor.rescale_factor).round()
         offset = (weight * ((processor.rescale_factor * centre - mean) / std)).sum(dim=(1, 2, 3))
-        bias = offset if embed.proj.bias is None else offset + embed.proj.bias.double()
-        dtype = torch.promote_types(embed.proj.weight.dtype, torch.float32)
-        self.stride = embed.proj.stride
+        bias = offset if conv.bias is None else offset + conv.bias.double()
+        dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+        self.stride = conv.stride
         self.weight = _constant((weight * (processor.rescale_factor / std)).to(dtype))
         self.bias = _constant(bias.to(dtype))
         self.register_buffer("centre", centre.to(dtype))
 
     @staticmethod
-    def fits(embed: PatchEmbed) -> bool:
+    def fits(conv: nn.Conv2d) -> bool:
         """Whether every patch is of pixels alone, without padding, and of all channels."""
-        return embed.proj.padding == (0, 0) and embed.proj.groups == 1
+        return conv.padding == (0, 0) and conv.groups == 1
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return F.conv2d(pixels - self.centre, self.weight, self.bias, self.stride).flatten(2).transpose(1, 2)
+        return F.conv2d(pixels - self.centre, self.weight, self.bias, self.stride)
+
+
+def for_pixels(embed: PatchEmbed | Stem, processor: ImageProcessor) -> nn.Module:
+    """`embed` with the processor's normalisation in its convolution, or as it is where that doesn't fit."""
+    name = "conv" if isinstance(embed, Stem) else "proj"
+    conv = getattr(embed, name)
+    if not PixelConv.fits(conv):
+        return embed
+    made_over = copy_sharing_weights(embed)
+    made_over.add_module(name, PixelConv(conv, processor))
+    return made_over
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

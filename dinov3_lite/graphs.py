@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .packing import Tokens
-
-Run = Callable[[Sequence[nn.Module], Tokens, Sequence[int], str], list[Tensor]]
+Tensors = tuple[Tensor, ...]
+Run = Callable[[Sequence[nn.Module], Tensors, Sequence[int], str], list[Tensor]]
+Example = Callable[[Tensors, bool], Tensors]
 
 MAX_GRAPHS = 32  # of one model: calls of further kinds run eagerly
-TRIED_WITH = (3, 229)  # images and tokens a graph for all sizes is made with: like no width, near the usual 201
 # Relative errors against eager that pass: a graph that fails gives NaN or noise. TF32 alone is 1e-3.
 BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.2, torch.bfloat16: 0.2}
 
@@ -24,50 +23,52 @@ BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.2, torch.bf
 class Graphs:
     """Run blocks by torch.compile.
 
-    run: what is compiled, (blocks, tokens, taps, attention) -> states, each like tokens.x.
+    run: what is compiled, (blocks, tensors, taps, attention) -> states; the first tensor is the residual stream.
+    example: tensors like those given, random, with unequal sizes where the graph is to hold for all.
     dynamic: True makes a graph for one image and one for several, of any size; False a graph for each shape.
     """
 
-    def __init__(self, run: Run, dynamic: bool) -> None:
+    def __init__(self, run: Run, example: Example, dynamic: bool) -> None:
         self.run = run
+        self.example = example
         self.dynamic = dynamic
         self.made: dict[Hashable, Callable[..., list[Tensor]] | None] = {}
         self.lock = threading.RLock()
         self.warned: set[str] = set()
 
     def __call__(
-        self, blocks: tuple[nn.Module, ...], tokens: Tokens, taps: tuple[int, ...], attention: str
+        self, blocks: tuple[nn.Module, ...], tensors: Tensors, taps: tuple[int, ...], attention: str = ""
     ) -> list[Tensor]:
         """Return what `run` returns, from a graph of this kind of call where there is or can be one."""
-        x, cos, sin, shapes = tokens
-        if shapes is None and x.numel():
-            with torch.inference_mode(False), torch.no_grad():  # inference mode would take graphs of its own
-                x, cos, sin = (t.clone() if t.is_inference() else t for t in (x, cos, sin))
-                graph = self._graph(blocks, Tokens(x, cos, sin), taps, attention)
-                if graph is not None:
-                    try:
-                        return graph(x, cos, sin)
-                    except Exception as error:  # torch names no class that all of its compiler's errors are of
-                        self.made = {kind: None if made is graph else made for kind, made in self.made.items()}
-                        self._warn(f"a compiled call failed; calls of its kind run eagerly from now on: {error}"[:500])
-                return self.run(blocks, Tokens(x, cos, sin), taps, attention)
-        return self.run(blocks, tokens, taps, attention)
+        if not tensors[0].numel():
+            return self.run(blocks, tensors, taps, attention)
+        with torch.inference_mode(False), torch.no_grad():  # inference mode would take graphs of its own
+            tensors = tuple(t.clone() if t.is_inference() else t for t in tensors)
+            graph = self._graph(blocks, tensors, taps, attention)
+            if graph is not None:
+                try:
+                    return graph(*tensors)
+                except Exception as error:  # torch names no class that all of its compiler's errors are of
+                    self.made = {kind: None if made is graph else made for kind, made in self.made.items()}
+                    self._warn(f"a compiled call failed; calls of its kind run eagerly from now on: {error}"[:500])
+            return self.run(blocks, tensors, taps, attention)
 
     def _graph(
-        self, blocks: tuple[nn.Module, ...], tokens: Tokens, taps: tuple[int, ...], attention: str
+        self, blocks: tuple[nn.Module, ...], tensors: Tensors, taps: tuple[int, ...], attention: str
     ) -> Callable[..., list[Tensor]] | None:
         """The graph of this kind of call, made now if it is the first; None where there can be none."""
-        x, cos, _, _ = tokens
+        x = tensors[0]
         shape = x.shape[:1] == (1,) if self.dynamic else x.shape
-        kind = (blocks, taps, attention, shape, cos.ndim, x.dtype, cos.dtype, x.device, _global_state(x.device.type))
+        kinds = tuple((t.ndim, t.dtype) for t in tensors)
+        kind = (blocks, taps, attention, shape, kinds, x.device, _global_state(x.device.type))
         if kind not in self.made:
             with self.lock:
                 if kind not in self.made:
-                    self.made[kind] = self._make(blocks, tokens, taps, attention)
+                    self.made[kind] = self._make(blocks, tensors, taps, attention)
         return self.made[kind]
 
     def _make(
-        self, blocks: tuple[nn.Module, ...], tokens: Tokens, taps: tuple[int, ...], attention: str
+        self, blocks: tuple[nn.Module, ...], tensors: Tensors, taps: tuple[int, ...], attention: str
     ) -> Callable[..., list[Tensor]] | None:
         if len(self.made) >= MAX_GRAPHS:
             self._warn(
@@ -75,14 +76,14 @@ class Graphs:
                 "if they differ in size alone"
             )
             return None
-        example = self._example(tokens)
+        example = self.example(tensors, self.dynamic)
         expected = self.run(blocks, example, taps, attention)
         tapped = [i in taps for i in range(len(blocks))]  # in a closure, torch takes whole numbers for sizes
         for options in ({}, {"force_disable_caches": True}):
 
-            def function(x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+            def function(*tensors: Tensor) -> list[Tensor]:
                 constant = tuple(i for i, tap in enumerate(tapped) if tap)
-                return self.run(blocks, Tokens(x, cos, sin), constant, attention)
+                return self.run(blocks, tensors, constant, attention)
 
             # of its own code: torch counts recompilations by code, and ends what has more than a few
             own = types.FunctionType(
@@ -90,24 +91,13 @@ class Graphs:
             )
             with torch._inductor.config.patch(options):
                 graph: Callable[..., list[Tensor]] = torch.compile(own, fullgraph=True, dynamic=self.dynamic)
-                actual = graph(*example[:3])
+                actual = graph(*example)
             if len(actual) == len(expected) and all(map(_close, actual, expected)):
                 return graph
         self._warn(
             "what torch compiled differs from the model, with its caches and without: calls of this kind run eagerly"
         )
         return None
-
-    def _example(self, tokens: Tokens) -> Tokens:
-        """Tensors like these, with unequal sizes where the graph is to hold for all."""
-        B, N, C = tokens.x.shape
-        if self.dynamic:
-            B, N = (1 if B == 1 else TRIED_WITH[0]), TRIED_WITH[1]
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(B, N, C, generator=generator).to(tokens.x)
-        table = (B, N, tokens.cos.shape[-1])[3 - tokens.cos.ndim :]
-        angles = torch.randn(table, generator=generator).to(tokens.cos)
-        return Tokens(x, angles.cos(), angles.sin())
 
     def _warn(self, message: str) -> None:
         """Warn, once."""

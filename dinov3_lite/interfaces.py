@@ -10,19 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import convnext_features
 from .checkpoint.files import short
 from .checkpoint.hub import locate
 from .checkpoint.json_files import read_json
 from .config import MODEL_TYPE
+from .convnext import DINOv3ConvNeXt
 from .features import patches_and_prefix
 from .model import DINOv3ViT
 
 
 class BackboneOutput(NamedTuple):
-    """What `DINOv3ViTBackbone` returns: one entry a stage asked for, in ascending order."""
+    """What a backbone returns: one entry for each stage asked for, in ascending order."""
 
     feature_maps: tuple[Tensor, ...]
-    """(B, C, h, w) each, or (B, h*w, C) without `reshape_hidden_states`."""
+    """(B, C, h, w) each, or (B, h*w, C) of a ViT without `reshape_hidden_states`."""
     cls_tokens: tuple[Tensor, ...] | None
     """(B, C) each, or None without `return_class_token`."""
 
@@ -56,7 +58,7 @@ class DINOv3ViTBackbone(nn.Module):
         self.config = model.config
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, model.depth + 1))]
         self.num_features = [model.embed_dim] * len(self.stage_names)
-        self.out_indices = self._stages(out_indices, out_features)
+        self.out_indices = stages_of(self.stage_names, out_indices, out_features)
         self.out_features = [self.stage_names[i] for i in self.out_indices]
         self.channels = [self.num_features[i] for i in self.out_indices]
         self.apply_layernorm = apply_layernorm
@@ -107,27 +109,80 @@ class DINOv3ViTBackbone(nn.Module):
             cls_tokens.append(prefix[:, 0])
         return BackboneOutput(tuple(maps), tuple(cls_tokens) if self.return_class_token else None)
 
-    def _stages(self, indices: Sequence[int] | None, names: Sequence[str] | None) -> list[int]:
-        """Ascending indices of the stages asked for."""
-        count = len(self.stage_names)
-        if indices is None and names is None:
-            return [count - 1]
-        for name in names or ():
-            if name not in self.stage_names:
-                raise ValueError(f"out_features has {name!r}: expected stem or stage1 to {self.stage_names[-1]}")
-        for i in indices if indices is not None else ():
-            if not -count <= i < count:
-                raise ValueError(f"out_indices has {i}: expected stages from {-count} to {count - 1}, 0 the embeddings")
-        by_index = sorted({int(i) % count for i in indices}) if indices is not None else None
-        by_name = sorted({self.stage_names.index(name) for name in names}) if names is not None else None
-        if by_index is not None and by_name is not None and by_index != by_name:
-            raise ValueError(
-                f"out_indices are {indices} and out_features {names}: expected the same stages, or only one"
-            )
-        stages = by_index if by_index is not None else by_name
-        if not stages:
-            raise ValueError("out_indices and out_features name no stage: expected at least one")
-        return stages
+
+class DINOv3ConvNextBackbone(nn.Module):
+    """Feature maps of chosen stages, by the names of transformers' class of this name.
+
+    Stage 0 ("stem") is the images as given, stage i ("stage{i}") the map of the i-th stage before the final LayerNorm.
+    Nothing runs after the last stage asked for.
+
+    Attributes: `out_indices`, `out_features` (names), `stage_names`, `channels` of the maps, `num_features` of all
+    stages, `model`, `config`.
+    """
+
+    def __init__(
+        self,
+        model: DINOv3ConvNeXt,
+        *,
+        out_indices: Sequence[int] | None = None,
+        out_features: Sequence[str] | None = None,
+    ) -> None:
+        """Of the stages whose indices (negative: from the end) or names are given; without either, of the last.
+
+        Raises ValueError for a stage that the model does not have, or if both are given and disagree.
+        """
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, model.depth + 1))]
+        self.num_features = [model.config.num_channels, *model.embed_dims]
+        self.out_indices = stages_of(self.stage_names, out_indices, out_features)
+        self.out_features = [self.stage_names[i] for i in self.out_indices]
+        self.channels = [self.num_features[i] for i in self.out_indices]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **stages: Any,
+    ) -> DINOv3ConvNextBackbone:
+        """Load as `DINOv3ConvNeXt.from_pretrained` does; `stages` are the constructor's options. In evaluation mode."""
+        return cls(DINOv3ConvNeXt.from_pretrained(source, dtype=dtype, device=device), **stages).eval()
+
+    def forward(self, pixel_values: Tensor) -> BackboneOutput:
+        """pixel_values: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
+        stages = [i - 1 for i in self.out_indices if i]
+        maps = [
+            convnext_features.to_map(self.model, state)
+            for state in self.model.run_stages(self.model.embed(pixel_values), stages)
+        ]
+        if self.out_indices[0] == 0:
+            maps.insert(0, pixel_values)
+        return BackboneOutput(tuple(maps), None)
+
+
+def stages_of(stage_names: Sequence[str], indices: Sequence[int] | None, names: Sequence[str] | None) -> list[int]:
+    """Ascending indices of the stages asked for by index or by name; without either, of the last."""
+    count = len(stage_names)
+    if indices is None and names is None:
+        return [count - 1]
+    for name in names or ():
+        if name not in stage_names:
+            raise ValueError(f"out_features has {name!r}: expected stem or stage1 to {stage_names[-1]}")
+    for i in indices if indices is not None else ():
+        if not -count <= i < count:
+            raise ValueError(f"out_indices has {i}: expected stages from {-count} to {count - 1}, 0 the stem")
+    by_index = sorted({int(i) % count for i in indices}) if indices is not None else None
+    by_name = sorted({stage_names.index(name) for name in names}) if names is not None else None
+    if by_index is not None and by_name is not None and by_index != by_name:
+        raise ValueError(f"out_indices are {indices} and out_features {names}: expected the same stages, or only one")
+    stages = by_index if by_index is not None else by_name
+    if not stages:
+        raise ValueError("out_indices and out_features name no stage: expected at least one")
+    return stages
 
 
 # What a config.json says of a backbone, and of which type each must be.
@@ -165,23 +220,26 @@ class FeatureInfo(NamedTuple):
         return [entry["num_chs"] for entry in self.entries]
 
     def reduction(self) -> list[int]:
-        """Stride of each map: the patch size."""
+        """Stride of each map: a ViT's patch size."""
         return [entry["reduction"] for entry in self.entries]
 
     def module_name(self) -> list[str]:
-        """The block that gives each map."""
+        """The block, or the ConvNeXt's stage, that gives each map."""
         return [entry["module"] for entry in self.entries]
 
 
 class FeaturesOnly(nn.Module):
     """What timm's `create_model(..., features_only=True)` gives: (B, 3, H, W) -> a list of maps (B, C, h, w).
 
-    out_indices: blocks, as n of `DINOv3ViT.get_intermediate_layers`. `norm` applies the final LayerNorm; timm's default
-    is not to. `feature_info` has `channels()`, `reduction()` and `module_name()`.
+    model: a DINOv3ViT or a DINOv3ConvNeXt.
+    out_indices: blocks (stages of a ConvNeXt), as n of `get_intermediate_layers`.
+    norm: apply the final LayerNorm, which timm does not by default, and never of a ConvNeXt.
+
+    `feature_info` has `channels()`, `reduction()` and `module_name()`.
     """
 
     def __init__(
-        self, model: DINOv3ViT, out_indices: int | str | Sequence[int] = "quarters", norm: bool = False
+        self, model: DINOv3ViT | DINOv3ConvNeXt, out_indices: int | str | Sequence[int] = "quarters", norm: bool = False
     ) -> None:
         super().__init__()
         self.model = model

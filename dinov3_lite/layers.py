@@ -170,11 +170,11 @@ class SelfAttention(nn.Module):
 class Mlp(nn.Module):
     """fc2(act(fc1(x))), with the exact (erf) GELU in the released models: (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, config: DINOv3Config) -> None:
+    def __init__(self, channels: int, hidden: int, act: str = "gelu", bias: bool = True) -> None:
         super().__init__()
-        self.act = config.hidden_act
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act = act
+        self.fc1 = nn.Linear(channels, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(activate(self.act, self.fc1(x), self.fc1))
@@ -221,9 +221,9 @@ def activate(name: str, hidden: Tensor, projection: nn.Module) -> Tensor:
 class LayerScale(nn.Module):
     """The residual update x + gamma * branch, in one pass and in x's dtype (arXiv 2103.17239, section 2)."""
 
-    def __init__(self, config: DINOv3Config) -> None:
+    def __init__(self, channels: int, value: float) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((config.hidden_size,), config.layerscale_value))
+        self.gamma = nn.Parameter(torch.full((channels,), value))
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         return torch.addcmul(x, branch, self.gamma).to(x.dtype)
@@ -239,7 +239,7 @@ class DropPath(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if self.p == 0.0 or not self.training:
             return branch
-        keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1.0 - self.p)
+        keep = branch.new_empty(branch.shape[0], *(1,) * (branch.ndim - 1)).bernoulli_(1.0 - self.p)
         return branch * (keep / (1.0 - self.p))
 
     def extra_repr(self) -> str:
@@ -257,10 +257,13 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = SelfAttention(config)
-        self.ls1 = LayerScale(config)
+        self.ls1 = LayerScale(config.hidden_size, config.layerscale_value)
         self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = GatedMlp(config) if config.use_gated_mlp else Mlp(config)
-        self.ls2 = LayerScale(config)
+        if config.use_gated_mlp:
+            self.mlp: Mlp | GatedMlp = GatedMlp(config)
+        else:
+            self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
+        self.ls2 = LayerScale(config.hidden_size, config.layerscale_value)
         self.drop_path = DropPath(config.drop_path_rate)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:

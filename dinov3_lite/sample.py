@@ -1,8 +1,8 @@
 """A made checkpoint for trying things out where the real weights can't be downloaded: made, not trained.
 
 The patch embedding is a bank of colour and frequency filters (a 2D cosine basis of each opponent colour), and each
-attention head averages tokens that look alike, so that the features show the picture and not noise. They mean nothing
-beyond that.
+attention head averages tokens that look alike (a ConvNeXt averages neighbours), so that the features show the picture
+and not noise. They mean nothing beyond that.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from torch import Tensor
 
 from .checkpoint.layouts import TRANSFORMERS, rename
 from .checkpoint.layouts.cards import NOTE_KEY
-from .config import DINOv3Config
+from .config import DINOv3Config, DINOv3ConvNeXtConfig, config_from_name
+from .convnext import DINOv3ConvNeXt
 from .image import BILINEAR, IMAGENET_MEAN, IMAGENET_STD, ImageProcessor
 from .model import DINOv3ViT
 
 NOTE = "made, not trained"
 
 
-def write_sample(folder: Path) -> None:
-    """Write config.json, model.safetensors and preprocessor_config.json of a ViT-S as transformers would.
+def write_sample(folder: Path, variant: str = "vits16") -> None:
+    """Write config.json, model.safetensors and preprocessor_config.json of a variant as transformers would.
 
-    Raises FileExistsError if the folder holds a checkpoint already; nothing is left of one that can't be written.
+    Raises FileExistsError if the folder holds a checkpoint already, ValueError for an unknown variant; nothing is left
+    of one that can't be written.
     """
+    config = config_from_name(variant)
     for name in ("config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json"):
         if (folder / name).exists():
             raise FileExistsError(f"{folder}: holds a {name} already: choose another folder")
-    config = DINOv3Config.from_name("vits16")
     theirs = {name: t.contiguous() for name, t in rename(made_weights(config), TRANSFORMERS, config).items()}
     height, width = ImageProcessor().size or (0, 0)
     preprocessing = {
@@ -60,12 +62,14 @@ def write_sample(folder: Path) -> None:
             file.replace(folder / file.name)
 
 
-def made_weights(config: DINOv3Config) -> dict[str, Tensor]:
-    """A state dict of `DINOv3ViT(config)`, the same at each call."""
+def made_weights(config: DINOv3Config | DINOv3ConvNeXtConfig) -> dict[str, Tensor]:
+    """A state dict of the model of that config, the same at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if isinstance(config, DINOv3ConvNeXtConfig):
+            return _made_convnext(config)
         weights = dict(DINOv3ViT(config).state_dict())
-        weights["patch_embed.proj.weight"] = _colour_frequency_filters(config)
+        weights["patch_embed.proj.weight"] = _colour_frequency_filters(config.hidden_size, config.patch_size)
         C = config.hidden_size
         for i in range(config.num_hidden_layers):
             mix = torch.linalg.qr(torch.randn(C, C)).Q
@@ -77,15 +81,32 @@ def made_weights(config: DINOv3Config) -> dict[str, Tensor]:
         return weights
 
 
-def _colour_frequency_filters(config: DINOv3Config) -> Tensor:
-    """(C, 3, p, p): for each opponent colour the lowest-frequency cosines of a patch, high ones amplified."""
-    p = config.patch_size
+def _made_convnext(config: DINOv3ConvNeXtConfig) -> dict[str, Tensor]:
+    """The stem is filters; each step down averages 2 x 2 pixels and mixes their channels; blocks change little."""
+    weights = dict(DINOv3ConvNeXt(config).state_dict())
+    filters = _colour_frequency_filters(config.hidden_sizes[0], 4)
+    weights["stem.conv.weight"] = torch.zeros_like(weights["stem.conv.weight"])
+    weights["stem.conv.weight"][: len(filters)] = filters
+    for name, weight in weights.items():
+        if name.endswith("downsample.conv.weight"):
+            mix = torch.linalg.qr(torch.randn(weight.shape[:2])).Q / 4
+            weights[name] = mix[..., None, None].expand_as(weight).contiguous()
+        elif name.endswith("gamma"):
+            weight.uniform_(0.02, 0.1)
+    return weights
+
+
+def _colour_frequency_filters(channels: int, p: int) -> Tensor:
+    """(C, 3, p, p): for each opponent colour the lowest-frequency cosines of a patch, high ones amplified.
+
+    C is `channels`, or three times the cosines that there are if those are fewer.
+    """
     opponent = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [0.5, 0.5, -1.0]])
     opponent = opponent / opponent.norm(dim=1, keepdim=True)
     k = torch.arange(p)
     cosines = torch.cos(math.pi * k[:, None] * (k + 0.5) / p)  # (frequency, pixel)
     frequency = k[:, None] ** 2 + k**2
-    order = frequency.flatten().argsort(stable=True)[: config.hidden_size // len(opponent)]
+    order = frequency.flatten().argsort(stable=True)[: channels // len(opponent)]
     basis = torch.einsum("uy,vx->uvyx", cosines, cosines).flatten(0, 1)[order]  # (n, p, p)
     gain = (1 + 0.5 * frequency.flatten()[order].sqrt()) / p**2
     filters = torch.einsum("nyx,n,oc->noyxc", basis, gain, opponent)

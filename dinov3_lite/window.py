@@ -41,6 +41,11 @@ def sliding_window_features(
     batch_size below 1.
     """
     check_count("batch_size", batch_size)
+    if not isinstance(model, DINOv3ViT):
+        raise ValueError(
+            f"model is a {type(model).__name__}: windows are for a DINOv3ViT; a ConvNeXt sees the same at any size, so "
+            "run it on the whole picture, or on strips of it"
+        )
     p = model.patch_size
     sides = [_side("height", 0, pixel_values, window, stride, p), _side("width", 1, pixel_values, window, stride, p)]
     (y_starts, y_blends), (x_starts, x_blends) = (blend(*side) for side in sides)

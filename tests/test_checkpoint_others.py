@@ -24,7 +24,6 @@ OTHERS = {
     ),
     "plain": (PLAIN, "a vision transformer with learned positions"),
     "chunks": ({**PATCHES, "blocks.0.0.norm1.weight": (64,)}, "a model whose blocks are saved in chunks"),
-    "ConvNeXt": ({"downsample_layers.0.0.weight": (96, 3, 4, 4), "stages.0.0.gamma": (96,)}, "a ConvNeXt"),
     "CLIP": ({"vision_model.encoder.layers.0.layer_norm1.weight": (64,), "text_model.final.weight": (9,)}, "a CLIP"),
     "Swin": ({"patch_embed.proj.weight": (96, 3, 4, 4), "layers.0.blocks.0.norm1.weight": (96,)}, "a Swin"),
     "LoRA": ({"base_model.model.layer.0.attention.q_proj.lora_A.weight": (8, 64)}, "a LoRA adapter: merge it"),

@@ -82,35 +82,49 @@ EDGES = {
         *("checkpoint.json_files", "checkpoint.layouts.others", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
+    "dinov3_lite/pretrained.py": {"checkpoint", "checkpoint.saving"},
+    "dinov3_lite/checkpoint/channels.py": {"checkpoint", "checkpoint.files"},
     "dinov3_lite/checkpoint/saving.py": {
-        *("checkpoint", "checkpoint.containers", "checkpoint.files", "console"),
+        *("checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.matching", "console"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
     "dinov3_lite/packing.py": {"attention", "kernels"},
     "dinov3_lite/features.py": {"config"},
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
     "dinov3_lite/model.py": {
-        *("attention", "checkpoint", "checkpoint.hub", "checks", "config", "features", "layers", "packing", "rope")
+        *("attention", "checkpoint", "checkpoint.channels", "checkpoint.hub", "checks", "config", "features"),
+        *("layers", "packing", "pretrained", "rope"),
     },
-    "dinov3_lite/image.py": {"checkpoint", "checkpoint.hub", "pixels"},
+    "dinov3_lite/image.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "pixels"},
+    "dinov3_lite/convnext.py": {
+        *("checkpoint", "checkpoint.hub", "checks", "config", "convnext_features", "features", "layers", "model"),
+        "pretrained",
+    },
+    "dinov3_lite/convnext_features.py": {"config", "features"},
     "dinov3_lite/pixels.py": set(),
-    "dinov3_lite/encoder.py": {"model"},
+    "dinov3_lite/encoder.py": {"convnext", "loading", "model"},
     "dinov3_lite/interfaces.py": {
-        *("checkpoint.files", "checkpoint.hub", "checkpoint.json_files", "config", "features", "model"),
+        *("checkpoint.files", "checkpoint.hub", "checkpoint.json_files", "config", "convnext", "convnext_features"),
+        *("features", "model"),
     },
+    "dinov3_lite/loading.py": {"attention", "checkpoint", "checkpoint.hub", "checks", "config", "convnext", "model"},
     "dinov3_lite/finetune.py": {"model"},
     "dinov3_lite/window.py": {"checks", "console", "model"},
-    "dinov3_lite/export.py": {"model"},
+    "dinov3_lite/export.py": {"loading", "model"},
     "dinov3_lite/prepacked.py": set(),
-    "dinov3_lite/folding.py": {"image", "layers", "prepacked"},
-    "dinov3_lite/graphs.py": {"packing"},
-    "dinov3_lite/inference.py": {
-        *("checks", "finetune", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")
+    "dinov3_lite/folding.py": {"convnext", "image", "layers", "prepacked"},
+    "dinov3_lite/graphs.py": set(),
+    "dinov3_lite/prepared.py": {
+        *("checks", "convnext", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")
     },
+    "dinov3_lite/inference.py": {"convnext", "image", "model", "prepared"},
     "dinov3_lite/visualize.py": set(),
-    "dinov3_lite/sample.py": {"checkpoint.layouts", "checkpoint.layouts.cards", "config", "image", "model"},
+    "dinov3_lite/sample.py": {
+        *("checkpoint.layouts", "checkpoint.layouts.cards", "config", "convnext", "image", "model")
+    },
     "dinov3_lite/__init__.py": {
-        *("config", "encoder", "finetune", "image", "inference", "interfaces", "model", "window"),
+        *("config", "convnext", "encoder", "finetune", "image", "inference", "interfaces", "loading"),
+        *("model", "window"),
         *("extraction.engines", "extraction.store"),
     },
     "dinov3_lite/explore/*": {"image", "model"},
@@ -121,7 +135,7 @@ EDGES = {
     "dinov3_lite/__main__.py": {"console"},
     "dinov3_lite/commands/*": {
         *("dinov3_lite/commands/*", "checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.hub"),
-        *("console", "explore", "export", "image", "model", "pixels", "sample", "tasks", "visualize"),
+        *("console", "explore", "export", "image", "loading", "model", "pixels", "sample", "tasks", "visualize"),
         *(f"tasks.{name}" for name in ("data", "drawing", "matching", "measures", "predicting", "probing", "tracking")),
     },
     **{  # reading features stands on folder alone, writing them on the model; engines on all
@@ -158,7 +172,7 @@ EDGES = {
             ("__init__", ("engines", "store"), {"extraction"}),
         )
     },
-    "convert/verify.py": {"convert/*", *CHECKPOINT, "dinov3_lite.model"},
+    "convert/verify.py": {"convert/*", *CHECKPOINT, "dinov3_lite.config", "dinov3_lite.loading"},
     "convert/describe.py": {
         *(
             "convert/*",

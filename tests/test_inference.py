@@ -12,7 +12,7 @@ from helpers import TINY, TINY_GATED, relative_error, run_python, write_checkpoi
 from torch._dynamo.utils import counters
 
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, ImageProcessor, optimize_for_inference
-from dinov3_lite.folding import PixelPatchEmbed, fold
+from dinov3_lite.folding import fold, for_pixels
 from dinov3_lite.image import SATELLITE_MEAN, SATELLITE_STD
 from dinov3_lite.layers import QKVProjection
 from dinov3_lite.prepacked import MANY_ROWS, PackedByMKL, PackedByOneDNN, PackedLinear, available
@@ -40,7 +40,7 @@ def folded(model: DINOv3ViT, processor: ImageProcessor | None = None) -> DINOv3V
     result = copy.deepcopy(model)
     result.blocks = torch.nn.ModuleList(map(fold, model.blocks))
     if processor is not None:
-        result.patch_embed = PixelPatchEmbed(model.patch_embed, processor)
+        result.patch_embed = for_pixels(model.patch_embed, processor)
     return result
 
 

@@ -99,7 +99,7 @@ def spell(options: dict) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"out_indices": [5]}, "out_indices has 5: expected stages from -5 to 4, 0 the embeddings"),
+        ({"out_indices": [5]}, "out_indices has 5: expected stages from -5 to 4, 0 the stem"),
         ({"out_indices": [-6]}, "out_indices has -6: expected stages from -5 to 4"),
         ({"out_indices": []}, "name no stage: expected at least one"),
         ({"out_features": ["stage9"]}, "out_features has 'stage9': expected stem or stage1 to stage4"),

@@ -61,6 +61,15 @@ class Checkpoint:
         """How its layout stores models of its family."""
         return self.layout.table(self.config)
 
+    def check_family(self, config_class: type) -> None:
+        """Raises ValueError if this is a model of another architecture, which says how that is loaded."""
+        if not isinstance(self.config, config_class):
+            found, wanted = self.table.family, LITE.tables[config_class].family
+            raise ValueError(
+                f"{self.path}: holds a {found.name} ({self.config.name}), not a {wanted.name}: load it with "
+                f"{found.loader}.from_pretrained, or with dinov3_lite.load, which takes both"
+            )
+
     def names(self) -> list[str]:
         """The model's tensors, in the order of the model."""
         return list(model_tensors(self.config))
@@ -91,7 +100,9 @@ class Checkpoint:
 
     @property
     def rope(self) -> str:
-        """Where the RoPE periods come from: "computed" from the config, or "stored" in the source and kept."""
+        """Where the RoPE periods come from: "computed" from the config, or "stored" and kept; empty: it has none."""
+        if "rope_embed.periods" not in self.spans:
+            return ""
         return self.card.rope or ("computed" if "rope_embed.periods" in self.table.assumed else "stored")
 
     def digest(self, dtype: torch.dtype | None = None) -> str:
@@ -172,7 +183,7 @@ def _open(path: Path, files: list[Path], prefix: str | None) -> Checkpoint:
         stored, left_out = _backbone(stored, prefix)
         layout, config_class = detect(stored, metadata)
         table = layout.tables[config_class]
-        heads = {name: "a head, not the backbone" for name in stored if table.is_head(name)}
+        heads = {name: reason for name in stored if (reason := table.reason_against(name))}
         card = layout.read_card(_beside(file, layout, metadata))
         card = _with_config(card, path, layout, table, {name: stored[name] for name in stored if name not in heads})
         carried = carried_names(layout, table, stored)
@@ -210,6 +221,13 @@ def _with_config(card: Card, path: Path, layout: Layout, table: Table, stored: d
     What lies in the folder of a file that was named by itself decides only if it is about that file: a config.json of
     other sizes is of another model, and so is the preprocessing beside it.
     """
+    if card.config is not None and layout.table(card.config) is not table:
+        if path.is_dir() or layout.needs_config:
+            raise ValueError(
+                f"its tensors are those of a {table.family.name}, and the config's model_type is "
+                f"{layout.table(card.config).family.model_type!r}: weights and config must be of one model"
+            )
+        card = replace(card, config=None, preprocessing=None, note="")
     if card.config is not None and (path.is_dir() or layout.needs_config or card.digest):
         return card
     shapes = {name: tensor.shape for name, tensor in stored.items()}

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=image_size,
         metavar="N or HxW",
-        help="fix the resolution (default: any multiples of the patch size)",
+        help="fix the resolution (default: any multiples of the patch size, any of a ConvNeXt)",
     )
     add_device_and_dtype(parser)
     add_json(parser)
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from .. import export as exporting
     from ..checkpoint import DTYPES
-    from ..model import DINOv3ViT
+    from ..loading import load
 
-    model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
+    model = load(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
     output = args.output or Path(f"{model.config.name}{exporting.FORMATS[args.format].suffix}")
     start = time.perf_counter()
     with naming(output), warnings.catch_warnings():

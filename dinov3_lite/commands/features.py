@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..image import ImageProcessor
-    from ..model import DINOv3ViT
+    from ..loading import Backbone
     from .rows import RowWriter
 
 DRAWN = 50  # photos at most in one drawing, of which each takes 480 rows of pixels
@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..checkpoint import DTYPES
-    from ..model import DINOv3ViT
+    from ..loading import load
     from .rows import RowWriter
 
-    model = DINOv3ViT.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
+    model = load(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
     processor = _processor(args)
     with RowWriter(args.output) as rows, torch.inference_mode():
         files, failed, drawn = _encode(args, model, processor, rows)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         say(json.dumps({"output": str(args.output) if files else None, "tensors": rows.shapes, **about}))
     elif files:
-        _tell(args, model, rows.shapes)
+        _tell(args, model, processor, rows.shapes)
     for reason in failed.values():
         complain(f"dinov3_lite: {reason}")
     if drawn:
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _encode(
-    args: argparse.Namespace, model: DINOv3ViT, processor: ImageProcessor, rows: RowWriter
+    args: argparse.Namespace, model: Backbone, processor: ImageProcessor, rows: RowWriter
 ) -> tuple[list[str], dict[str, str], list[tuple[Photo, Tensor]]]:
     """A row for each photo that can be read. Returns the rows' files, the others with what is wrong with them, and, if
     it will be drawn, each photo with its feature map.
@@ -179,15 +179,14 @@ def _read(file: Path, processor: ImageProcessor, args: argparse.Namespace) -> Ph
         return Photo(file, height, width, processor.prepare(picture), thumbnail)
 
 
-def _tell(args: argparse.Namespace, model: DINOv3ViT, shapes: dict[str, tuple[int, ...]]) -> None:
+def _tell(
+    args: argparse.Namespace, model: Backbone, processor: ImageProcessor, shapes: dict[str, tuple[int, ...]]
+) -> None:
     n, C, h, w = shapes["feature_map"]
-    R = model.config.num_register_tokens
+    R, (height, width) = model.n_storage_tokens, processor.size or (h * model.stride, w * model.stride)
     count = f"{n} photo{'s' * (n > 1)}" if n == len(args.photos) else f"{n} of {len(args.photos)} photos"
     say(f"{model.config.name}  weights {model.weights_id}")
-    say(
-        f"{count} at {h * model.patch_size} x {w * model.patch_size} px: "
-        f"1 CLS + {R} registers + {h} x {w} patches = {1 + R + h * w} tokens of {C}"
-    )
+    say(f"{count} at {height} x {width} px: 1 CLS + {R} registers + {h} x {w} patches = {1 + R + h * w} tokens of {C}")
     say(f"{args.output}: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 

@@ -56,7 +56,7 @@ def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) ->
         example = short(min(names, default="none"))
         raise ValueError(
             f"none of its {len(names)} tensors (first: {example}) has a name of the layouts {', '.join(LAYOUTS)}: "
-            "this is not a DINOv3 vision transformer"
+            "this is not a DINOv3 vision transformer, nor a DINOv3 ConvNeXt"
         )
     return best[2], best[3]
 
@@ -65,9 +65,12 @@ def backbones(names: Collection[str]) -> list[str]:
     """What stands before the names of each backbone's tensors, as `module.`, `backbone.` or `teacher.backbone.`."""
     tables = [table for layout in LAYOUTS.values() for table in layout.tables.values()]
     anchors = {name for table in tables for name in table.theirs(table.family.anchor)}
-    starts = {start for table in tables for start in table.block_starts}
-    starts |= {start for layout in LAYOUTS.values() for start in layout.in_memory}
-    return prefixes(names, anchors, starts)
+    extra = {start: written for layout in LAYOUTS.values() for start, written in layout.in_memory.items()}
+    in_memory = {start + a.removeprefix(w) for a in anchors for start, w in extra.items() if a.startswith(w)}
+    starts = {start for table in tables for start in table.block_starts} | set(extra)
+    found = prefixes(names, anchors | in_memory, starts)
+    inner = {start.removesuffix(written) for start, written in extra.items()}
+    return [p for p in found if not any(p.endswith(i) and p.removesuffix(i) in found for i in inner)]
 
 
 def own_name(name: str, prefix: str) -> str:

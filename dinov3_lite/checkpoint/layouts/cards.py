@@ -7,17 +7,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ...config import MODEL_TYPE, DINOv3Config
-from .table import README_MARK, Beside, Card
+from ...config import CONVNEXT_TYPE, MODEL_TYPE, config_from_dict
+from .table import README_MARK, Beside, Card, Config
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 NOTE_KEY = "dinov3_lite_note"
 
 
-def read_config(beside: Beside) -> DINOv3Config:
+def read_config(beside: Beside) -> Config:
     """The config in config.json. Raises ValueError that names the file if it is of another model."""
     try:
-        return DINOv3Config.from_dict(beside.files[CONFIG])
+        return config_from_dict(beside.files[CONFIG])
     except ValueError as error:
         raise ValueError(f"{beside.path(CONFIG)}: {error}") from error
 
@@ -28,7 +28,7 @@ def read_foreign_card(beside: Beside) -> Card:
     They may lie beside weights of any layout but our own, and so may other models' files.
     """
     content, processing = beside.files.get(CONFIG, {}), beside.files.get(PREPROCESSOR)
-    is_ours = content.get("model_type") == MODEL_TYPE
+    is_ours = content.get("model_type") in (MODEL_TYPE, CONVNEXT_TYPE)
     return Card(
         config=read_config(beside) if is_ours else None,
         preprocessing=processing if processing is not None and _is_of_images(processing) else None,

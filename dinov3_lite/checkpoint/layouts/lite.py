@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 
-from ...config import DINOv3Config
+from ...config import DINOv3Config, DINOv3ConvNeXtConfig, config_from_dict
 from ..json_files import parse_json_object
 from .cards import read_foreign_card
+from .convnext import CONVNEXT
 from .table import Beside, Card, Layout, Table
 from .vit import VIT
 
@@ -30,7 +31,7 @@ def read_card(beside: Beside) -> Card:
         )
     try:
         return Card(
-            config=DINOv3Config.from_dict(parse_json_object(said["config"])),
+            config=config_from_dict(parse_json_object(said["config"])),
             preprocessing=parse_json_object(said["preprocessing"]) if "preprocessing" in said else None,
             license=said.get("license", ""),
             note=said.get("note", ""),
@@ -72,7 +73,7 @@ def file_name(card: Card, carried: Collection[str]) -> str:
 
 LITE = Layout(
     name="lite",
-    tables={DINOv3Config: Table(VIT)},
+    tables={DINOv3Config: Table(VIT), DINOv3ConvNeXtConfig: Table(CONVNEXT)},
     container=".safetensors",
     files=(FILE,),
     read_card=read_card,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from ...config import VARIANTS, DINOv3Config
+from ...config import VARIANTS, DINOv3Config, DINOv3ConvNeXtConfig
 from .cards import read_foreign_card
+from .convnext import CONVNEXT, rows
 from .table import Beside, Card, Layout, Row, Table
 from .vit import VIT
 
@@ -18,12 +19,27 @@ ROWS = (
     Row(("blocks.{i}.mlp.w12.weight",), ("blocks.{i}.mlp.w1.weight", "blocks.{i}.mlp.w2.weight")),
     Row(("blocks.{i}.mlp.w12.bias",), ("blocks.{i}.mlp.w1.bias", "blocks.{i}.mlp.w2.bias")),
 )
+CONVNEXT_NAMES = {
+    "stem.conv": "downsample_layers.0.0",
+    "stem.norm": "downsample_layers.0.1",
+    "stages.{s}.downsample.norm": "downsample_layers.{s}.0",
+    "stages.{s}.downsample.conv": "downsample_layers.{s}.1",
+    "stages.{s}.blocks.{i}.dwconv": "stages.{s}.{i}.dwconv",
+    "stages.{s}.blocks.{i}.norm": "stages.{s}.{i}.norm",
+    "stages.{s}.blocks.{i}.mlp.fc1": "stages.{s}.{i}.pwconv1",
+    "stages.{s}.blocks.{i}.mlp.fc2": "stages.{s}.{i}.pwconv2",
+    "stages.{s}.blocks.{i}.ls.gamma": "stages.{s}.{i}.gamma",
+}
+# The last of its list of norms for all stages is the final one, which its strict loader wants by both names.
+LAST_NORM = {"norms.3.weight": "norm.weight", "norms.3.bias": "norm.bias"}
 LOCAL_NORM = ("local_cls_norm.weight", "local_cls_norm.bias")
 
 # The end of the file name that Meta's hub code knows a variant by: a ViT-L without one is refused.
 HASHES = {
     "vits16": "08c60483", "vits16plus": "4057cbaa", "vitb16": "73cec8be", "vitl16": "8aa4cbdd",
     "vitl16plus": "46503df0", "vith16plus": "7c1da9a5", "vit7b16": "a955f4ea",
+    "convnext-tiny": "21b726bb", "convnext-small": "296db49d",
+    "convnext-base": "801f2ba9", "convnext-large": "61fa432d",
 }  # fmt: skip
 SATELLITE_VITL = "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"
 
@@ -41,6 +57,10 @@ def write_card(card: Card) -> Beside:
 
 def file_name(card: Card, carried: Collection[str]) -> str:
     """The name by which Meta's hub code knows the variant."""
+    if isinstance(card.config, DINOv3ConvNeXtConfig):
+        name = card.config.name.replace("-", "_")
+        ending = f"_pretrain_lvd1689m-{HASHES[card.config.name]}" if card.config.name in HASHES else ""
+        return f"dinov3_{name}{ending}.pth"
     name = variant_ignoring_biases(card.config) if card.config else ""
     if name == "vitl16" and LOCAL_NORM[0] in carried:
         return SATELLITE_VITL  # the only ViT-L whose strict loader wants that norm
@@ -62,7 +82,13 @@ META = Layout(
             carried=dict.fromkeys(LOCAL_NORM, "normalises the CLS token of local crops in pretraining"),
             copies=copies,
             stores_empty=False,
-        )
+        ),
+        DINOv3ConvNeXtConfig: Table(
+            CONVNEXT,
+            rows(CONVNEXT_NAMES),
+            copies=lambda config: LAST_NORM,
+            left_out={"norms.": "the final LayerNorm once more, or one that only training uses"},
+        ),
     },
     container=".pth",
     files=("*.pth", "*.pt", "*.ckpt", "*.bin"),

@@ -10,7 +10,6 @@ OTHERS = (
     (r"lora_[AB]\.", "a LoRA adapter: merge it into its model first and save that"),
     (r"(vision_model|text_model)\.", "a CLIP or SigLIP model, not a DINOv3 vision transformer"),
     (r"blocks\.\d+\.\d+\.", "a model whose blocks are saved in chunks (blocks.0.0.): save it with block_chunks=0"),
-    (r"(downsample_layers|stages)\.\d+\.", "a ConvNeXt, not a DINOv3 vision transformer"),
 )
 POSITIONS = r"(pos_embed|embeddings\.position_embeddings)$"
 SWIN = r"layers\.\d+\.blocks\.\d+\."

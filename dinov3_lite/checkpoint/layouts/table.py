@@ -55,6 +55,12 @@ class ModelTensor(NamedTuple):
 class Family:
     """The models of one config class: their tensors in the order of the state dict, and what a config says of them."""
 
+    name: str
+    """What its models are called, after "a"."""
+    model_type: str
+    """What transformers' config.json calls them."""
+    loader: str
+    """The class that users load them with."""
     tensors: tuple[ModelTensor, ...]
     sizes: Callable[[Config], Mapping[str, int]]
     """What the letters of shapes stand for."""
@@ -66,6 +72,8 @@ class Family:
     """The tensor by which a backbone is found in a bigger model: what stands before it stands before all."""
     weight: str
     """The tensor whose dtype is that of the weights."""
+    counts: tuple[str, ...]
+    """The config fields that count modules and tokens, which may be dropped or appended."""
     unseen: tuple[str, ...]
     """The config fields that change what the model computes and that no tensor's name or shape shows."""
 
@@ -129,6 +137,9 @@ class Table:
     carried: Mapping[str, str] = field(default_factory=dict)
     """Tensors that its files may hold and the model does not need, with the reason: our own file carries them along."""
     copies: Callable[[Config], Mapping[str, str]] = lambda config: {}
+    """What is written as a copy of which of ours, unless the source has it among the carried."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """How names begin of tensors that its files may hold and nobody needs, with the reason."""
     """Which of the carried are written as copies of which of ours where the source has none."""
     stores_empty: bool = True
     """Whether a tensor without elements, register tokens where there are none, is written."""
@@ -154,9 +165,13 @@ class Table:
         """How the names of tensors in blocks begin."""
         return frozenset(name.split("{")[0] for row in self.rows for name in row.theirs if "{" in name)
 
-    def is_head(self, name: str) -> bool:
-        """Whether a tensor that it does not know is by its name part of a head or a projector on the backbone."""
-        return name.split(".")[0] in HEADS and pattern(name) not in self.patterns
+    def reason_against(self, name: str) -> str:
+        """Why a tensor that it does not know by its name is left out; empty for all others."""
+        if pattern(name) in self.patterns:
+            return ""
+        if name.split(".")[0] in HEADS:
+            return "a head, not the backbone"
+        return next((reason for start, reason in self.left_out.items() if name.startswith(start)), "")
 
     def theirs(self, ours: str) -> tuple[str, ...]:
         """What it calls that tensor of ours; nothing where it does not store it, or only with others in one."""

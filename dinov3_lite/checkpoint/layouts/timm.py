@@ -1,4 +1,4 @@
-"""timm's vit_*_patch16_dinov3 models; those called *_qkvb have query and value biases."""
+"""timm's vit_*_patch16_dinov3 models, of which those called *_qkvb have query and value biases; and its convnext_*."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from ...config import DINOv3Config
+from ...config import CONVNEXTS, DINOv3Config, DINOv3ConvNeXtConfig
 from .cards import CONFIG, read_foreign_card, readme
+from .convnext import CONVNEXT, rows
 from .meta import variant_ignoring_biases
 from .table import Beside, Card, Layout, Row, Table
 from .vit import COMPUTED_PERIODS, NO_KEY_BIAS, NO_MASK_TOKEN, VIT
@@ -27,6 +28,15 @@ ROWS = (
     Row((f"{MLP}.w3.bias",), (f"{MLP}.fc2.bias",)),
     Row(("blocks.{i}.ls2.gamma",), ("blocks.{i}.gamma_2",)),
 )
+CONVNEXT_NAMES = {
+    "stem.conv": "stem.0",
+    "stem.norm": "stem.1",
+    "stages.{s}.downsample.norm": "stages.{s}.downsample.0",
+    "stages.{s}.downsample.conv": "stages.{s}.downsample.1",
+    "stages.{s}.blocks.{i}.dwconv": "stages.{s}.blocks.{i}.conv_dw",
+    "stages.{s}.blocks.{i}.ls.gamma": "stages.{s}.blocks.{i}.gamma",
+    "norm": "head.norm",
+}
 ASSUMED = {
     "rope_embed.periods": COMPUTED_PERIODS,
     "mask_token": NO_MASK_TOKEN,
@@ -66,11 +76,10 @@ def write_card(card: Card) -> Beside:
     config = card.config
     if config is None:
         return Beside(metadata={"format": "pt"}, license=card.license)
-    size = SIZES.get(variant_ignoring_biases(config))
-    content: dict[str, Any] = {"num_classes": 0, "num_features": config.hidden_size}
-    if size:
-        has_biases = config.query_bias and size != "7b"
-        content["architecture"] = f"vit_{size}_patch16_dinov3" + ("_qkvb" if has_biases else "")
+    architecture, width = _architecture(config)
+    content: dict[str, Any] = {"num_classes": 0, "num_features": width}
+    if architecture:
+        content["architecture"] = architecture
     if images := _write_images(card.preprocessing):
         height, width, mean, std = images
         content["pretrained_cfg"] = {
@@ -80,10 +89,19 @@ def write_card(card: Card) -> Beside:
             "interpolation": "bilinear",
         }
     use = 'import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True)'
-    if not size:  # none of timm's models has these tensors: its readers are ours
-        use = 'from dinov3_lite import DINOv3ViT\n\nmodel = DINOv3ViT.from_pretrained(".")'
+    if not architecture:  # none of timm's models has these tensors: its readers are ours
+        use = 'from dinov3_lite import load\n\nmodel = load(".")'
     card_text = readme(card, "timm", use)
     return Beside(metadata={"format": "pt"}, files={CONFIG: content}, readme=card_text, license=card.license)
+
+
+def _architecture(config: DINOv3Config | DINOv3ConvNeXtConfig) -> tuple[str, int]:
+    """The name of its model with these tensors, empty where it has none; the width of that model's features."""
+    if isinstance(config, DINOv3ConvNeXtConfig):
+        return config.name.replace("-", "_") if config.name in CONVNEXTS else "", config.hidden_sizes[-1]
+    size = SIZES.get(variant_ignoring_biases(config))
+    has_biases = config.query_bias and size != "7b"
+    return f"vit_{size}_patch16_dinov3" + ("_qkvb" if has_biases else "") if size else "", config.hidden_size
 
 
 def _write_images(d: dict[str, Any] | None) -> tuple[int, int, list[float], list[float]] | None:
@@ -119,13 +137,18 @@ def file_name(card: Card, carried: Collection[str]) -> str:
 
 def ungated_copy(repo_id: str) -> str:
     """The hub id of timm's copy of one of Meta's repositories, which needs no request; empty where it has none."""
-    match = re.search(r"dinov3-(\w+)-pretrain-(\w+)$", repo_id)
+    match = re.search(r"dinov3-([\w-]+)-pretrain-(\w+)$", repo_id)
+    if match and match[1] in CONVNEXTS:
+        return f"timm/{match[1].replace('-', '_')}.dinov3_{match[2]}"
     return f"timm/vit_{SIZES[match[1]]}_patch16_dinov3.{match[2]}" if match and match[1] in SIZES else ""
 
 
 TIMM = Layout(
     name="timm",
-    tables={DINOv3Config: Table(VIT, ROWS, assumed=ASSUMED, stores_empty=False)},
+    tables={
+        DINOv3Config: Table(VIT, ROWS, assumed=ASSUMED, stores_empty=False),
+        DINOv3ConvNeXtConfig: Table(CONVNEXT, rows(CONVNEXT_NAMES)),
+    },
     container=".safetensors",
     files=(FILE,),
     read_card=read_card,

@@ -1,4 +1,4 @@
-"""transformers' DINOv3ViTModel, as all its releases write it to disk: a folder with its config.json."""
+"""transformers' DINOv3ViTModel and DINOv3ConvNextModel, as all releases write them: folders with config.json."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from ...config import MODEL_TYPE, DINOv3Config
+from ...config import CONVNEXT_TYPE, MODEL_TYPE, DINOv3Config, DINOv3ConvNeXtConfig
 from .cards import CONFIG, NOTE_KEY, PREPROCESSOR, read_config, read_foreign_card, readme
+from .convnext import CONVNEXT, rows
 from .table import Beside, Card, Layout, Row, Table
 from .vit import COMPUTED_PERIODS, VIT
 
@@ -46,6 +47,18 @@ ROWS = (
     _row("blocks.{i}.mlp.w3.bias",      "layer.{i}.mlp.down_proj.bias"),
     _row("blocks.{i}.ls2.gamma",        "layer.{i}.layer_scale2.lambda1"),
 )
+CONVNEXT_NAMES = {
+    "stem.conv":                       "stages.0.downsample_layers.0",
+    "stem.norm":                       "stages.0.downsample_layers.1",
+    "stages.{s}.downsample.norm":      "stages.{s}.downsample_layers.0",
+    "stages.{s}.downsample.conv":      "stages.{s}.downsample_layers.1",
+    "stages.{s}.blocks.{i}.dwconv":    "stages.{s}.layers.{i}.depthwise_conv",
+    "stages.{s}.blocks.{i}.norm":      "stages.{s}.layers.{i}.layer_norm",
+    "stages.{s}.blocks.{i}.mlp.fc1":   "stages.{s}.layers.{i}.pointwise_conv1",
+    "stages.{s}.blocks.{i}.mlp.fc2":   "stages.{s}.layers.{i}.pointwise_conv2",
+    "stages.{s}.blocks.{i}.ls.gamma":  "stages.{s}.layers.{i}.gamma",
+    "norm":                            "layer_norm",
+}
 # fmt: on
 
 
@@ -57,7 +70,8 @@ def read_card(beside: Beside) -> Card:
         )
     if "model_type" not in beside.files[CONFIG]:
         raise ValueError(
-            f"{beside.path(CONFIG)}: no model_type in it, expected {MODEL_TYPE!r}: this is no model's config.json"
+            f"{beside.path(CONFIG)}: no model_type in it, expected {MODEL_TYPE!r}, or {CONVNEXT_TYPE!r}: this is no "
+            "model's config.json"
         )
     return replace(read_foreign_card(beside), config=read_config(beside))
 
@@ -86,7 +100,10 @@ def file_name(card: Card, carried: Collection[str]) -> str:
 
 TRANSFORMERS = Layout(
     name="transformers",
-    tables={DINOv3Config: Table(VIT, ROWS, assumed={"rope_embed.periods": COMPUTED_PERIODS})},
+    tables={
+        DINOv3Config: Table(VIT, ROWS, assumed={"rope_embed.periods": COMPUTED_PERIODS}),
+        DINOv3ConvNeXtConfig: Table(CONVNEXT, rows(CONVNEXT_NAMES)),
+    },
     container=".safetensors",
     files=(FILE, "pytorch_model.bin"),
     read_card=read_card,
@@ -95,5 +112,5 @@ TRANSFORMERS = Layout(
     is_folder=True,
     is_sharded=True,
     needs_config=True,
-    in_memory={"model.layer.": "layer."},
+    in_memory={"model.layer.": "layer.", "model.stages.": "stages."},
 )

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...config import FLOAT32_UNDER_HALF, DINOv3Config
+from ...config import FLOAT32_UNDER_HALF, MODEL_TYPE, DINOv3Config
 from ...rope import rope_periods
 from .table import Assumed, Family, ModelTensor, Read, Shape, Table, masked
 
@@ -174,11 +174,15 @@ def _key_bias_acts(table: Table, config: DINOv3Config, shapes: Mapping[str, Shap
 
 
 VIT = Family(
+    name="vision transformer",
+    model_type=MODEL_TYPE,
+    loader="DINOv3ViT",
     tensors=TENSORS,
     sizes=_sizes,
     numbers=_numbers,
     infer=infer_config,
     anchor="cls_token",
     weight="patch_embed.proj.weight",
+    counts=("num_hidden_layers", "num_register_tokens"),
     unseen=("num_attention_heads", "layer_norm_eps", "hidden_act"),
 )

@@ -1,0 +1,312 @@
+"""DINOv3's ConvNeXt, top to bottom (arXiv 2201.03545, figure 4 and section 2; distilled in arXiv 2508.10104, 7.2).
+
+    images (B, 3, H, W)
+      stem           4x4 convolution of stride 4, LayerNorm
+      stage 1        blocks                                           (B, H/4, W/4, C1)
+      stage 2        LayerNorm, 2x2 convolution of stride 2, blocks   (B, H/8, W/8, C2)
+      stage 3        likewise                                         (B, H/16, W/16, C3)
+      stage 4        likewise                                         (B, H/32, W/32, C4)
+      [mean; map]    LayerNorm                                        (B, 1 + h*w, C4)
+
+Letters in the shape comments: B batch, H W image pixels, h w a stage's grid, C its channels. Grids are rounded down.
+Inside, channels are last: the depthwise convolutions are fastest so, and norms and matrix products need no copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from . import convnext_features as features
+from .checkpoint import Checkpoint, assign, open_checkpoint
+from .checkpoint.hub import locate
+from .checks import BATCH, check_dtype, check_kind
+from .config import DINOv3ConvNeXtConfig
+from .features import dtype_of
+from .layers import OURS, DropPath, LayerNorm, LayerScale, Mlp
+from .model import DINOv3Output
+from .pretrained import Pretrained
+
+
+class Stem(nn.Module):
+    """Patches of 4 x 4 pixels, each projected linearly and normed: (B, 3, H, W) -> (B, H/4, W/4, C1)."""
+
+    def __init__(self, config: DINOv3ConvNeXtConfig) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(config.num_channels, config.hidden_sizes[0], kernel_size=4, stride=4)
+        self.norm = LayerNorm(config.hidden_sizes[0], eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        return self.norm(self.conv(pixel_values).permute(0, 2, 3, 1))
+
+    @property
+    def num_channels(self) -> int:
+        """The channels of the images."""
+        return self.conv.in_channels
+
+
+class Downsample(nn.Module):
+    """Half the resolution, between two stages: (B, h, w, C) -> (B, h/2, w/2, C').
+
+    The convolution gets channels first: in float32 oneDNN then errs 2 to 5 times less than with channels last (measured
+    for C from 96 to 768), in the same time.
+    """
+
+    def __init__(self, channels: int, out_channels: int, eps: float) -> None:
+        super().__init__()
+        self.norm = LayerNorm(channels, eps=eps)
+        self.conv = nn.Conv2d(channels, out_channels, kernel_size=2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.conv(self.norm(x).permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+        return half.to(x.dtype).contiguous()
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Each channel convolved by itself over 7 x 7 pixels: (B, h, w, C) -> (B, h, w, C).
+
+    It reads the residual stream, which may be wider than the weights, and computes in its dtype.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=7, padding=3, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return self._conv_forward(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
+
+
+class ConvNeXtBlock(nn.Module):
+    """(B, h, w, C) -> (B, h, w, C).
+
+    x = x + gamma * mlp(norm(dwconv(x)))
+    """
+
+    def __init__(self, config: DINOv3ConvNeXtConfig, channels: int, drop_path: float) -> None:
+        super().__init__()
+        self.dwconv = DepthwiseConv(channels)
+        self.norm = LayerNorm(channels, eps=config.layer_norm_eps)
+        self.mlp = Mlp(channels, 4 * channels, config.hidden_act)
+        self.ls = LayerScale(channels, config.layer_scale_init_value)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ls(x, self.drop_path(self.mlp(self.norm(self.dwconv(x)))))
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution, behind the step down to it (none in the first stage, which the stem precedes).
+
+    Stochastic depth grows linearly over all blocks of the model, from 0 in the first to `config.drop_path_rate`.
+    """
+
+    def __init__(self, config: DINOv3ConvNeXtConfig, index: int) -> None:
+        super().__init__()
+        before, self.channels = config.hidden_sizes[max(0, index - 1)], config.hidden_sizes[index]
+        first, depth, total = sum(config.depths[:index]), config.depths[index], sum(config.depths)
+        rates = [config.drop_path_rate * i / (total - 1) for i in range(first, first + depth)]
+        self.downsample = Downsample(before, self.channels, config.layer_norm_eps) if index else nn.Identity()
+        self.blocks = nn.ModuleList(ConvNeXtBlock(config, self.channels, rate) for rate in rates)
+
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+        if recompute:
+            from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x
+
+
+class DINOv3ConvNeXt(features.Sizes, Pretrained):
+    """DINOv3's ConvNeXt: images to feature maps at strides 4, 8, 16 and 32, a CLS token and patch tokens.
+
+    The CLS token is the mean of the last stage's map; there are no register tokens, and no attention. What a ViT calls
+    its blocks (`n` of `get_intermediate_layers`, `hidden_states`) are here the four stages.
+
+    Switches, all of them plain attributes that may be set at any time:
+        patch_size: None, or a ViT's patch size, to whose grid `get_intermediate_layers` then resizes every map.
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        residual_dtype: dtype of the residual stream, which the depthwise convolutions read. None is float32 or wider
+            whatever the weights; `torch.bfloat16` under bfloat16 weights is what the references do: less memory
+            traffic, and their error.
+    """
+
+    def __init__(self, config: DINOv3ConvNeXtConfig, patch_size: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_size = patch_size
+        self.gradient_checkpointing = False
+        self.residual_dtype: torch.dtype | None = None
+
+        self.stem = Stem(config)
+        self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.depths)))
+        self.norm = LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Truncated normal (std `config.initializer_range`) for weights, zero for biases.
+
+        LayerNorm starts as the identity, LayerScale at `config.layer_scale_init_value`: every parameter is set.
+        A model without storage, on the meta device, stays so.
+        """
+        if self.norm.weight.is_meta:
+            return
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("gamma"):
+                nn.init.constant_(parameter, self.config.layer_scale_init_value)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=self.config.initializer_range)
+
+    @classmethod
+    def from_name(cls, name: str, **config_changes: Any) -> DINOv3ConvNeXt:
+        """A released variant with random weights; `config_changes` are fields of `DINOv3ConvNeXtConfig` to replace.
+
+        Raises ValueError for an unknown name or a contradictory config, TypeError for an unknown field.
+        """
+        return cls(replace(DINOv3ConvNeXtConfig.from_name(name), **config_changes))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        patch_size: int | None = None,
+        prefix: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> DINOv3ConvNeXt:
+        """Load a checkpoint as `DINOv3ViT.from_pretrained` does, in evaluation mode. patch_size: see the class.
+
+        Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
+        does not fit its config.
+        """
+        check_dtype(dtype)
+        path = locate(
+            source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        opened = open_checkpoint(path, prefix=prefix)
+        return cls.from_checkpoint(opened, dtype=dtype, device=device, patch_size=patch_size)
+
+    @classmethod
+    def from_checkpoint(cls, opened: Checkpoint, patch_size: int | None = None, **options: Any) -> DINOv3ConvNeXt:
+        """The model of an opened checkpoint: see `from_pretrained`. Raises ValueError if that is a ViT's."""
+        opened.check_family(DINOv3ConvNeXtConfig)
+        with torch.device("meta"):
+            model = cls(opened.config, patch_size)
+        assign(model, opened, **options)  # dtype, device
+        model.weights_id, model.card = opened.weights_id, opened.card
+        return model.eval()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        keep_indices: Tensor | None = None,
+    ) -> DINOv3Output | tuple[Tensor, ...]:
+        """Features of a batch of normalised images: the last stage's, at stride 32, behind their mean.
+
+        pixel_values: (B, 3, H, W), floating point, H and W from 32 on; cast to the model's dtype. Where a stage does
+            not divide the size, its map leaves out the last rows and columns, as in every reference.
+        return_dict: False returns a plain tuple: last_hidden_state, pooler_output and, if asked for, hidden_states.
+
+        `hidden_states` are five: the images as given, then each stage's map (B, C, h, w) before the final LayerNorm.
+
+        Raises ValueError for any other rank, channel count, dtype or size, and for bool_masked_pos or keep_indices,
+        which only a ViT takes.
+        """
+        features.refuse(bool_masked_pos=bool_masked_pos, keep_indices=keep_indices)
+        taps = range(self.depth) if output_hidden_states else (self.depth - 1,)
+        states = self.run_stages(self.embed(pixel_values), taps)
+        grid = states[-1].shape[1], states[-1].shape[2]
+        last_hidden_state = self.norm(features.to_tokens(states[-1]))
+        hidden_states = None
+        if output_hidden_states:
+            hidden_states = (pixel_values, *(features.to_map(self, state) for state in states))
+        if return_dict:
+            return DINOv3Output(last_hidden_state, last_hidden_state[:, 0], hidden_states, grid, self.num_prefix_tokens)
+        output = (last_hidden_state, last_hidden_state[:, 0])
+        return output if hidden_states is None else (*output, hidden_states)  # type: ignore[return-value]
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """What the first stage gets: (B, H/4, W/4, C1). Arguments and errors are those of `forward`."""
+        self.check_images(pixel_values)
+        return self.embed_patches(pixel_values).to(
+            self.residual_dtype or torch.promote_types(self.dtype, torch.float32)
+        )
+
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        """The stem over valid images, cast to its dtype."""
+        return self.stem(pixel_values.to(dtype_of(self.stem)))
+
+    def run_stages(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
+        """Outputs (B, h, w, C) of the stages in `taps` (ascending indices). No stage after the last of them runs."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return run_units(self.stages, x, taps, recompute)
+
+    # What Meta's and timm's classes have, by their names.
+    get_intermediate_layers = features.get_intermediate_layers
+    forward_features = features.forward_features
+    forward_intermediates = features.forward_intermediates
+    feature_info = property(features.feature_info)
+    block_indices = features.block_indices
+
+    def attention_maps(self, pixel_values: Tensor, block: int = -1) -> NoReturn:
+        """Raises ValueError: there is no attention to show."""
+        raise ValueError("a ConvNeXt has no attention: compare its patch tokens with the CLS token instead")
+
+    def forward_packed(self, images: Sequence[Tensor]) -> NoReturn:
+        """Raises ValueError: convolutions run over rectangles, not over a sequence."""
+        raise ValueError("a ConvNeXt can't run images of different sizes as one sequence: call it once for each size")
+
+    def extra_repr(self) -> str:
+        millions = sum(p.numel() for p in self.parameters()) / 1e6
+        return f"{self.config.name}, {millions:.1f} M parameters, weights {self.weights_id}"
+
+    def check_images(
+        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
+    ) -> tuple[int, int]:
+        """The grid (h, w) of the last stage's map, or ValueError unless these are images of 32 x 32 pixels and more.
+
+        pixels: whether they may be whole numbers.
+        """
+        check_kind(images, self.num_channels, name, dims, pixels)
+        (H, W), least = images.shape[-2:], self.stride
+        if least > H or least > W:
+            raise ValueError(f"image height {H} and width {W} must be at least {least}, the stride of the last stage")
+        return H // least, W // least
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget_origin("from a state dict")
+
+
+def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *options: Any) -> list[Tensor]:
+    """One module after the other, up to the last in `taps`: the outputs of those in `taps`."""
+    states = []
+    for i, unit in enumerate(itertools.islice(units, max(taps) + 1 if taps else 0)):
+        x = unit(x, *options)
+        if i in taps:
+            states.append(x)
+    return states
+
+
+OURS.update({Stem, Downsample, DepthwiseConv, ConvNeXtBlock, Stage, nn.Identity})

@@ -1,0 +1,295 @@
+"""What `optimize_for_inference` makes of a model: its own class, with stand-ins for its blocks and first layer."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checks import BATCH, check_count
+from .convnext import ConvNeXtBlock, DINOv3ConvNeXt, Stem, run_units
+from .folding import fold, for_pixels, prepack_projections
+from .graphs import Graphs, Tensors
+from .image import ImageProcessor
+from .layers import Block, PatchEmbed, untouched
+from .model import DINOv3ViT, run_stack
+from .packing import Tokens
+from .prepacked import available
+
+
+def become(module: nn.Module, mixin: type[Prepared]) -> None:
+    """Make it of its own class with the methods of `mixin` before those."""
+    if not isinstance(module, mixin):
+        module.__class__ = _prepared_class(mixin, type(module))
+
+
+def _prepared_class(mixin: type[Prepared], base: type[nn.Module]) -> type[nn.Module]:
+    """`base` with the methods of `mixin` before its own."""
+    if (mixin, base) not in _CLASSES:
+        names = {"__module__": __name__, "__doc__": base.__doc__}
+        _CLASSES[mixin, base] = type(f"Prepared{base.__name__}", (mixin, base), names)
+    return _CLASSES[mixin, base]
+
+
+_CLASSES: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def _blank(mixin: type[Prepared], base: type[nn.Module]) -> nn.Module:
+    cls = _prepared_class(mixin, base)
+    return cls.__new__(cls)
+
+
+class Prepared(nn.Module):
+    """What `optimize_for_inference` adds to the class of a model, or of the module around one."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Raise ValueError for True: a prepared model does not train."""
+        if requires_grad:
+            raise ValueError("a prepared model does not train: train the model it was made of, which it follows")
+        return super().requires_grad_(False)
+
+    def warm_up(self, batch: int, height: int, width: int) -> float:
+        """Run on images of this size, alone and `batch` of them (or two), and return the seconds that it took.
+
+        Whatever `forward` has to compile for any number of images is then compiled. Raises ValueError as it does.
+        """
+        inside = next(module for module in self.modules() if isinstance(module, PreparedBackbone))
+        dtype = None if inside._processor is None else torch.uint8
+        check_count("batch", batch)
+        start = time.perf_counter()
+        for count in (1, batch if batch > 1 or not inside._dynamic else 2):
+            self(torch.zeros(count, inside.num_channels, height, width, dtype=dtype, device=inside.device))
+        return time.perf_counter() - start
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, type(self).__bases__, self.__getstate__()  # its class is made here, by no name
+
+
+class Twin(NamedTuple):
+    """What stands in for a module, and what that was made of: for as long as it is, both compute the same."""
+
+    module: nn.Module
+    modules: tuple[nn.Module, ...]
+    weights: tuple[tuple[Tensor, int], ...]
+    stand_in: nn.Module
+
+    @classmethod
+    def of(cls, module: nn.Module, stand_in: nn.Module) -> Twin:
+        """Remember what the module is made of."""
+        weights = tuple((parameter, _version(parameter)) for parameter in module.parameters())
+        return cls(module, tuple(module.modules()), weights, stand_in)
+
+    def holds(self) -> bool:
+        """Whether the module has the same modules and weights, none replaced or written to, and nobody looks inside."""
+        modules, weights = tuple(self.module.modules()), tuple(self.module.parameters())
+        return (
+            modules == self.modules
+            and len(weights) == len(self.weights)
+            and all(p is q and _version(p) == v for p, (q, v) in zip(weights, self.weights, strict=True))
+            and untouched(*modules)
+        )
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
+class PreparedBackbone(Prepared):
+    """A backbone whose blocks have stand-ins, and whose first layer has one for pixels."""
+
+    num_channels: int
+    device: torch.device
+    _processor: ImageProcessor | None
+    _backend: str
+    _dynamic: bool
+
+    def _blocks(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, (Block, ConvNeXtBlock))]
+
+    def _new_graphs(self) -> Graphs:
+        raise NotImplementedError
+
+    def _prepare(self, processor: ImageProcessor | None, backend: str, dynamic: bool) -> None:
+        self._processor, self._backend, self._dynamic = processor, backend, dynamic
+        self._forget()
+        for block in self._blocks():
+            self._stand_in(block)
+
+    def _forget(self) -> None:
+        """Choose the backend for the weights as they are; stand-ins are made when they are needed."""
+        weight = next(itertools.chain(*(block.parameters() for block in self._blocks()), self.parameters()))
+        takes = available(weight)
+        if self._backend == "prepacked" and not takes:
+            raise ValueError(
+                f"backend is 'prepacked' and the model is {weight.dtype} on {weight.device}, which oneDNN does "
+                "not take on this machine: expected float32, bfloat16 or float16 on a CPU that it supports; use "
+                "'inductor'"
+            )
+        self._graphs = self._new_graphs() if self._backend == "inductor" or not takes else None
+        self._twins: dict[int, Twin] = {}
+        self._lock = threading.RLock()
+
+    def check_images(
+        self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
+    ) -> tuple[int, int]:
+        if self._processor is not None and images.dtype != torch.uint8:
+            raise ValueError(
+                f"{name} is {images.dtype}: expected torch.uint8 pixels, which the processor given to "
+                "optimize_for_inference() normalises"
+            )
+        return super().check_images(images, name, dims, pixels or self._processor is not None)  # type: ignore[misc]
+
+    def _embedded(self, embed: nn.Module, pixel_values: Tensor, as_loaded: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `embed` gives for images, or for pixels where a processor was folded in."""
+        if self._processor is None:
+            return as_loaded(pixel_values)
+        stand_in = self._stand_in(embed)
+        if stand_in is not embed:
+            return stand_in(pixel_values)
+        mean, std = (
+            pixel_values.new_tensor(v, dtype=torch.float32) for v in (self._processor.mean, self._processor.std)
+        )
+        pixels = pixel_values * self._processor.rescale_factor
+        return as_loaded((pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
+
+    def _stand_in(self, module: nn.Module) -> nn.Module:
+        """What computes the same as this block or first layer, faster; the module itself where there is none."""
+        twin = self._twins.get(id(module))
+        if twin is None or not twin.holds():
+            if not untouched(*module.modules()):
+                return module
+            with self._lock, torch.inference_mode(False), torch.no_grad():
+                twin = self._twins.get(id(module))
+                if twin is None or not twin.holds():
+                    twin = self._twins[id(module)] = Twin.of(module, self._make_stand_in(module, twin))
+        keeps_dtype = self._graphs is None or isinstance(module, (PatchEmbed, Stem))
+        autocast = torch.is_autocast_enabled(self.device.type)
+        return module if autocast and keeps_dtype else twin.stand_in
+
+    def _make_stand_in(self, module: nn.Module, before: Twin | None) -> nn.Module:
+        if isinstance(module, (PatchEmbed, Stem)):
+            assert self._processor is not None
+            return for_pixels(module, self._processor)
+        assert isinstance(module, (Block, ConvNeXtBlock))
+        folded = fold(module)
+        if self._graphs is None:
+            prepack_projections(folded, self._dynamic)
+        elif before is not None and before.modules == tuple(module.modules()):  # what was compiled keeps its tensors
+            for old, new in zip(before.stand_in.parameters(), folded.parameters(), strict=True):
+                old.data = new.data
+            return before.stand_in
+        return folded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_graphs", "_twins", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+
+class PreparedViT(PreparedBackbone, DINOv3ViT):
+    """A prepared DINOv3ViT."""
+
+    def _new_graphs(self) -> Graphs:
+        return Graphs(_run_tokens, _example_tokens, self._dynamic)
+
+    @torch.no_grad()
+    def embed(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, keep_indices: Tensor | None = None
+    ) -> tuple[Tokens, tuple[int, int]]:
+        return super().embed(pixel_values, bool_masked_pos, keep_indices)
+
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        return self._embedded(self.patch_embed, pixel_values, super().embed_patches)
+
+    @torch.no_grad()
+    def run_blocks(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
+        if torch.compiler.is_compiling():
+            return super().run_blocks(tokens, taps)
+        blocks = tuple(self._stand_in(block) for block in self.blocks)
+        if self._graphs is None or tokens.shapes is not None or any(map(operator.is_, blocks, self.blocks)):
+            return run_stack(blocks, tokens, taps, self.attention)
+        return self._graphs(blocks, tokens[:3], tuple(taps), self.attention)
+
+    def run_packed(self, batches: Sequence[Tokens], taps: Sequence[int]) -> list[list[Tensor]]:
+        if self._graphs is None:
+            return super().run_packed(batches, taps)
+        return [list(states) for states in zip(*(self.run_blocks(tokens, taps) for tokens in batches), strict=True)]
+
+
+def _run_tokens(blocks: Sequence[nn.Module], tensors: Tensors, taps: Sequence[int], attention: str) -> list[Tensor]:
+    x, cos, sin = tensors
+    return run_stack(blocks, Tokens(x, cos, sin), taps, attention)
+
+
+def _example_tokens(tensors: Tensors, dynamic: bool) -> Tensors:
+    x, cos, _ = tensors
+    B, N, C = x.shape
+    if dynamic:
+        B, N = (1 if B == 1 else 3), 229  # like no width, near the usual 201
+    generator = torch.Generator().manual_seed(0)
+    table = (B, N, cos.shape[-1])[3 - cos.ndim :]
+    angles = torch.randn(table, generator=generator).to(cos)
+    return torch.randn(B, N, C, generator=generator).to(x), angles.cos(), angles.sin()
+
+
+class PreparedConvNeXt(PreparedBackbone, DINOv3ConvNeXt):
+    """A prepared DINOv3ConvNeXt."""
+
+    def _new_graphs(self) -> Graphs:
+        return Graphs(_run_map, _example_map, self._dynamic)
+
+    @torch.no_grad()
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        return super().embed(pixel_values)
+
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        return self._embedded(self.stem, pixel_values, super().embed_patches)
+
+    @torch.no_grad()
+    def run_stages(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
+        if torch.compiler.is_compiling() or not untouched(*self.stages):
+            return super().run_stages(x, taps)
+        units: list[nn.Module] = []
+        ends, stands_in = [], True
+        stages: Any = self.stages
+        for stage in stages:
+            blocks = [self._stand_in(block) for block in stage.blocks]
+            stands_in = stands_in and not any(map(operator.is_, blocks, stage.blocks))
+            stands_in = stands_in and untouched(*stage.downsample.modules())
+            units += [stage.downsample, *blocks]
+            ends.append(len(units) - 1)
+        unit_taps = tuple(ends[i] for i in taps)
+        if self._graphs is None or not stands_in:
+            return run_units(units, x, unit_taps)
+        return self._graphs(tuple(units), (x,), unit_taps)
+
+
+def _run_map(units: Sequence[nn.Module], tensors: Tensors, taps: Sequence[int], _: str) -> list[Tensor]:
+    return run_units(units, tensors[0], taps)
+
+
+def _example_map(tensors: Tensors, dynamic: bool) -> Tensors:
+    B, h, w, C = tensors[0].shape
+    if dynamic:
+        B, h, w = (1 if B == 1 else 3), 50, 70  # unequal sides, like no width, near the usual 56
+    return (torch.randn(B, h, w, C, generator=torch.Generator().manual_seed(0)).to(tensors[0]),)
