@@ -152,9 +152,8 @@ class DINOv3ViT(features.Sizes, Pretrained):
     ) -> DINOv3ViT:
         """Load a checkpoint, in evaluation mode: every tensor comes from it, or an error names those that don't.
 
-        source: a checkpoint folder, a .safetensors or .pth file, in the layout of transformers, Meta, timm or our own;
-            or a hub id. A converted file on the CPU is not read but memory-mapped: its pages are loaded when first
-            used, and training never writes to the file.
+        source: a checkpoint folder or a file, in the layout of transformers, Meta, timm or our own, or a hub id. A
+            converted file on the CPU is memory-mapped: pages load when first used, and training never writes to it.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
         device: to load to; None is the CPU. attention: see the class.
         prefix: before the names of the backbone that is meant, of several; None takes an exponential moving average, or
