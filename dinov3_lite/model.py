@@ -156,7 +156,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
             converted file on the CPU is memory-mapped: pages load when first used, and training never writes to it.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
         device: to load to; None is the CPU. attention: see the class.
-        prefix: before the names of the backbone that is meant, of several; None takes an average, a teacher, or the one.
+        prefix: before the names of the backbone that is meant, of several (None: see `checkpoint.choose`).
         num_channels: of the images, if others; channel_rule: "repeat" or "mean", see `dinov3_lite.checkpoint.channels`.
         subfolder: of the source. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
