@@ -160,8 +160,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
         num_channels: of the images, if others; channel_rule: "repeat" or "mean", see `dinov3_lite.checkpoint.channels`.
         subfolder: of the source. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
-        Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
-        does not fit its config.
+        Raises FileNotFoundError if there is no such source, ValueError if it is damaged or of another architecture.
         """
         resolve_attention(attention)
         check_dtype(dtype)
