@@ -13,7 +13,7 @@ import torch
 from dinov3_lite.checkpoint import open_checkpoint
 from dinov3_lite.checkpoint.hub import locate
 
-from .plan import MAX_SHARD_SIZE, check, make_plan
+from .plan import MAX_SHARD_SIZE, check, make_plan, parse_dtype, parse_layout, parse_size
 from .writer import write
 
 __all__ = ["convert"]
@@ -24,27 +24,38 @@ def convert(
     output: str | os.PathLike[str] | None = None,
     *,
     to: str = "lite",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     force: bool = False,
     allow_loss: bool = False,
-    max_shard_size: int = MAX_SHARD_SIZE,
-    revision: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     prefix: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
     progress: bool = False,
 ) -> Path:
     """Convert one model and return the path written: a file (lite, meta) or a folder (transformers, timm).
 
     source: a checkpoint folder, a .safetensors or .pth file, or a hub id, in any layout.
     output: a folder to write into, or the file's name; None writes beside the source.
-    to: lite, transformers, meta or timm. dtype: of the weights; None keeps the source's.
-    force: replace existing output. allow_loss: go on where the layout can't hold something of the source.
-    max_shard_size: bytes in one file of transformers' layout. progress: show a bar of bytes.
-    prefix: what stands before the names of the backbone that is meant, where the source holds several.
+    to: lite, transformers, meta or timm.
+    dtype: of the weights, as torch.bfloat16 or "bfloat16"; None keeps the source's.
+    force: replace existing output, and remove what readers would mix with the new one: of a folder that is written,
+        other weights called model.safetensors or model-00001-of-00002.safetensors, an index of them, preprocessing.
+    allow_loss: go on where the layout can't hold something of the source.
+    max_shard_size: of one file of transformers' layout, in bytes or as "5GB". progress: show a bar of bytes.
+    prefix, subfolder, revision, cache_dir, local_files_only: which model of the source, as `DINOv3ViT.from_pretrained`
+        takes them.
 
     Files appear under their names only when all are whole: a failure leaves what was there before.
     Raises FileNotFoundError, FileExistsError or ValueError in one sentence.
     """
-    opened = open_checkpoint(locate(source, revision=revision), original=True, prefix=prefix)
+    parse_layout(to), parse_dtype(dtype), parse_size(max_shard_size)  # refused before anything is downloaded
+    path = locate(
+        source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    opened = open_checkpoint(path, original=True, prefix=prefix)
     plan = make_plan(opened, output, to=to, dtype=dtype, max_shard_size=max_shard_size)
     check(plan, force=force, allow_loss=allow_loss)
     return write(plan, progress=progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 import warnings
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dinov3_lite.checkpoint import DTYPES, open_checkpoint, weights_in
+from dinov3_lite.checkpoint.files import short
 from dinov3_lite.checkpoint.hub import locate
 from dinov3_lite.checkpoint.layouts import LAYOUTS
 from dinov3_lite.console import called_as, complain, exit_status, flush, say
 
 from .describe import describe, describe_as_text, describe_plan, plan_as_text, summary, summary_as_text
-from .plan import MAX_SHARD_SIZE, Plan, check, check_values, make_plan
+from .plan import MAX_SHARD_SIZE, Plan, check, check_values, make_plan, parse_size
 from .verify import verify
 from .writer import write
 
@@ -38,7 +38,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_all(args: argparse.Namespace) -> int:
-    sources = _models(locate(args.source, revision=args.revision))
+    path = locate(
+        args.source,
+        subfolder=args.subfolder,
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        local_files_only=args.local_files_only,
+    )
+    sources = _models(path)
     failed = []
     for source in sources:
         output = args.output / source.name if args.output and len(sources) > 1 else args.output
@@ -98,11 +105,10 @@ def _is_model(folder: Path) -> bool:
 
 
 def _size(text: str) -> int:
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    match = re.fullmatch(r"(\d+)(KB|MB|GB)?", text)
-    if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB")
-    return int(match[1]) * units[match[2] or ""]
+    try:
+        return parse_size(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{short(text)} is not a size such as 5GB") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="say it as JSON, one object a model")
     add("--prefix", help="what stands before the names of the backbone that is meant, if the source holds several")
     add("--revision", help="branch, tag or commit of a hub id")
+    add("--subfolder", help="where the checkpoint is within the source (default: it is the source itself)")
+    add("--cache-dir", type=Path, help="where downloads of a hub id are kept (default: huggingface_hub's cache)")
+    add("--local-files-only", action="store_true", help="download nothing: a hub id must be in the cache")
     add("--force", action="store_true", help="replace existing output")
     add("--quiet", action="store_true", help="no progress bar and no summary")
     return parser

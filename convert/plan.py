@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from dinov3_lite.checkpoint import Checkpoint
+from dinov3_lite.checkpoint import DTYPES, Checkpoint
+from dinov3_lite.checkpoint.files import short
 from dinov3_lite.checkpoint.folders import license_files
 from dinov3_lite.checkpoint.layouts import LAYOUTS
 from dinov3_lite.checkpoint.layouts.table import README, README_MARK, Layout
@@ -80,13 +81,12 @@ def make_plan(
     output: str | os.PathLike[str] | None = None,
     *,
     to: str = "lite",
-    dtype: torch.dtype | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Plan:
-    """The plan of one conversion; see `convert` for the arguments. Raises ValueError if `to` is no layout."""
-    if to not in LAYOUTS:
-        raise ValueError(f"to is {to!r}: expected one of {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[to]
+    """The plan of one conversion; see `convert` for the arguments. Raises ValueError if one is not what it takes."""
+    dtype, max_shard_size = parse_dtype(dtype), parse_size(max_shard_size)
+    layout = parse_layout(to)
     folder, name = _destination(source, layout, None if output is None else Path(output))
     kept = {name.removeprefix(layout.carries) for name in carried_into(source, layout)}
     files = files_of(source, layout, dtype=dtype, name=name, max_shard_size=max_shard_size)
@@ -101,6 +101,33 @@ def make_plan(
         lost=losses(source, layout),
         left_out={name: reason for name, reason in source.left_out.items() if name not in kept},
     )
+
+
+def parse_layout(to: str) -> Layout:
+    """A layout by its name. Raises ValueError for another."""
+    if not isinstance(to, str) or to not in LAYOUTS:
+        raise ValueError(f"to is {short(to)}: expected one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[to]
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype of weights by its name, with or without `torch.`. Raises ValueError for another."""
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise ValueError(f"dtype is {short(dtype)}: expected one of {', '.join(DTYPES)}, or None for the source's own")
+    return found
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes by a number or a text such as "5GB" or "500 MiB", as in transformers. Raises ValueError for others."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", size.upper()) if isinstance(size, str) else None
+    if match:
+        number = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
+    else:
+        number = size if isinstance(size, int) and not isinstance(size, bool) else 0
+    if number <= 0:
+        raise ValueError(f"max_shard_size is {short(size)}: expected a number of bytes, or a size such as '5GB'")
+    return number
 
 
 def _destination(source: Checkpoint, layout: Layout, output: Path | None) -> tuple[Path, str | None]:

@@ -59,7 +59,7 @@ class DINOv3Config:
                 f"{self.head_dim}: 2D RoPE needs a multiple of 4"
             )
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}: expected one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"hidden_act is {self.hidden_act[:80]!r}: expected one of {', '.join(ACTIVATIONS)}")
         if self.attention_dropout:
             raise ValueError(f"attention_dropout is {self.attention_dropout}: DINOv3 has none, only 0.0 is supported")
         if self.drop_path_rate >= 1:
@@ -95,7 +95,9 @@ class DINOv3Config:
         if short.startswith("convnext"):
             raise ValueError(f"{name!r} is a ConvNeXt: use DINOv3ConvNeXtConfig, or DINOv3ConvNeXt for the model")
         if short not in VARIANTS:
-            raise ValueError(f"unknown DINOv3 variant {name!r}: expected one of {', '.join(VARIANTS)}, or their hub id")
+            raise ValueError(
+                f"unknown DINOv3 variant {name[:100]!r}: expected one of {', '.join(VARIANTS)}, or their hub id"
+            )
         return VARIANTS[short]
 
     @classmethod
@@ -109,7 +111,7 @@ class DINOv3Config:
         if model_type != MODEL_TYPE:
             hint = ": DINOv3ConvNeXtConfig reads it" if model_type == CONVNEXT_TYPE else ""
             raise ValueError(
-                f"model_type is {model_type!r}: expected {MODEL_TYPE!r}, a DINOv3 vision transformer{hint}"
+                f"model_type is {repr(model_type)[:100]}: expected {MODEL_TYPE!r}, a DINOv3 vision transformer{hint}"
             )
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in d.items() if key in known})
@@ -257,7 +259,7 @@ def _checked(name: str, kind: str, value: Any) -> Any:
         "str": isinstance(value, str),
     }[kind]
     if not valid:
-        raise ValueError(f"{name} is {value!r}: expected {kind}")
+        raise ValueError(f"{name} is {repr(value)[:100]}: expected {kind}")
     if number and (value < 0 or (value == 0 and name in _POSITIVE)):
         raise ValueError(f"{name} is {value}: expected {'more than zero' if name in _POSITIVE else 'zero or more'}")
     if kind == "int" and value > (limit := 1000 if name in ("num_hidden_layers", "depths") else 2**20):

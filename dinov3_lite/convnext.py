@@ -187,6 +187,7 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         device: torch.device | str | None = None,
         patch_size: int | None = None,
         prefix: str | None = None,
+        subfolder: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -197,7 +198,9 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         does not fit its config.
         """
         check_dtype(dtype)
-        path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        path = locate(
+            source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         opened = open_checkpoint(path, prefix=prefix)
         return cls.from_checkpoint(opened, dtype=dtype, device=device, patch_size=patch_size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ def build_dinov3_encoder(
     pretrained_path: str | os.PathLike[str] | None = None,
     freeze: bool = True,
     simple: bool = False,
+    **loading: Any,
 ) -> PyramidEncoder:
     """A pretrained encoder whose four maps have strides 4, 8, 16 and 32 or, with `simple`, all 16 (at patch size 16).
 
@@ -64,11 +66,13 @@ def build_dinov3_encoder(
     pretrained_path: whatever `dinov3_lite.load` reads: a ViT, or a ConvNeXt, of which nothing is resized and whose maps
         have unequal `channels`.
     freeze: no gradients, always in evaluation mode; False fine-tunes. Resizing is bilinear with align_corners=False.
+    loading: further arguments of `dinov3_lite.load`: dtype, device, attention, prefix, subfolder, revision, cache_dir,
+        local_files_only.
 
     Raises what `dinov3_lite.load` does, and ValueError if the model has fewer than four blocks, and for `simple` of a
     ConvNeXt.
     """
-    backbone = load(model_name if pretrained_path is None else pretrained_path)
+    backbone = load(model_name if pretrained_path is None else pretrained_path, **loading)
     if backbone.depth < 4:
         raise ValueError(f"the model has {backbone.depth} blocks: four maps need at least 4")
     return PyramidEncoder(backbone, freeze, simple)

@@ -72,6 +72,7 @@ class ImageProcessor:
         cls,
         source: str | os.PathLike[str],
         *,
+        subfolder: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -87,7 +88,9 @@ class ImageProcessor:
         checkpoint has no such file, ValueError if it asks for something else than rescale, bilinear resize and
         normalise.
         """
-        path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        path = locate(
+            source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         content = read_preprocessing(path)
         if content is None:
             raise FileNotFoundError(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import convnext_features
+from .checkpoint.files import short
+from .checkpoint.hub import locate
+from .checkpoint.json_files import read_json
+from .config import MODEL_TYPE
 from .convnext import DINOv3ConvNeXt
 from .features import patches_and_prefix
 from .model import DINOv3ViT
@@ -68,11 +73,26 @@ class DINOv3ViTBackbone(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         attention: str = "auto",
+        prefix: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
         **stages: Any,
     ) -> DINOv3ViTBackbone:
-        """Load as `DINOv3ViT.from_pretrained` does; `stages` are the constructor's options. In evaluation mode."""
-        model = DINOv3ViT.from_pretrained(source, dtype=dtype, device=device, attention=attention)
-        return cls(model, **stages).eval()
+        """Load as `DINOv3ViT.from_pretrained` does, whose arguments these are. In evaluation mode.
+
+        stages: the constructor's options; those not given are what the checkpoint's config.json says, as transformers'
+            backbones save it.
+        """
+        path = locate(
+            source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        model = DINOv3ViT.from_pretrained(path, dtype=dtype, device=device, attention=attention, prefix=prefix)
+        said = _stages_of(path)
+        if {"out_indices", "out_features"} & stages.keys():
+            said = {name: value for name, value in said.items() if name not in ("out_indices", "out_features")}
+        return cls(model, **{**said, **stages}).eval()
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         """pixel_values: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
@@ -163,6 +183,31 @@ def stages_of(stage_names: Sequence[str], indices: Sequence[int] | None, names: 
     if not stages:
         raise ValueError("out_indices and out_features name no stage: expected at least one")
     return stages
+
+
+# What a config.json says of a backbone, and of which type each must be.
+STAGES = {
+    "out_indices": list,
+    "out_features": list,
+    "apply_layernorm": bool,
+    "reshape_hidden_states": bool,
+    "return_class_token": bool,
+}
+
+
+def _stages_of(path: Path) -> dict[str, Any]:
+    """The constructor's options in the config.json of a checkpoint's folder. Raises ValueError if one is no such."""
+    file = path / "config.json"
+    content = read_json(file) if path.is_dir() and file.is_file() else {}
+    if content.get("model_type") != MODEL_TYPE:
+        return {}
+    said = {name: content[name] for name in STAGES if content.get(name) is not None}
+    for name, value in said.items():
+        of = int if name == "out_indices" else str
+        if not isinstance(value, STAGES[name]) or (isinstance(value, list) and not all(type(v) is of for v in value)):
+            kind = f"a list of {of.__name__}" if STAGES[name] is list else "true or false"
+            raise ValueError(f"{file}: {name} is {short(value)}: expected {kind}")
+    return said
 
 
 class FeatureInfo(NamedTuple):

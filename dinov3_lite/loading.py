@@ -24,6 +24,7 @@ def load(
     device: torch.device | str | None = None,
     attention: str = "auto",
     prefix: str | None = None,
+    subfolder: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -37,7 +38,9 @@ def load(
     """
     resolve_attention(attention)
     check_dtype(dtype)
-    path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    path = locate(
+        source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     opened = open_checkpoint(path, prefix=prefix)
     if isinstance(opened.config, DINOv3Config):
         return DINOv3ViT.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)

@@ -143,6 +143,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
         device: torch.device | str | None = None,
         attention: str = "auto",
         prefix: str | None = None,
+        subfolder: str | None = None,
         num_channels: int | None = None,
         channel_rule: str = "repeat",
         revision: str | None = None,
@@ -151,22 +152,20 @@ class DINOv3ViT(features.Sizes, Pretrained):
     ) -> DINOv3ViT:
         """Load a checkpoint, in evaluation mode: every tensor comes from it, or an error names those that don't.
 
-        source: a checkpoint folder, a .safetensors or .pth file, in the layout of transformers, Meta, timm or our own;
-            or a hub id. A converted file on the CPU is not read but memory-mapped: its pages are loaded when first
-            used, and training never writes to the file.
+        source: a checkpoint folder or a file, in the layout of transformers, Meta, timm or our own, or a hub id. A
+            converted file on the CPU is memory-mapped: pages load when first used, and training never writes to it.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
         device: to load to; None is the CPU. attention: see the class.
-        prefix: before the names of the backbone that is meant, of several; None takes an exponential moving average, or
-            a teacher, or the only one.
+        prefix: before the names of the backbone that is meant, of several (None: see `checkpoint.choose`).
         num_channels: of the images, if others; channel_rule: "repeat" or "mean", see `dinov3_lite.checkpoint.channels`.
-        revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
+        subfolder: of the source. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
-        Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
-        does not fit its config.
+        Raises FileNotFoundError if there is no such source, ValueError if it is damaged or of another architecture.
         """
         resolve_attention(attention)
         check_dtype(dtype)
-        path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        on_hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        path = locate(source, subfolder=subfolder, **on_hub)  # type: ignore[arg-type]
         opened = with_channels(open_checkpoint(path, prefix=prefix), num_channels, channel_rule)
         return cls.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import TINY, write_checkpoint
 from hub_server import COMMIT, OTHER_COMMIT, Hub, serve
+from safetensors.torch import load_file
 
 from convert import convert
 from dinov3_lite import DINOv3ViT
+from dinov3_lite.checkpoint import open_checkpoint
+from dinov3_lite.checkpoint.hub import locate
+
+FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 
 REPO = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 LOAD = "from dinov3_lite import DINOv3ViT; print(DINOv3ViT.from_pretrained({repo!r}, {options}).weights_id)"
@@ -76,6 +84,111 @@ def test_convert_and_images_take_hub_ids_too(repository, run, tmp_path):
         assert run(code, endpoint).stdout.strip() == "(224, 224)"
 
 
+def fetched(hub: Hub) -> set[str]:
+    """The files whose content was asked for."""
+    return {path.split("/", 5)[5] for method, path in hub.requests if method == "GET" and "/resolve/" in path}
+
+
+@pytest.mark.parametrize("name", ["dinov3_vits16.pth", "model.pt", "last.ckpt", "pytorch_model.bin", "shards"])
+def test_without_safetensors_pytorchs_files_are_taken(name, run, tmp_path):
+    """Mirrors of Meta's files, EUPE, LingBot-Vision, Trainer's output; also from the cache alone."""
+    source = write_checkpoint(tmp_path / "source", TINY)
+    repository = tmp_path / "repository"
+    if name in ("pytorch_model.bin", "shards"):
+        shutil.copytree(source, repository)
+        tensors = load_file(repository / "model.safetensors")
+        (repository / "model.safetensors").unlink()
+        half = dict(list(tensors.items())[:10])
+        rest = {key: value for key, value in tensors.items() if key not in half}
+        files = {"pytorch_model.bin": tensors}
+        if name == "shards":
+            files = {"pytorch_model-00001-of-00002.bin": half, "pytorch_model-00002-of-00002.bin": rest}
+            index = {"weight_map": {key: file for file, content in files.items() for key in content}}
+            (repository / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        for file, content in files.items():
+            torch.save(content, repository / file)
+        for other in ("optimizer.pt", "training_args.bin"):
+            torch.save({}, repository / other)
+        expected = {*files, "config.json", "preprocessor_config.json"}
+        expected |= {"pytorch_model.bin.index.json"} if name == "shards" else set()
+    else:
+        convert(source, repository / name if name.endswith(".pth") else repository / "x.pth", to="meta")
+        (made,) = repository.iterdir()
+        made.rename(repository / name)
+        expected = {name}
+    hub = Hub({"org/model": repository})
+    load = LOAD.format(repo="org/model", options="")
+    with serve(hub) as endpoint:
+        first = run(load, endpoint)
+        assert first.returncode == 0, first.stderr
+        assert fetched(hub) == expected
+    digest = open_checkpoint(source).weights_id.split()[-1]
+    assert first.stdout.split()[-1] == digest
+    assert run(load).stdout == first.stdout, "from the cache, with the hub away"
+    assert run(LOAD.format(repo="org/model", options="local_files_only=True")).stdout == first.stdout
+
+
+def test_a_model_in_a_folder_at_every_door(run, tmp_path):
+    """subfolder= together with the other arguments."""
+    write_checkpoint(tmp_path / "repository" / "nets" / "backbone", TINY)
+    write_checkpoint(tmp_path / "repository" / "nets" / "other", TINY)
+    code = """
+import torch, dinov3_lite, convert
+from dinov3_lite.encoder import build_dinov3_encoder
+from dinov3_lite.interfaces import DINOv3ViTBackbone
+where = dict(subfolder="nets/backbone", revision="v2", cache_dir="cache", local_files_only={offline})
+how = dict(dtype=torch.bfloat16, device="cpu", attention="eager")
+try:
+    dinov3_lite.DINOv3ViT.from_pretrained("org/model")
+except FileNotFoundError as error:
+    print(error)
+models = [dinov3_lite.DINOv3ViT.from_pretrained("org/model", **where, **how)]
+models.append(DINOv3ViTBackbone.from_pretrained("org/model", **where, **how).model)
+print(dinov3_lite.ImageProcessor.from_pretrained("org/model", **where).size)
+try:
+    models.append(build_dinov3_encoder("org/model", **where, **how).backbone)
+except ValueError as error:
+    print(error)
+for model in models:
+    print(model.dtype, model.weights_id)
+print(convert.convert("org/model", "out", force=True, **where))
+"""
+    hub = Hub({"org/model": tmp_path / "repository"})
+    with serve(hub) as endpoint:
+        done = run(code.replace("{offline}", "False"), endpoint)
+        assert done.returncode == 0, done.stderr
+        assert fetched(hub) == {f"nets/backbone/{file}" for file in FILES}
+        assert not any(COMMIT in path for _, path in hub.requests if "/resolve/" in path)
+        by_command = ["convert", "org/model", "--output", "o2", "--subfolder", "nets/backbone", "--cache-dir", "cache"]
+        assert run([*by_command, "--revision", "v2"], endpoint).returncode == 0
+        line = refusal(run(["convert", "org/model", "--subfolder", "net"], endpoint))
+        assert line.endswith("org/model has no folder 'net': its weights are in 'nets/backbone', 'nets/other'")
+    lines = done.stdout.splitlines()
+    assert lines[0] == (
+        "org/model has its weights in folders: name one of 'nets/backbone', 'nets/other' as the subfolder"
+    )
+    assert lines[1:3] == ["(224, 224)", "the model has 3 blocks: four maps need at least 4"]
+    assert len(lines) == 6 and len(set(lines[3:5])) == 1 and lines[3].startswith("torch.bfloat16 transformers")
+    again = run(code.replace("{offline}", "True"))
+    assert again.returncode == 0 and again.stdout.splitlines()[1:] == lines[1:], again.stderr
+
+
+def test_subfolder_of_a_local_folder(tmp_path):
+    write_checkpoint(tmp_path / "all" / "backbone", TINY)
+    assert locate(tmp_path / "all", subfolder="backbone") == tmp_path / "all" / "backbone"
+    with pytest.raises(FileNotFoundError, match=r"all: has no folder 'head'"):
+        locate(tmp_path / "all", subfolder="head")
+    for outside in ("../other", "/etc", "a/../.."):
+        with pytest.raises(ValueError, match=r"expected a folder within the source"):
+            locate(tmp_path / "all", subfolder=outside)
+
+
+@pytest.mark.parametrize("start", ["hf-hub:", "hf_hub:"])
+def test_timms_names(start, repository, run):
+    with serve(Hub({"timm/vit_small": repository})) as endpoint:
+        assert run(LOAD.format(repo=f"{start}timm/vit_small", options=""), endpoint).returncode == 0
+
+
 def test_revision(repository, run):
     hub = Hub({REPO: repository})
     with serve(hub) as endpoint:
@@ -117,6 +230,8 @@ def test_gated(repository, run, token):
         line = refusal(run(["convert", REPO], endpoint, **token))
     assert f"{REPO} is gated: accept its licence at {endpoint}/{REPO}" in line
     assert "hf auth login" in line and "timm/vit_base_patch16_dinov3.lvd1689m" in line
+    assert "robbyant/lingbot-vision-vit-{small,base,large}" in line
+    assert "their LICENSE says Apache-2.0, lightly's documentation says that the DINOv3 licence applies too" in line
 
 
 def test_not_found(repository, run):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from convert import convert
 from convert.__main__ import main
-from convert.plan import make_plan
+from convert.plan import make_plan, parse_size
 from convert.verify import verify
 from convert.writer import write
 from dinov3_lite import DINOv3Config, DINOv3ViT
@@ -84,6 +84,41 @@ def test_an_existing_output_is_kept_unless_forced(folder):
     assert path.stat().st_mtime_ns == before
     convert(folder, force=True)
     assert path.stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+@pytest.mark.parametrize("size", ["20KB", 20_000, "0.02MB", "20000"])
+def test_arguments_as_the_command_line_and_transformers_take_them(folder, tmp_path, dtype, size):
+    out = convert(str(folder), str(tmp_path / "out"), to="transformers", dtype=dtype, max_shard_size=size)
+    assert DINOv3ViT.from_pretrained(out).dtype == torch.bfloat16
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 1 and all(sum(t.nbytes for t in load_file(s).values()) <= 20_000 for s in shards)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("5GiB", 5 * 2**30), ("1.5 mb", 1_500_000), ("2TB", 2 * 10**12), (7, 7)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8': expected one of float32, float16, bfloat16, or None"),
+        ({"dtype": torch.int8}, "dtype is torch.int8: expected one of"),
+        ({"max_shard_size": "5 bananas"}, "max_shard_size is '5 bananas': expected a number of bytes"),
+        ({"max_shard_size": 0}, "max_shard_size is 0: expected"),
+        ({"max_shard_size": -5}, "max_shard_size is -5: expected"),
+        ({"max_shard_size": True}, "max_shard_size is True: expected"),
+        ({"max_shard_size": None}, "max_shard_size is None: expected"),
+        ({"to": None}, "to is None: expected one of lite"),
+    ],
+    ids=str,
+)
+def test_other_arguments_are_refused_before_anything_begins(arguments, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        convert("org/nowhere", **arguments)
 
 
 def test_an_unknown_layout(folder):
@@ -160,6 +195,7 @@ convert.convert(sys.argv[1], force=True, to=sys.argv[2])
         code = f"""
 import resource, signal, sys
 from convert.__main__ import main
+from convert.plan import parse_size
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 sys.exit(main([{str(folder)!r}]))

@@ -79,7 +79,7 @@ EDGES = {
     "dinov3_lite/checkpoint/hub.py": {"checkpoint.files", "checkpoint.layouts", "checkpoint.layouts.timm"},
     "dinov3_lite/checkpoint/__init__.py": {
         *("checkpoint.choose", "checkpoint.containers", "checkpoint.files", "checkpoint.folders"),
-        *("checkpoint.json_files", "checkpoint.matching"),
+        *("checkpoint.json_files", "checkpoint.layouts.others", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
     "dinov3_lite/pretrained.py": {"checkpoint", "checkpoint.saving"},
@@ -103,7 +103,10 @@ EDGES = {
     "dinov3_lite/convnext_features.py": {"config", "features"},
     "dinov3_lite/pixels.py": set(),
     "dinov3_lite/encoder.py": {"convnext", "loading", "model"},
-    "dinov3_lite/interfaces.py": {"convnext", "convnext_features", "features", "model"},
+    "dinov3_lite/interfaces.py": {
+        *("checkpoint.files", "checkpoint.hub", "checkpoint.json_files", "config", "convnext", "convnext_features"),
+        *("features", "model"),
+    },
     "dinov3_lite/loading.py": {"attention", "checkpoint", "checkpoint.hub", "checks", "config", "convnext", "model"},
     "dinov3_lite/finetune.py": {"model"},
     "dinov3_lite/window.py": {"checks", "console", "model"},

@@ -25,6 +25,7 @@ from .files import Span, StoredTensor, cut, few
 from .folders import SeveralFiles, check_index, read_license, weight_files
 from .json_files import read_json
 from .layouts import LAYOUTS, LITE, backbones, carried_names, detect, model_tensors, own_name, reason_of
+from .layouts.others import what_else
 from .layouts.table import Beside, Card, Layout, Table, numel
 from .layouts.vit import storage_dtype
 from .matching import match
@@ -185,14 +186,18 @@ def _open(path: Path, files: list[Path], prefix: str | None) -> Checkpoint:
         heads = {name: reason for name in stored if (reason := table.reason_against(name))}
         card = layout.read_card(_beside(file, layout, metadata))
         card = _with_config(card, path, layout, table, {name: stored[name] for name in stored if name not in heads})
+        carried = carried_names(layout, table, stored)
+        own = {name: tensor for name, tensor in stored.items() if name not in carried and name not in heads}
+        spans = match(file, table, card.config, own)
     except ValueError as error:
+        if other := what_else(stored):
+            raise ValueError(f"{file}: is {other}") from error
         raise error if str(error).startswith(str(file.parent)) else ValueError(f"{file}: {error}") from error
-    carried = carried_names(layout, table, stored)
     checkpoint = Checkpoint(
         path=path,
         layout=layout,
         card=card,
-        spans=match(file, table, card.config, {n: t for n, t in stored.items() if n not in carried and n not in heads}),
+        spans=spans,
         left_out=left_out | heads | {own: reason_of(own) for own in carried.values()},
         carried={own: stored[name] for name, own in carried.items()},
     )

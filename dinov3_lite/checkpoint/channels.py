@@ -51,7 +51,7 @@ def check_rule(count: int, rule: str) -> None:
 
 
 def with_channels(opened: Checkpoint, count: int | None, rule: str) -> Checkpoint:
-    """The checkpoint of a model that takes `count` channels, by one of `RULES`; itself for None or if it does already.
+    """The checkpoint of a model that takes `count` channels, by one of `RULES`; itself for None or as many.
 
     The projection (C, channels, p, p) is computed in float32 or wider. Raises ValueError as `check_rule`.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,10 +53,7 @@ class StoredTensor(NamedTuple):
 
     def span(self) -> Span:
         """All its elements."""
-        count = 1
-        for side in self.shape:
-            count *= side
-        return Span(self, 0, count)
+        return Span(self, 0, math.prod(self.shape))
 
 
 class Span(NamedTuple):
@@ -162,26 +161,31 @@ class WholeFiles:
     def __init__(self) -> None:
         self._temporary: dict[Path, Path] = {}  # by final name, in the order of renaming
         self._obsolete: list[Path] = []
+        self._nameless: dict[Path, int] = {}  # by temporary name, which they get once all are whole
         self._locks: list[int] = []
 
     @contextmanager
     def create(self, path: Path) -> Iterator[IO[bytes]]:
         """A new file, open for reading and writing, that will be `path`: flushed to disk when the block ends.
 
-        Removes what processes that were killed have left of earlier ones. Temporary files are locked until they have
-        their name, which is how others know that their process lives.
+        Where the system has files without a name, nothing is left of it if the process is killed. Elsewhere a temporary
+        file is locked while its process lives, and what killed ones have left is removed.
         """
         _remove_leftovers(path)
-        while True:
-            temporary = _beside(path, "tmp")
+        temporary = _beside(path, "tmp")
+        descriptor = _without_name(path.parent)
+        if descriptor is not None:
+            self._nameless[temporary] = os.dup(descriptor)
+            file: IO[bytes] = os.fdopen(descriptor, "r+b", buffering=0)
+        else:
             file = temporary.open("x+b", buffering=0)
-            if _lock(file.fileno(), wait=True) and temporary.exists():  # nobody has taken it for a leftover meanwhile
-                break
-            file.close()
-        with file:
-            self._temporary[path] = temporary
+            while not (_lock(file.fileno(), wait=True) and temporary.exists()):  # it was taken for a leftover
+                file.close()
+                file = temporary.open("x+b", buffering=0)
             if fcntl is not None:  # elsewhere an open file can't get another name
                 self._locks.append(os.dup(file.fileno()))
+        with file:
+            self._temporary[path] = temporary
             yield file
             os.fsync(file.fileno())
 
@@ -203,6 +207,12 @@ class WholeFiles:
         """
         if not self._temporary:
             return
+        for temporary in list(self._nameless):
+            descriptor = self._nameless.pop(temporary)
+            self._locks.append(descriptor)
+            _lock(descriptor, wait=True)
+            # linkat follows the link to the open file, which link does not: it is called if a folder is given
+            os.link(f"/proc/self/fd/{descriptor}", temporary, src_dir_fd=descriptor, follow_symlinks=True)
         old = [*reversed(self._temporary), *self._obsolete]
         folders = sorted({path.parent for path in old})
         with _one_at_a_time(folders):
@@ -231,8 +241,9 @@ class WholeFiles:
         """Remove what has not got its name."""
         for temporary in self._temporary.values():
             temporary.unlink(missing_ok=True)
-        while self._locks:
-            os.close(self._locks.pop())
+        for descriptor in (*self._locks, *self._nameless.values()):
+            os.close(descriptor)
+        self._locks, self._nameless = [], {}
 
 
 @contextmanager
@@ -252,6 +263,18 @@ def _put_aside(paths: Sequence[Path]) -> Iterator[None]:
                 path.unlink()
         for path, other in reversed(moved.items()):
             os.rename(other, path)
+        raise
+
+
+def _without_name(folder: Path) -> int | None:
+    """A new open file that has no name yet, where the system and the folder's disk have such files (Linux's do)."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            return None
         raise
 
 
@@ -277,14 +300,13 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
-    """Whether an open file or folder is locked now; its closing unlocks it. Without `wait`, False if another has it.
+    """Whether an open file or folder is locked now, until it is closed; without `wait`, False if another has it.
 
-    Where the system has no such locks, everything counts as locked by whoever asks to wait, and by nobody else.
+    Where the system has no locks, everything counts as locked.
     """
-    if fcntl is None:
-        return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         return wait
     return True
@@ -305,7 +327,7 @@ def _one_at_a_time(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def _flush(folders: Sequence[Path]) -> None:
-    """Have the folders' names on the disk, where the system lets folders be opened: a rename may be lost otherwise."""
+    """Have renames in the folders on the disk, where the system lets folders be opened."""
     for folder in folders if hasattr(os, "O_DIRECTORY") else ():
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

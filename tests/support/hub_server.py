@@ -65,13 +65,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             return self.file(target, commit, body)
 
         def api(self, repo: str, commit: str, folder: Path, body: bool, tree: bool) -> None:
-            files = sorted(p for p in folder.iterdir() if p.is_file())
+            files = sorted(p for p in folder.rglob("*") if p.is_file())
             if tree:
                 content: object = [
-                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": etag(p)} for p in files
+                    {"type": "file", "path": p.relative_to(folder).as_posix(), "size": p.stat().st_size, "oid": etag(p)}
+                    for p in files
                 ]
             else:
-                siblings = [{"rfilename": p.name} for p in files]
+                siblings = [{"rfilename": p.relative_to(folder).as_posix()} for p in files]
                 content = {
                     "id": repo,
                     "modelId": repo,

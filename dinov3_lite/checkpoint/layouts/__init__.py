@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..choose import prefixes
+from ..files import short
 from .lite import LITE
 from .meta import META
 from .table import Card, Config, Layout, Read, Shape, Table, numel, pattern
@@ -55,9 +56,9 @@ def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) ->
             if known and (best is None or (known, not layout.mark) > best[:2]):
                 best = known, not layout.mark, layout, config_class
     if best is None:
-        example = min(names, default="none")
+        example = short(min(names, default="none"))
         raise ValueError(
-            f"none of its {len(names)} tensors (first: {example!r}) has a name of the layouts {', '.join(LAYOUTS)}: "
+            f"none of its {len(names)} tensors (first: {example}) has a name of the layouts {', '.join(LAYOUTS)}: "
             "this is not a DINOv3 vision transformer, nor a DINOv3 ConvNeXt"
         )
     return best[2], best[3]
