@@ -87,6 +87,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
             for path in [plan.folder / name]
         ]
         + [{"path": str(target), "bytes": file.stat().st_size} for file, target in plan.licenses.items()],
+        "removed": [str(path) for path in plan.obsolete],
         "lost": list(plan.lost.values()),
         "left_out": grouped(plan.left_out),
     }
@@ -98,6 +99,7 @@ def plan_as_text(plan: dict[str, Any]) -> str:
     for file in plan["files"]:
         size = "" if file["bytes"] is None else f"  {file['bytes'] / 1e6:.1f} MB"
         lines.append(f"  would write {file['path']}{size}")
+    lines += [f"  would remove {path}" for path in plan["removed"]]
     lines += [f"  would lose {item}" for item in plan["lost"]]
     lines += [f"  would leave out {item}" for item in plan["left_out"]]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from pathlib import Path
 import torch
 
 from dinov3_lite.checkpoint import Checkpoint
-from dinov3_lite.checkpoint.files import license_files
+from dinov3_lite.checkpoint.folders import license_files
 from dinov3_lite.checkpoint.layouts import LAYOUTS
 from dinov3_lite.checkpoint.layouts.table import README, README_MARK, Layout
-from dinov3_lite.checkpoint.saving import Files, WeightsFile, carried_into, files_of, losses
+from dinov3_lite.checkpoint.saving import MAX_SHARD_SIZE, Files, WeightsFile, carried_into, files_of, losses
 
-MAX_SHARD_SIZE = 5_000_000_000
+# What readers of folders look for: the one file of weights, shards and their index.
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,22 @@ class Plan:
     def nbytes(self) -> int:
         """The bytes of all tensors to be written."""
         return sum(file.nbytes for file in self.weights.values())
+
+    @property
+    def obsolete(self) -> list[Path]:
+        """Files of an earlier output that readers would take for part of this one: weights, indexes and preprocessing
+        by the names that transformers' and our own saving give them. They go when the new files appear.
+        """
+        if not self.layout.is_folder or not self.folder.is_dir():
+            return []
+        of_weights = [p for p in self.folder.iterdir() if WEIGHTS.fullmatch(p.name)]
+        others = [] if self._is_beside_source else [self.folder / name for name in self.layout.side_files]
+        return [p for p in sorted(of_weights) + others if p.name not in self.files and p.is_file()]
+
+    @property
+    def _is_beside_source(self) -> bool:
+        source = self.source.path if self.source.path.is_dir() else self.source.path.parent
+        return source.resolve() == self.folder.resolve()
 
     @property
     def licenses(self) -> dict[Path, Path]:
@@ -112,6 +130,15 @@ def check(plan: Plan, *, force: bool = False, allow_loss: bool = False) -> None:
         )
     paths = [plan.folder / name for name in plan.files]
     sources = {span.stored.file.resolve() for spans in plan.source.spans.values() for span in spans}
+    for path in plan.obsolete:
+        if path.resolve() in sources:
+            raise FileExistsError(
+                f"{path}: is the source itself, and readers would mix it with what is written: give another --output"
+            )
+        if not force:
+            raise FileExistsError(
+                f"{path}: readers would mix it with what is written: use --force to remove it, or give another --output"
+            )
     for path in paths:
         if path.resolve() in sources:
             raise FileExistsError(f"{path}: is the source itself: give another --output")

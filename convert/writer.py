@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -15,11 +16,16 @@ from .plan import Plan
 def write(plan: Plan, *, progress: bool = False) -> Path:
     """Write what the plan says and return its path. All files appear, or none and what was there before stays.
 
-    progress: show a bar of bytes, if standard error is a terminal. Warns of weights that are not finite.
+    progress: show a bar of bytes, if standard error is a terminal. Warns of weights that are not
+    finite, and of each file of an earlier output that had to go.
     """
-    source = plan.source
-    with progress_bar(total=plan.nbytes, unit="B", unit_scale=True, desc=source.path.name, shown=progress) as bar:
-        save(plan.folder, plan.files, bar.update)
+    source, obsolete = plan.source, plan.obsolete
+    with progress_bar(
+        total=plan.nbytes, unit="B", unit_scale=True, desc=os.path.basename(source.path), shown=progress
+    ) as bar:
+        save(plan.folder, plan.files, bar.update, obsolete=obsolete)
+    for path in obsolete:
+        warnings.warn(f"{path}: removed: readers would mix it with what was written", stacklevel=3)
     not_finite = list(dict.fromkeys(name for name, sample in source.samples if not sample.isfinite().all()))
     if not_finite:
         more = f" (and {len(not_finite) - 1} more)" if len(not_finite) > 1 else ""

@@ -31,6 +31,7 @@ from .config import DINOv3ConvNeXtConfig
 from .features import dtype_of
 from .layers import OURS, DropPath, LayerNorm, LayerScale, Mlp
 from .model import DINOv3Output
+from .pretrained import Pretrained
 
 
 class Stem(nn.Module):
@@ -124,7 +125,7 @@ class Stage(nn.Module):
         return x
 
 
-class DINOv3ConvNeXt(features.Sizes):
+class DINOv3ConvNeXt(features.Sizes, Pretrained):
     """DINOv3's ConvNeXt: images to feature maps at strides 4, 8, 16 and 32, a CLS token and patch tokens.
 
     The CLS token is the mean of the last stage's map; there are no register tokens, and no attention. What a ViT calls
@@ -144,7 +145,6 @@ class DINOv3ConvNeXt(features.Sizes):
         self.patch_size = patch_size
         self.gradient_checkpointing = False
         self.residual_dtype: torch.dtype | None = None
-        self.weights_id = "random"
 
         self.stem = Stem(config)
         self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.depths)))
@@ -208,7 +208,7 @@ class DINOv3ConvNeXt(features.Sizes):
         with torch.device("meta"):
             model = cls(opened.config, patch_size)
         assign(model, opened, **options)  # dtype, device
-        model.weights_id = opened.weights_id
+        model.weights_id, model.card = opened.weights_id, opened.card
         return model.eval()
 
     def forward(
@@ -293,7 +293,7 @@ class DINOv3ConvNeXt(features.Sizes):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.weights_id = "from a state dict"
+        self.forget_origin("from a state dict")
 
 
 def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *options: Any) -> list[Tensor]:

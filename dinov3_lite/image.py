@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import read_preprocessing
+from .checkpoint.channels import check_rule, statistics
 from .checkpoint.hub import locate
 from .pixels import Picture, opened
 
@@ -74,8 +75,13 @@ class ImageProcessor:
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        num_channels: int | None = None,
+        channel_rule: str = "repeat",
     ) -> ImageProcessor:
         """The processor of a checkpoint: from its preprocessor_config.json, or from what a converted file keeps of it.
+
+        num_channels, channel_rule: as of `DINOv3ViT.from_pretrained`: new channels get the statistics of those that the
+            rule repeats, or the mean of all.
 
         Warns if a satellite model (sat493m) comes with ImageNet's statistics. Raises FileNotFoundError if the
         checkpoint has no such file, ValueError if it asks for something else than rescale, bilinear resize and
@@ -93,7 +99,11 @@ class ImageProcessor:
             raise ValueError(f"{path}: preprocessor_config.json: {error}") from error
         if warning := satellite_warning(path, processor.mean):
             warnings.warn(f"{path}: {warning}", stacklevel=2)
-        return processor
+        if num_channels is None:
+            return processor
+        check_rule(num_channels, channel_rule)
+        mean, std = (statistics(values, num_channels, channel_rule) for values in (processor.mean, processor.std))
+        return replace(processor, mean=mean, std=std)
 
     @classmethod
     def of_release(cls, path: Path) -> ImageProcessor:

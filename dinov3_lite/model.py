@@ -18,11 +18,13 @@ from torch.utils import _pytree
 from . import features
 from .attention import resolve_attention
 from .checkpoint import Checkpoint, assign, open_checkpoint
+from .checkpoint.channels import with_channels
 from .checkpoint.hub import locate
 from .checks import BATCH, SINGLE, check_dtype, check_images, check_keep_indices, check_mask, check_patches
 from .config import FLOAT32_UNDER_HALF, DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
 from .packing import PackedAttention, Tokens, pack, unpack
+from .pretrained import Pretrained
 from .rope import RotaryEmbedding2D, rope_periods
 
 
@@ -70,7 +72,7 @@ class DINOv3Output(NamedTuple):
 _pytree._register_namedtuple(DINOv3Output, serialized_type_name="dinov3_lite.DINOv3Output")
 
 
-class DINOv3ViT(features.Sizes):
+class DINOv3ViT(features.Sizes, Pretrained):
     """DINOv3's vision transformer: images to CLS, register and patch tokens.
 
     Three plain attributes are switches that may be set at any time:
@@ -94,8 +96,6 @@ class DINOv3ViT(features.Sizes):
         self.attention = attention
         self.gradient_checkpointing = False
         self.residual_dtype: torch.dtype | None = None
-        self.weights_id = "random"
-
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, config.hidden_size))
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
@@ -143,6 +143,8 @@ class DINOv3ViT(features.Sizes):
         device: torch.device | str | None = None,
         attention: str = "auto",
         prefix: str | None = None,
+        num_channels: int | None = None,
+        channel_rule: str = "repeat",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -154,8 +156,9 @@ class DINOv3ViT(features.Sizes):
             used, and training never writes to the file.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
         device: to load to; None is the CPU. attention: see the class.
-        prefix: what stands before the names of the backbone that is meant, where the checkpoint holds several, such as
-            "teacher.backbone"; None takes an exponential moving average, or a teacher, or the only one.
+        prefix: before the names of the backbone that is meant, of several; None takes an exponential moving average, or
+            a teacher, or the only one.
+        num_channels: of the images, if others; channel_rule: "repeat" or "mean", see `dinov3_lite.checkpoint.channels`.
         revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
@@ -164,7 +167,7 @@ class DINOv3ViT(features.Sizes):
         resolve_attention(attention)
         check_dtype(dtype)
         path = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        opened = open_checkpoint(path, prefix=prefix)
+        opened = with_channels(open_checkpoint(path, prefix=prefix), num_channels, channel_rule)
         return cls.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)
 
     @classmethod
@@ -174,7 +177,7 @@ class DINOv3ViT(features.Sizes):
         with torch.device("meta"):
             model = cls(opened.config, attention)
         assign(model, opened, **options)  # dtype, device
-        model.weights_id = opened.weights_id
+        model.weights_id, model.card = opened.weights_id, opened.card
         return model.eval()
 
     def forward(
@@ -320,7 +323,7 @@ class DINOv3ViT(features.Sizes):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.weights_id = "from a state dict"
+        self.forget_origin("from a state dict")
 
 
 def run_stack(

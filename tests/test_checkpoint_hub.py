@@ -12,6 +12,9 @@ import pytest
 from helpers import TINY, write_checkpoint
 from hub_server import COMMIT, OTHER_COMMIT, Hub, serve
 
+from convert import convert
+from dinov3_lite import DINOv3ViT
+
 REPO = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 LOAD = "from dinov3_lite import DINOv3ViT; print(DINOv3ViT.from_pretrained({repo!r}, {options}).weights_id)"
 
@@ -143,3 +146,19 @@ def test_offline(run, how):
         done = run(LOAD.format(repo=REPO, options="local_files_only=True"))
         line = done.stderr.splitlines()[-1]
     assert f"{REPO} is not in the cache" in line and "offline" in line
+
+
+def test_a_repository_of_shards(run, tmp_path):
+    """As the 7B's is: nothing but its index says which files there are."""
+    whole = write_checkpoint(tmp_path / "whole", TINY)
+    shards = convert(whole, tmp_path / "shards", to="transformers", max_shard_size=40_000)
+    names = {file.name for file in shards.iterdir()} - {"README.md"}
+    assert "model.safetensors.index.json" in names and len(names) > 4
+    hub = Hub({REPO: shards})
+    with serve(hub) as endpoint:
+        done = run(LOAD.format(repo=REPO, options=""), endpoint)
+    assert done.stdout.strip() == DINOv3ViT.from_pretrained(whole).weights_id, done.stderr
+    fetched = {path.rsplit("/", 1)[1] for method, path in hub.requests if method == "GET" and "/resolve/" in path}
+    assert fetched == names
+    offline = run(["convert", REPO, "--output", "converted", "--quiet"])
+    assert offline.returncode == 0, offline.stderr

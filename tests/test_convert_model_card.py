@@ -12,7 +12,7 @@ from convert import convert
 from convert.__main__ import main
 from dinov3_lite import DINOv3Config
 from dinov3_lite.checkpoint import open_checkpoint
-from dinov3_lite.checkpoint.files import read_license
+from dinov3_lite.checkpoint.folders import read_license
 from dinov3_lite.checkpoint.layouts import LAYOUTS
 from dinov3_lite.checkpoint.layouts.table import Card
 from dinov3_lite.sample import write_sample

@@ -4,6 +4,7 @@ import json
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -442,3 +443,42 @@ def test_preprocessing_that_is_not_dinov3s(change, message, tmp_path):
     folder = write_checkpoint(tmp_path, TINY, preprocessing={**PREPROCESSING, **change})
     with pytest.raises(ValueError, match=f"{tmp_path}: preprocessor_config.json: {message}"):
         ImageProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, ImageProcessor()),
+        ({"size": {"height": 96, "width": 160}}, ImageProcessor(size=(96, 160))),
+        ({"do_resize": False, "size": {"height": 96, "width": 160}}, ImageProcessor(size=None)),
+        ({"do_rescale": False, "rescale_factor": 1 / 127.5}, ImageProcessor(rescale_factor=1.0)),
+        ({"do_rescale": True, "rescale_factor": 1 / 127.5}, ImageProcessor(rescale_factor=1 / 127.5)),
+        ({"do_normalize": False, "image_mean": [0.1, 0.2, 0.3]}, ImageProcessor(mean=0.0, std=1.0)),
+        (
+            {"do_normalize": False, "image_mean": [0.1] * 4, "image_std": [0.2] * 4},
+            ImageProcessor(mean=(0.0,) * 4, std=(1.0,) * 4),
+        ),
+        (
+            {"do_normalize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+            ImageProcessor(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)),
+        ),
+        ({"do_center_crop": False, "do_pad": None, "resample": 2}, ImageProcessor()),
+    ],
+    ids=str,
+)
+def test_switches_decide_and_what_is_not_said_is_as_released(content, expected, tmp_path):
+    assert ImageProcessor.from_dict(content) == expected
+    folder = write_checkpoint(tmp_path, TINY, preprocessing=content)
+    assert ImageProcessor.from_pretrained(folder) == ImageProcessor.from_pretrained(convert(folder)) == expected
+
+
+def test_the_processor_goes_through_timms_folder(tmp_path):
+    said = {"size": {"height": 96, "width": 160}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.1]}
+    source = write_checkpoint(
+        tmp_path / "source",
+        replace(TINY, hidden_size=64, num_attention_heads=1),
+        preprocessing={**PREPROCESSING, **said},
+    )
+    folder = convert(source, tmp_path / "timm", to="timm", allow_loss=True)
+    expected = ImageProcessor(size=(96, 160), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
+    assert ImageProcessor.from_pretrained(folder) == ImageProcessor.from_pretrained(source) == expected

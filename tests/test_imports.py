@@ -15,7 +15,17 @@ import dinov3_lite
 # The rooms of the library that know files, for those who may use any of them.
 CHECKPOINT = {
     f"dinov3_lite.checkpoint{room}"
-    for room in ("", ".containers", ".files", ".hub", ".layouts", ".layouts.table", ".layouts.transformers", ".saving")
+    for room in (
+        "",
+        ".containers",
+        ".files",
+        ".folders",
+        ".hub",
+        ".layouts",
+        ".layouts.table",
+        ".layouts.transformers",
+        ".saving",
+    )
 }
 # The floors: a file may import, of ours, only what stands here. `lazily` counts as importing.
 EDGES = {
@@ -51,6 +61,8 @@ EDGES = {
     "dinov3_lite/checks.py": set(),
     "dinov3_lite/attention.py": {"kernels", "kernels.availability", "kernels.first_use", "rope"},
     "dinov3_lite/checkpoint/files.py": set(),
+    "dinov3_lite/checkpoint/json_files.py": {"checkpoint.files"},
+    "dinov3_lite/checkpoint/folders.py": {"checkpoint.files", "checkpoint.json_files"},
     "dinov3_lite/checkpoint/pickles.py": set(),
     "dinov3_lite/checkpoint/pth.py": {"checkpoint.files", "checkpoint.pickles"},
     "dinov3_lite/checkpoint/choose.py": set(),
@@ -61,26 +73,32 @@ EDGES = {
     "dinov3_lite/checkpoint/layouts/table.py": set(),
     "dinov3_lite/checkpoint/layouts/vit.py": {"checkpoint.layouts.table", "config", "rope"},
     "dinov3_lite/checkpoint/layouts/*": {
-        *("checkpoint.choose", "checkpoint.files", "dinov3_lite/checkpoint/layouts/*", "config"),
+        *("checkpoint.choose", "checkpoint.files", "checkpoint.json_files", "dinov3_lite/checkpoint/layouts/*"),
+        "config",
     },
-    "dinov3_lite/checkpoint/hub.py": {"checkpoint.layouts", "checkpoint.layouts.timm"},
+    "dinov3_lite/checkpoint/hub.py": {"checkpoint.files", "checkpoint.layouts", "checkpoint.layouts.timm"},
     "dinov3_lite/checkpoint/__init__.py": {
-        *("checkpoint.choose", "checkpoint.containers", "checkpoint.files", "checkpoint.matching"),
+        *("checkpoint.choose", "checkpoint.containers", "checkpoint.files", "checkpoint.folders"),
+        *("checkpoint.json_files", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
+    "dinov3_lite/pretrained.py": {"checkpoint", "checkpoint.saving"},
+    "dinov3_lite/checkpoint/channels.py": {"checkpoint", "checkpoint.files"},
     "dinov3_lite/checkpoint/saving.py": {
-        *("checkpoint", "checkpoint.containers", "checkpoint.files"),
+        *("checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.matching", "console"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
     "dinov3_lite/packing.py": {"attention", "kernels"},
     "dinov3_lite/features.py": {"config"},
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
     "dinov3_lite/model.py": {
-        *("attention", "checkpoint", "checkpoint.hub", "checks", "config", "features", "layers", "packing", "rope")
+        *("attention", "checkpoint", "checkpoint.channels", "checkpoint.hub", "checks", "config", "features"),
+        *("layers", "packing", "pretrained", "rope"),
     },
-    "dinov3_lite/image.py": {"checkpoint", "checkpoint.hub", "pixels"},
+    "dinov3_lite/image.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "pixels"},
     "dinov3_lite/convnext.py": {
-        *("checkpoint", "checkpoint.hub", "checks", "config", "convnext_features", "features", "layers", "model")
+        *("checkpoint", "checkpoint.hub", "checks", "config", "convnext_features", "features", "layers", "model"),
+        "pretrained",
     },
     "dinov3_lite/convnext_features.py": {"config", "features"},
     "dinov3_lite/pixels.py": set(),

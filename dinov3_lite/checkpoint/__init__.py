@@ -1,6 +1,6 @@
 """Checkpoints: open any supported one without reading it, check it against its config, give a model its tensors.
 
-The way of a load: `hub.locate` makes a local path of a source, `files.weight_files` lists the files of weights in it,
+The way of a load: `hub.locate` makes a local path of a source, `folders.weight_files` lists the files of weights in it,
 `containers.read_headers` opens them, `layouts.detect` tells whose names they have, the layout's card gives the config
 (or the tensors show it), `match` finds each of the model's tensors in the files, `assign` makes them the model's.
 """
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from .choose import choose, without_wrappers
 from .containers import cast, read_headers
-from .files import SeveralFiles, Span, StoredTensor, check_index, cut, few, read_json, read_license, weight_files
+from .files import Span, StoredTensor, cut, few
+from .folders import SeveralFiles, check_index, read_license, weight_files
+from .json_files import read_json
 from .layouts import LAYOUTS, LITE, backbones, carried_names, detect, model_tensors, own_name, reason_of
 from .layouts.table import Beside, Card, Layout, Table, numel
 from .layouts.vit import storage_dtype

@@ -1,23 +1,25 @@
-"""Files and bytes: stored tensors and runs of their elements, JSON, folders, files that appear whole or not at all."""
+"""Files and bytes: stored tensors and runs of their elements, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
-import json
+import glob
 import os
-import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # not POSIX: there, an open file can't be removed
+    fcntl = None  # type: ignore[assignment]
+
 Shape = tuple[int, ...]
-MAX_JSON_BYTES = 4 << 20  # of a config or an index; a real one has kilobytes, the 7B's index 60 of them
 
 
 @dataclass(frozen=True)
@@ -152,133 +154,9 @@ def short(value: object, width: int = 100) -> str:
     return text if len(text) <= width else f"{text[: width - 4]}...{text[-1]}"
 
 
-# ---- JSON
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError if the file holds anything else, or far more than a config or an index does."""
-    size = file.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{file}: {size} bytes, expected a JSON file of at most {MAX_JSON_BYTES}: download it again")
-    try:
-        return parse_json_object(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}: download it again") from error
-
-
-def parse_json_object(text: str | bytes) -> dict[str, Any]:
-    """The object that the text spells. Raises ValueError if it is anything else."""
-    try:
-        content = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"holds a {type(content).__name__}, expected a JSON object")
-    return content
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {short(key)} is there twice")
-        result[key] = value
-    return result
-
-
-# ---- what a folder holds
-
-
-def weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The weights in a folder: the first of `names` that is there, or the only file that a name with `*` matches.
-
-    An index (*.index.json) stands for the shards that it lists. Nothing if there are none. Raises ValueError if there
-    are several to choose from: shards with their index beside a single file, or several files that match.
-    """
-    if not folder.is_dir():
-        return []
-    for name in names:
-        file = folder / name
-        if file.is_symlink() and not file.exists():
-            raise ValueError(f"{file}: a link to a file that is gone: download it again")
-    for name in names:
-        file, index = folder / name, folder / f"{name}.index.json"
-        if "*" in name or not (file.is_file() or index.is_file()):
-            continue
-        if not index.is_file():
-            return [file]
-        shards = list(dict.fromkeys(read_index(index).values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if file.is_file() and missing:  # transformers' own save leaves the index of an earlier one
-            return [file]
-        if file.is_file():
-            raise ValueError(f"{folder}: holds {name} and, by {index.name}, {few(shards)}: remove one of the two")
-        if missing:
-            raise ValueError(f"{index}: shard {short(missing[0])} is missing from the folder: download it")
-        return [folder / shard for shard in shards]
-    wildcards = [name for name in names if "*" in name]
-    found = sorted(p for p in folder.iterdir() if any(fnmatch(p.name, name) for name in wildcards) and p.is_file())
-    if len(found) > 1:
-        raise SeveralFiles(f"{folder}: holds {few([file.name for file in found])}: name the file that is meant")
-    return found
-
-
-class SeveralFiles(ValueError):
-    """A folder of several files of weights, none of which has a name that says it is the one."""
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """Which file of the folder each tensor is in, by an index of shards.
-
-    Raises ValueError if it lists none, or a path that is not the name of a file beside it.
-    """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: no weight_map in it: download it again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise ValueError(f"{index}: shard {short(name)} is not the name of a file in this folder")
-    return weight_map
-
-
-def check_index(files: Sequence[Path], stored: Mapping[str, StoredTensor]) -> None:
-    """Raise ValueError if the index of these shards says of a tensor that it is where it is not."""
-    names = {file.name for file in files}
-    for index in files[0].parent.glob("*.index.json"):
-        said = read_index(index)
-        for name, shard in said.items() if set(said.values()) == names else ():
-            if name not in stored or stored[name].file.name != shard:
-                where = f"it is in {stored[name].file.name}" if name in stored else "no shard has it"
-                raise ValueError(f"{index}: puts tensor {short(name)} into {shard}, but {where}: download it again")
-
-
-def license_files(folder: Path) -> list[Path]:
-    """The licence files in a checkpoint's folder."""
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.upper().startswith(("LICENSE", "LICENCE")))
-
-
-def read_license(folder: Path) -> str:
-    """`dinov3-license` if a licence file says that it is Meta's, the file's name if it is another; else what the front
-    matter of a README.md calls it, or nothing.
-    """
-    for file in license_files(folder):
-        return "dinov3-license" if "DINOv3" in _start(file) else file.name
-    front = re.match(r"---\n(.*?)\n---", _start(folder / "README.md"), re.DOTALL)
-    said: dict[str, str] = (
-        dict(re.findall(r"^(license|license_name): *['\"]?([\w.-]+)", front[1], re.MULTILINE)) if front else {}
-    )
-    name = said.get("license_name", said.get("license", ""))
-    return "" if name in ("other", "unknown") else name
-
-
-def _start(file: Path) -> str:
-    if not file.is_file():
-        return ""
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        return stream.read(4096)
-
-
 # ---- whole or not at all
+
+RANDOM = "[0-9a-f]" * 8  # what stands in temporary names, as a pattern
 
 
 class WholeFiles:
@@ -286,13 +164,27 @@ class WholeFiles:
 
     def __init__(self) -> None:
         self._temporary: dict[Path, Path] = {}  # by final name, in the order of renaming
+        self._obsolete: list[Path] = []
+        self._locks: list[int] = []
 
     @contextmanager
     def create(self, path: Path) -> Iterator[IO[bytes]]:
-        """A new file, open for reading and writing, that will be `path`: flushed to disk when the block ends."""
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        with temporary.open("x+b", buffering=0) as file:
+        """A new file, open for reading and writing, that will be `path`: flushed to disk when the block ends.
+
+        Removes what processes that were killed have left of earlier ones. Temporary files are locked until they have
+        their name, which is how others know that their process lives.
+        """
+        _remove_leftovers(path)
+        while True:
+            temporary = _beside(path, "tmp")
+            file = temporary.open("x+b", buffering=0)
+            if _lock(file.fileno(), wait=True) and temporary.exists():  # nobody has taken it for a leftover meanwhile
+                break
+            file.close()
+        with file:
             self._temporary[path] = temporary
+            if fcntl is not None:  # elsewhere an open file can't get another name
+                self._locks.append(os.dup(file.fileno()))
             yield file
             os.fsync(file.fileno())
 
@@ -302,24 +194,122 @@ class WholeFiles:
             os.fsync(file.fileno())
         self._temporary[path] = temporary
 
+    def remove(self, path: Path) -> None:
+        """A file that readers would take instead of what is written: it goes when the new ones get their names."""
+        self._obsolete.append(path)
+
     def publish(self) -> None:
-        """Rename all, the last one last: it is gone meanwhile, so that nobody reads a mixture of old and new."""
-        if len(self._temporary) > 1:
-            list(self._temporary)[-1].unlink(missing_ok=True)
-        for path, temporary in self._temporary.items():
+        """Give all their names, the last one last; if that fails, what was there before is put back.
+
+        Of several files, the last is the one that readers need (a config, an index). The old files are put aside before
+        any new one appears, the last one first, so that nobody reads a mixture of old and new.
+        """
+        if not self._temporary:
+            return
+        old = [*reversed(self._temporary), *self._obsolete]
+        folders = sorted({path.parent for path in old})
+        with _one_at_a_time(folders):
+            if len(old) > 1:
+                with _put_aside(old):
+                    _flush(folders)
+                    self._rename(folders)
+            else:
+                self._rename(folders)
+            for path in old:  # and what a process has put aside that was killed right here
+                for left in path.parent.glob(f".{glob.escape(path.name)}.{RANDOM}.old"):
+                    with suppress(OSError):
+                        left.unlink()
+
+    def _rename(self, folders: Sequence[Path]) -> None:
+        *most, last = self._temporary.items()
+        for path, temporary in most:
             os.replace(temporary, path)
-        for folder in {path.parent for path in self._temporary}:
-            _flush_folder(folder)
+        if most:
+            _flush(folders)
+        path, temporary = last
+        os.replace(temporary, path)
+        _flush(folders)
 
     def discard(self) -> None:
         """Remove what has not got its name."""
         for temporary in self._temporary.values():
             temporary.unlink(missing_ok=True)
+        while self._locks:
+            os.close(self._locks.pop())
 
 
-def _flush_folder(folder: Path) -> None:
-    """Have a folder's names on the disk, where the system lets folders be opened: a rename may be lost otherwise."""
-    if hasattr(os, "O_DIRECTORY"):
+@contextmanager
+def _put_aside(paths: Sequence[Path]) -> Iterator[None]:
+    """Give the files that are there other names, in this order; if the block fails, back to how it was."""
+    there = [path for path in paths if _is_file(path)]
+    aside: dict[Path, Path] = {}
+    try:
+        for path in there:
+            aside[path] = _beside(path, "old")
+            os.rename(path, aside[path])
+        yield
+    except BaseException:
+        moved = {path: other for path, other in aside.items() if _is_file(other)}
+        for path in paths:  # in the same order: what readers need goes first
+            if _is_file(path) and (path in moved or path not in there):
+                path.unlink()
+        for path, other in reversed(moved.items()):
+            os.rename(other, path)
+        raise
+
+
+def _is_file(path: Path) -> bool:
+    """Also a link to one that is gone."""
+    return path.is_file() or path.is_symlink()
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of `path` that nobody holds a lock on."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{RANDOM}.tmp"):
+        with suppress(OSError):  # gone by now, or, where open files can't be removed, still being written
+            if fcntl is None:
+                left.unlink()
+                continue
+            with left.open("rb") as file:
+                if _lock(file.fileno(), wait=False):
+                    left.unlink()
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Whether an open file or folder is locked now; its closing unlocks it. Without `wait`, False if another has it.
+
+    Where the system has no such locks, everything counts as locked by whoever asks to wait, and by nobody else.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return wait
+    return True
+
+
+@contextmanager
+def _one_at_a_time(folders: Sequence[Path]) -> Iterator[None]:
+    """Nobody else gives files of these folders their names meanwhile."""
+    descriptors = []
+    try:
+        for folder in folders if hasattr(os, "O_DIRECTORY") else ():
+            descriptors.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+            _lock(descriptors[-1], wait=True)
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _flush(folders: Sequence[Path]) -> None:
+    """Have the folders' names on the disk, where the system lets folders be opened: a rename may be lost otherwise."""
+    for folder in folders if hasattr(os, "O_DIRECTORY") else ():
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..console import naming
 from . import Checkpoint
 from .containers import CONTAINERS, OnBytes, OutputTensor
 from .files import StoredTensor, cut, whole_files
-from .layouts import reader_config
-from .layouts.table import README, Layout, numel, pattern
+from .layouts import LAYOUTS, LITE, reader_config
+from .layouts.table import README, Card, Layout, numel, pattern
 from .layouts.vit import storage_dtype
+from .matching import match
+
+MAX_SHARD_SIZE = 5_000_000_000  # bytes in one file, of a layout that has shards
 
 
 @dataclass(frozen=True)
@@ -180,15 +184,52 @@ def losses(opened: Checkpoint, layout: Layout) -> dict[str, str]:
     return lost
 
 
-def save(folder: Path, files: Files, on_bytes: OnBytes = lambda count: None) -> None:
+def save_model(model: nn.Module, path: Path, layout_name: str, dtype: torch.dtype | None) -> Path:
+    """Write a model's own weights in that layout and return the path of the checkpoint; see `save_pretrained`."""
+    if layout_name not in LAYOUTS:
+        raise ValueError(f"layout is {layout_name!r}: expected one of {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[layout_name]
+    opened = checkpoint_of(model)
+    if lost := losses(opened, layout):
+        raise ValueError(f"the {layout.name} layout can't hold {'; '.join(lost.values())}")
+    one_file = not layout.is_folder and path.suffix == layout.container
+    folder, name = (path.parent, path.name) if one_file else (path, None)
+    files = files_of(opened, layout, dtype=dtype, name=name, max_shard_size=MAX_SHARD_SIZE)
+    save(folder, files)
+    return folder if layout.is_folder else folder / next(iter(files))
+
+
+def checkpoint_of(model: Any) -> Checkpoint:
+    """A model's state as a checkpoint in memory. Raises ValueError if it is not the state of a model of its config."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    stored = {name: StoredTensor.in_memory(name, tensor) for name, tensor in state.items()}
+    table = LITE.table(model.config)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    try:
+        shown = table.family.infer(table, shapes, lambda name: state[name])
+    except (ValueError, KeyError):
+        shown = model.config  # what does not fit is named below
+    counts = {field: getattr(shown, field) for field in table.family.counts}
+    config = replace(model.config, **counts)  # blocks and registers may have been dropped or appended
+    card = replace(model.card or Card(), config=config, digest="", source_digest="", source_layout="")
+    spans = match(Path(f"the {type(model).__name__}"), table, config, stored)
+    return Checkpoint(Path(), LITE, card, spans, {}, {})
+
+
+def save(folder: Path, files: Files, on_bytes: OnBytes = lambda count: None, *, obsolete: Iterable[Path] = ()) -> None:
     """Write the files into the folder: all appear, or none and what was there before stays.
 
-    on_bytes: called with the number of bytes of tensors that were written since the last call.
+    on_bytes: called with the number of bytes of tensors that were written since the last call. obsolete: files that are
+    removed at the moment when the new ones appear.
+
+    Raises OSError that names the file if one can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with whole_files() as out:
+        for path in obsolete:
+            out.remove(path)
         for name, content in files.items():
-            with out.create(folder / name) as file:
+            with naming(folder / name), out.create(folder / name) as file:
                 if isinstance(content, WeightsFile):
                     CONTAINERS[content.container].write(file, content.tensors, content.metadata, on_bytes)
                 else:

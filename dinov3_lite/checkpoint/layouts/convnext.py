@@ -101,5 +101,6 @@ CONVNEXT = Family(
     infer=infer_config,
     anchor="stem.conv.weight",
     weight="stem.conv.weight",
+    counts=(),
     unseen=("layer_norm_eps", "hidden_act"),
 )

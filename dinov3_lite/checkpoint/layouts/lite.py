@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection
 
 from ...config import DINOv3Config, DINOv3ConvNeXtConfig, config_from_dict
-from ..files import parse_json_object
+from ..json_files import parse_json_object
 from .cards import read_foreign_card
 from .convnext import CONVNEXT
 from .table import Beside, Card, Layout, Table

@@ -72,6 +72,8 @@ class Family:
     """The tensor by which a backbone is found in a bigger model: what stands before it stands before all."""
     weight: str
     """The tensor whose dtype is that of the weights."""
+    counts: tuple[str, ...]
+    """The config fields that count modules and tokens, which may be dropped or appended."""
     unseen: tuple[str, ...]
     """The config fields that change what the model computes and that no tensor's name or shape shows."""
 

@@ -79,9 +79,9 @@ def read_card(beside: Beside) -> Card:
 def write_card(card: Card) -> Beside:
     """Its two JSON files, and a model card."""
     note = {NOTE_KEY: card.note} if card.note else {}
-    files = {CONFIG: {**card.config.to_dict(), **note}} if card.config else {}
-    if card.preprocessing is not None:
-        files[PREPROCESSOR] = card.preprocessing
+    files = {PREPROCESSOR: card.preprocessing} if card.preprocessing is not None else {}
+    if card.config:  # last: what a reader can't do without
+        files[CONFIG] = {**card.config.to_dict(), **note}
     use = 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained(".")'
     return Beside(
         metadata={"format": "pt"}, files=files, readme=readme(card, "transformers", use), license=card.license

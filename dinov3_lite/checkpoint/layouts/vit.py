@@ -183,5 +183,6 @@ VIT = Family(
     infer=infer_config,
     anchor="cls_token",
     weight="patch_embed.proj.weight",
+    counts=("num_hidden_layers", "num_register_tokens"),
     unseen=("num_attention_heads", "layer_norm_eps", "hidden_act"),
 )

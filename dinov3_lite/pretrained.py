@@ -1,0 +1,109 @@
+"""Where a model's weights come from, whether they still are what they were there, and how they are saved again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .checkpoint import Card
+
+SAMPLES = 16  # numbers of each parameter
+
+
+class Pretrained(nn.Module):
+    """What every model has that checkpoints are made of: the name of its weights, and a way to save them."""
+
+    config: Any
+    card: Card | None = None
+    """What was said of the weights where they were loaded from: preprocessing, licence, a note."""
+    _origin: Origin | None = None
+
+    @property
+    def weights_id(self) -> str:
+        """Layout and digest of what was loaded, as in `transformers 3f9a1c2e`; "random" where nothing was.
+
+        Says "changed since it was loaded" in place of the digest once training, merging or anything else has written to
+        a weight (a change of single numbers through `.data` may go unseen). Dtype and device don't count.
+        """
+        return "random" if self._origin is None else self._origin.of(self)
+
+    @weights_id.setter
+    def weights_id(self, name: str) -> None:
+        self._origin = Origin(name, self)
+
+    def forget_origin(self, name: str) -> None:
+        """Call the weights by that name from now on, whatever becomes of them."""
+        self._origin, self.card = Origin(name), None
+
+    def save_pretrained(
+        self, path: str | os.PathLike[str], layout: str = "lite", *, dtype: torch.dtype | None = None
+    ) -> Path:
+        """Write the weights as a checkpoint that `from_pretrained` and the converter read, and return its path.
+
+        path: a folder, made if it is missing, or for a layout of one file its name. What lies there by the names of
+            that layout is replaced. layout: lite, transformers, meta or timm. dtype: of the weights; None keeps theirs.
+
+        The config follows from the modules; preprocessing, licence and note are those of the checkpoint that the model
+        was loaded from. Raises ValueError if its modules are not those of a model of its config (merge adapters first),
+        or if the layout can't hold what they are.
+        """
+        from .checkpoint.saving import save_model
+
+        return save_model(self, Path(path), layout, dtype)
+
+
+class Origin:
+    """The name of the weights that a model has at this moment; without a model, of any.
+
+    Changes are noticed by a few numbers of each parameter, and by PyTorch's count of writes to it.
+    """
+
+    def __init__(self, name: str, model: nn.Module | None = None) -> None:
+        self.name = name
+        self.samples = {} if model is None else dict(_samples(model))
+        self.writes = {} if model is None else _writes(model)
+
+    def of(self, model: nn.Module) -> str:
+        """The name, if the model's weights still are those; else its first word, and that they have changed."""
+        return self.name if self._holds(model) else f"{self.name.split(' ')[0]}, changed since it was loaded"
+
+    def _holds(self, model: nn.Module) -> bool:
+        if not self.samples:
+            return True
+        samples, writes = dict(_samples(model)), _writes(model)
+        if self.samples.keys() != samples.keys():
+            return False
+        for name, (tensor, count) in self.writes.items():
+            now, count_now = writes[name]
+            if tensor() is now() and count != count_now:
+                return False
+        return all(torch.equal(sample.to(samples[name].dtype), samples[name]) for name, sample in self.samples.items())
+
+    def __deepcopy__(self, memo: Any) -> Origin:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "samples": self.samples, "writes": {}}
+
+
+def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A few numbers of each parameter that has its numbers here: none of shards, nor on the meta device."""
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and not parameter.is_meta:
+            flat = parameter.detach().reshape(-1)
+            yield name, flat[:: max(1, flat.numel() // SAMPLES)].cpu().clone()
+
+
+def _writes(model: nn.Module) -> dict[str, tuple[ReferenceType[Tensor], int]]:
+    """Which tensor each parameter is, and how often it has been written to."""
+    return {
+        name: (ref(parameter), 0 if parameter.is_inference() else parameter._version)
+        for name, parameter in model.named_parameters()
+    }
