@@ -450,7 +450,7 @@ def test_errors_of_other_libraries_are_one_line_with_their_type(monkeypatch, tmp
     class SafetensorError(Exception):
         pass
 
-    def fail(folder):
+    def fail(folder, variant):
         raise SafetensorError("something\nhappened")
 
     monkeypatch.setattr("dinov3_lite.sample.write_sample", fail)

@@ -267,6 +267,6 @@ def test_a_class_says_which_other_class_a_file_wants(folder, tmp_path):
         DINOv3ConvNeXt.from_pretrained(vit)
     (vit / "config.json").write_text(json.dumps(TINY_CONVNEXT.to_dict()))
     with pytest.raises(
-        ValueError, match="those of a vision transformer, and the config's model_type is 'dinov3_convnext'"
+        ValueError, match="config.json: model_type is 'dinov3_convnext', and the tensors beside it are those of a v"
     ):
         dinov3_lite.load(vit)

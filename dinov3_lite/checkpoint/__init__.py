@@ -224,8 +224,9 @@ def _with_config(card: Card, path: Path, layout: Layout, table: Table, stored: d
     if card.config is not None and layout.table(card.config) is not table:
         if path.is_dir() or layout.needs_config:
             raise ValueError(
-                f"its tensors are those of a {table.family.name}, and the config's model_type is "
-                f"{layout.table(card.config).family.model_type!r}: weights and config must be of one model"
+                f"{(path if path.is_dir() else path.parent) / 'config.json'}: model_type is "
+                f"{layout.table(card.config).family.model_type!r}, and the tensors beside it are those of a "
+                f"{table.family.name}: weights and config must be of one model"
             )
         card = card._replace(config=None, preprocessing=None, note="")
     if card.config is not None and (path.is_dir() or layout.needs_config or card.digest):

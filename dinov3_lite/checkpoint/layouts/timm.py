@@ -89,7 +89,8 @@ def write_card(card: Card) -> Beside:
         }
     use = 'import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True)'
     if not architecture:  # none of timm's models has these tensors: its readers are ours
-        use = 'from dinov3_lite import load\n\nmodel = load(".")'
+        loader = TIMM.table(config).family.loader
+        use = f'from dinov3_lite import {loader}\n\nmodel = {loader}.from_pretrained(".")'
     card_text = readme(card, "timm", use)
     return Beside(metadata={"format": "pt"}, files={CONFIG: content}, readme=card_text, license=card.license)
 
