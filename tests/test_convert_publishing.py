@@ -143,9 +143,9 @@ def test_everything_is_on_the_disk_before_the_first_rename(a, tmp_path, monkeypa
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 class TestLeftovers:
-    def start(self, folder: Path) -> subprocess.Popen[str]:
+    def start(self, folder: Path, before: str = "") -> subprocess.Popen[str]:
         """A conversion that waits where its file is written."""
-        code = """
+        code = f"""{before}
 import os, sys, time
 from convert.__main__ import main
 def slow(descriptor):
@@ -161,6 +161,14 @@ sys.exit(main(sys.argv[1:]))
         assert process.stdout.readline() == "writing\n"
         return process
 
+    @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files without a name are Linux's")
+    def test_a_killed_one_leaves_nothing(self, a):
+        listing = sorted(a.iterdir())
+        process = self.start(a)
+        process.kill()
+        process.communicate()
+        assert sorted(a.iterdir()) == listing
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
     def test_signals_end_it_in_order(self, a, number):
         listing = sorted(a.iterdir())
@@ -171,7 +179,10 @@ sys.exit(main(sys.argv[1:]))
         assert sorted(a.iterdir()) == listing
 
     def test_the_next_run_removes_what_a_killed_one_left_but_not_what_is_being_written(self, a):
-        killed, living = self.start(a), self.start(a)
+        """Where files have a name while they are written."""
+        no_nameless = "import os; del os.O_TMPFILE"
+        killed, living = self.start(a, no_nameless), self.start(a, no_nameless)
+        assert len(list(a.glob(".*.tmp"))) == 2
         killed.kill()
         killed.communicate()
         convert(a)

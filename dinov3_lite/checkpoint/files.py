@@ -300,10 +300,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
-    """Whether an open file or folder is locked now, until it is closed; without `wait`, False if another has it.
-
-    Where the system has no locks, everything counts as locked.
-    """
+    """Whether an open file or folder is locked until it is closed: always, if there are no locks or we may wait."""
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
