@@ -69,6 +69,10 @@ class Downsample(nn.Module):
         return half.to(x.dtype).contiguous()
 
 
+class NoStep(nn.Identity):
+    """What the first stage has in place of a step down."""
+
+
 class DepthwiseConv(nn.Conv2d):
     """Each channel convolved by itself over 7 x 7 pixels: (B, h, w, C) -> (B, h, w, C).
 
@@ -113,7 +117,7 @@ class Stage(nn.Module):
         before, self.channels = config.hidden_sizes[max(0, index - 1)], config.hidden_sizes[index]
         first, depth, total = sum(config.depths[:index]), config.depths[index], sum(config.depths)
         rates = [config.drop_path_rate * i / (total - 1) for i in range(first, first + depth)]
-        self.downsample = Downsample(before, self.channels, config.layer_norm_eps) if index else nn.Identity()
+        self.downsample = Downsample(before, self.channels, config.layer_norm_eps) if index else NoStep()
         self.blocks = nn.ModuleList(ConvNeXtBlock(config, self.channels, rate) for rate in rates)
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
@@ -309,4 +313,4 @@ def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *optio
     return states
 
 
-OURS.update({Stem, Downsample, DepthwiseConv, ConvNeXtBlock, Stage, nn.Identity})
+OURS.update({Stem, Downsample, DepthwiseConv, ConvNeXtBlock, Stage, NoStep})

@@ -100,16 +100,16 @@ def test_features_of_a_photo(sample, photo, tmp_path, capsys):
     with safe_open(output, "pt") as file:
         assert json.loads(file.metadata()["files"]) == [str(photo)]
 
-    # three panels: the photo, two flat colours that differ, heat on the blue half only
+    # four panels: the photo, two flat colours that differ, those of the foreground, heat on the blue half only
     sheet = np.asarray(Image.open(drawing)).astype(int)
     width = 2 * visualize.PANEL_HEIGHT
-    assert sheet.shape[1] == 3 * width + 4 * visualize.MARGIN
+    assert sheet.shape[1] == 4 * width + 5 * visualize.MARGIN
     row = visualize.MARGIN + visualize.PANEL_HEIGHT // 2
     red, blue = sheet[row, 100], sheet[row, width - 100]
     assert red[0] > 150 > red[2] and blue[2] > 150 > blue[0]
     start = 2 * visualize.MARGIN + width
     assert abs(sheet[row, start + 100] - sheet[row, start + width - 100]).max() > 100
-    start = 3 * visualize.MARGIN + 2 * width
+    start = 4 * visualize.MARGIN + 3 * width
     assert sheet[row, start + width - 100].sum() > sheet[row, start + 100].sum() + 200
 
 
@@ -464,7 +464,7 @@ def test_features_are_on_the_disk_before_they_have_their_name(tiny, monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda number: (done.append("fsync"), fsync(number))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"rename to {Path(b).name}"), rename(a, b))[1])
     encode(tiny / "p.png", "--model", tiny / "model", "--output", tiny / "f.safetensors", "--size", "16")
-    assert done == ["fsync", "rename to f.safetensors"]
+    assert done == ["fsync", "rename to f.safetensors", "fsync"]  # the last one of the folder
 
 
 def test_what_libraries_print_to_a_closed_stderr_does_not_reach_the_next_file(tiny):
