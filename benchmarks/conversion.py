@@ -74,7 +74,7 @@ def write_shards(folder: Path, config: DINOv3Config) -> int:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     shards: dict[str, dict[str, torch.Tensor]] = {}
-    for equation in TRANSFORMERS.equations(config):
+    for equation in TRANSFORMERS.table(config).equations(config):
         for name, shape in equation.theirs:
             block = name.split(".")[1] if name.startswith("layer.") else "rest"
             shards.setdefault(f"model-{block}.safetensors", {})[name] = shape
