@@ -325,7 +325,7 @@ def test_a_video_that_ends_early_is_said(checkpoint, tmp_path, capsys):
 
 
 def test_the_foregrounds_components_are_the_papers_recipe():
-    from dinov3_lite.picture import foreground_pca
+    from dinov3_lite.visualize import foreground_pca
 
     generator = torch.Generator().manual_seed(0)
     maps = 0.1 * torch.randn(2, 12, 10, 10, generator=generator)
