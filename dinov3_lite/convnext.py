@@ -281,10 +281,6 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         """Raises ValueError: convolutions run over rectangles, not over a sequence."""
         raise ValueError("a ConvNeXt can't run images of different sizes as one sequence: call it once for each size")
 
-    def extra_repr(self) -> str:
-        millions = sum(p.numel() for p in self.parameters()) / 1e6
-        return f"{self.config.name}, {millions:.1f} M parameters, weights {self.weights_id}"
-
     def check_images(
         self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
@@ -297,10 +293,6 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         if least > H or least > W:
             raise ValueError(f"image height {H} and width {W} must be at least {least}, the stride of the last stage")
         return H // least, W // least
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.forget_origin("from a state dict")
 
 
 def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *options: Any) -> list[Tensor]:

@@ -82,8 +82,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
             reach 155,000 there, where float16 overflows and bfloat16 counts in steps of 1,024. `torch.bfloat16` under
             bfloat16 weights is what the references do: less memory traffic, and their error.
 
-    Sizes (`depth`, `embed_dim`, `num_prefix_tokens`, ...) are read off the modules, so that blocks may be dropped,
-    appended or replaced, and the norm, the patch projection and the register tokens replaced.
+    Sizes (`depth`, `embed_dim`, ...) are read off the modules, which may be dropped, appended and replaced.
 
     `train()` switches on the augmentation of RoPE coordinates (`pos_embed_rescale` is 2.0 in the released configs):
     features then change from call to call, as in both references.
@@ -129,7 +128,6 @@ class DINOv3ViT(features.Sizes, Pretrained):
     @classmethod
     def from_name(cls, name: str, **config_changes: Any) -> DINOv3ViT:
         """A released variant with random weights; `config_changes` are fields of `DINOv3Config` to replace.
-
         Raises ValueError for an unknown name or a contradictory config, TypeError for an unknown field.
         """
         return cls(replace(DINOv3Config.from_name(name), **config_changes))
@@ -305,10 +303,6 @@ class DINOv3ViT(features.Sizes, Pretrained):
         """Return the patch grid (h, w) of images that `embed` takes, whole numbers with `pixels`, else ValueError."""
         return check_images(images, self.num_channels, self.patch_size, name, dims, pixels)
 
-    def extra_repr(self) -> str:
-        millions = sum(p.numel() for p in self.parameters()) / 1e6
-        return f"{self.config.name}, {millions:.1f} M parameters, weights {self.weights_id}"
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DINOv3ViT:
         """`.half()` and its like keep float32 where float16 is too narrow."""
         tokens = {name: getattr(self, name).data for name in FLOAT32_UNDER_HALF}
@@ -319,10 +313,6 @@ class DINOv3ViT(features.Sizes, Pretrained):
                 token.data = (token.data if before.is_meta else before).to(token.device, torch.float32)
                 token.grad = None if token.grad is None else token.grad.float()
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.forget_origin("from a state dict")
 
 
 def run_stack(

@@ -42,6 +42,14 @@ class Pretrained(nn.Module):
         """Call the weights by that name from now on, whatever becomes of them."""
         self._origin, self.card = Origin(name), None
 
+    def extra_repr(self) -> str:
+        millions = sum(p.numel() for p in self.parameters()) / 1e6
+        return f"{self.config.name}, {millions:.1f} M parameters, weights {self.weights_id}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget_origin("from a state dict")
+
     def save_pretrained(
         self, path: str | os.PathLike[str], layout: str = "lite", *, dtype: torch.dtype | None = None
     ) -> Path:
