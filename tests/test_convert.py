@@ -25,7 +25,7 @@ from convert.plan import make_plan, parse_size
 from convert.verify import verify
 from convert.writer import write
 from dinov3_lite import DINOv3Config, DINOv3ViT
-from dinov3_lite.checkpoint import CONVERTED, containers, files, open_checkpoint
+from dinov3_lite.checkpoint import CONVERTED, containers, files, json_files, open_checkpoint
 from dinov3_lite.checkpoint.saving import save
 
 
@@ -740,7 +740,7 @@ def test_a_damaged_index_is_a_model_that_fails_by_itself(tmp_path, capsys):
 
 
 def test_an_index_of_many_megabytes_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr(files, "MAX_JSON_BYTES", 500)
+    monkeypatch.setattr(json_files, "MAX_JSON_BYTES", 500)
     assert (folder / "config.json").stat().st_size > 500
     with pytest.raises(ValueError, match=r"config.json: \d+ bytes, expected a JSON file of at most 500"):
         open_checkpoint(folder)
