@@ -59,7 +59,7 @@ class ImageProcessor:
             raise ValueError(f"std is {std}: expected {_numbers(len(std))}, none of them zero or less")
         factor = _as_number(self.rescale_factor)
         if factor is None:
-            raise ValueError(f"rescale_factor is {self.rescale_factor}: expected a number")
+            raise ValueError(f"rescale_factor is {self.rescale_factor!s:.100}: expected a number")
         for name, value in {"size": size, "mean": mean, "std": std, "rescale_factor": factor}.items():
             object.__setattr__(self, name, value)
 
@@ -122,12 +122,12 @@ class ImageProcessor:
             if d.get(switch):
                 raise ValueError(f"{switch} is true: only rescale, resize and normalise are supported")
         if d.get("resample", BILINEAR) != BILINEAR:
-            raise ValueError(f"resample is {d['resample']}: only bilinear ({BILINEAR}) is supported")
+            raise ValueError(f"resample is {d['resample']!s:.100}: only bilinear ({BILINEAR}) is supported")
         size = d.get("size", {"height": 224, "width": 224})
         if isinstance(size, int) and not isinstance(size, bool):
             size = {"height": size, "width": size}
         if not isinstance(size, dict) or not {"height", "width"} <= size.keys():
-            raise ValueError(f"size is {size}: expected a height and a width")
+            raise ValueError(f"size is {size!s:.100}: expected a height and a width")
         processor = cls(
             size=(size["height"], size["width"]) if d.get("do_resize", True) else None,
             mean=d.get("image_mean", IMAGENET_MEAN),
@@ -211,7 +211,7 @@ def _as_size(value: Any) -> tuple[int, int]:
     found = [found, found] if isinstance(found, int) else found
     pair = [n.item() if hasattr(n, "item") else n for n in found] if isinstance(found, (list, tuple)) else []
     if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
-        raise ValueError(f"size is {value}: expected (height, width), two whole numbers of pixels")
+        raise ValueError(f"size is {value!s:.100}: expected (height, width), two whole numbers of pixels")
     return pair[0], pair[1]
 
 
@@ -223,7 +223,7 @@ def _as_statistics(name: str, value: Any) -> float | tuple[float, ...]:
     found = [_as_number(item) for item in value] if isinstance(value, (list, tuple, np.ndarray, Tensor)) else []
     numbers = tuple(item for item in found if item is not None)
     if not numbers or len(numbers) < len(found):
-        raise ValueError(f"{name} is {value}: expected three numbers, or as many as there are channels")
+        raise ValueError(f"{name} is {value!s:.100}: expected three numbers, or as many as there are channels")
     return numbers
 
 

@@ -208,3 +208,21 @@ def test_a_model_of_other_channels_is_saved(folder, tmp_path):
     again = DINOv3ViT.from_pretrained(model.save_pretrained(tmp_path / "five"))
     assert again.config.num_channels == 5
     assert torch.equal(again.patch_embed.proj.weight, model.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize(
+    "said", [{"resample": "x" * 10**6}, {"image_mean": ["x" * 10**6] * 3}, {"size": {"w": "x" * 10**6}}]
+)
+def test_a_message_is_no_longer_than_a_few_lines(said, folder):
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="preprocessor_config.json: ") as error:
+        ImageProcessor.from_pretrained(folder)
+    assert len(str(error.value)) < 600
+
+
+def test_an_index_with_a_name_that_no_file_can_have(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 10**5}}))
+    with pytest.raises(ValueError, match="index.json: shard .* is not the name of a file") as error:
+        DINOv3ViT.from_pretrained(folder)
+    assert len(str(error.value)) < 600

@@ -274,8 +274,7 @@ def _check_current(converted: Checkpoint, source: Checkpoint) -> None:
 
 def read_preprocessing(path: Path) -> dict[str, Any] | None:
     """The parsed preprocessor_config.json of a checkpoint folder, or the copy of it in a converted file."""
-    file = path / "preprocessor_config.json" if path.is_dir() else path.with_name("preprocessor_config.json")
-    if path.is_dir() and file.is_file():
+    if (file := path / "preprocessor_config.json").is_file():
         return read_json(file)
     if path.is_file() or (path.is_dir() and any(weights_in(path))):
         return open_checkpoint(path).card.preprocessing

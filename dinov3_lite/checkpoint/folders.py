@@ -58,7 +58,7 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map in it: download it again")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or len(name) > 255:
             raise ValueError(f"{index}: shard {short(name)} is not the name of a file in this folder")
     return weight_map
 
