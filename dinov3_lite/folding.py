@@ -1,4 +1,4 @@
-"""Constant factors folded into the weights beside them, and the blocks' weights prepacked.
+"""Constant factors folded into the weights beside them.
 
 Folding is exact in real arithmetic. With LayerScale's gamma, the branch's last projection W h + b, and a processor that
 maps pixels p to (r p - mean) / std:
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from .convnext import ConvNeXtBlock, Stem
 from .image import ImageProcessor
 from .layers import Block, GatedMlp, LayerScale, Mlp, PatchEmbed
-from .prepacked import prepack
 
 
 @torch.no_grad()
@@ -50,15 +49,6 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         return x + branch
-
-
-@torch.no_grad()
-def prepack_projections(block: nn.Module, dynamic: bool) -> None:
-    """Replace every projection of a block by a prepacked one."""
-    for part in block.children():
-        for name, child in part.named_children():
-            if isinstance(child, nn.Linear):
-                part.add_module(name, prepack(child, dynamic))
 
 
 class PixelConv(nn.Module):

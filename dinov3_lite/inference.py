@@ -1,19 +1,21 @@
-"""A model prepared for repeated inference: constant factors folded into the weights, then either of two backends.
+"""A model prepared for repeated inference, by either of two backends.
 
-On a CPU the blocks' weights are put into the layout of the library that multiplies by them (see `prepacked`), and
-nothing is compiled. Elsewhere inductor compiles the blocks (see `graphs`).
+On a CPU blocks run in fewer passes, in the ways that are fastest there (see `stand_ins` and `choices`), and nothing is
+compiled. Elsewhere constant factors are folded into the weights, and inductor compiles the blocks (see `graphs`).
 
-A prepared model keeps its modules as they were. Each block has a folded stand-in beside it, which runs in its place for
+A prepared model keeps its modules as they were. Each block has a stand-in beside it, which runs in its place for
 as long as the block is ours, plain and unobserved (`layers.untouched`), and is made anew when its weights change.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from .choices import Choices
 from .convnext import DINOv3ConvNeXt
 from .image import ImageProcessor
 from .model import DINOv3ViT
@@ -24,7 +26,12 @@ BACKENDS = ("auto", "prepacked", "inductor")
 
 
 def optimize_for_inference(
-    model: nn.Module, processor: ImageProcessor | None = None, *, backend: str = "auto", dynamic: bool = True
+    model: nn.Module,
+    processor: ImageProcessor | None = None,
+    *,
+    backend: str = "auto",
+    dynamic: bool = True,
+    choices: Mapping[str, str] | None = None,
 ) -> Any:
     """Return a copy of `model` that gives the same outputs faster: of the same class, with every method and attribute.
 
@@ -35,20 +42,26 @@ def optimize_for_inference(
     processor: the images are then uint8 pixels (B, 3, H, W) of any size that the model takes, and the processor's
         rescaling and normalisation are part of the patch embedding, in float32 whatever the model's dtype. Its
         resizing is not done.
-    backend: "prepacked" holds the blocks' weights once more, in the layout of oneDNN or MKL, and compiles nothing.
-        "inductor" is torch.compile, at the first call of a kind or in `warm_up`; torch keeps what it compiled on disk
-        for later processes. "auto" is prepacked on a CPU where oneDNN takes the model's dtype, otherwise inductor.
-    dynamic: True prepares for all sizes and batches at once: one layout, oneDNN's; or two graphs of inductor's, for one
-        image and for several. False is faster where shapes seldom change: float32 weights are packed by MKL, anew
-        whenever the number of tokens in a batch changes (0.1 s for a ViT-B; half precision stays oneDNN's); or a graph
-        is compiled for each new shape, the first `graphs.MAX_GRAPHS` of them.
+    backend: "prepacked" compiles nothing: at its first run the model measures which way of computing each product and
+        attention is fastest on this machine, and packs the blocks' weights so. "inductor" is torch.compile, at the
+        first call of a kind or in `warm_up`; torch keeps what it compiled on disk for later processes. "auto" is
+        prepacked on a CPU where oneDNN takes the model's dtype, otherwise inductor.
+    dynamic: True prepares for all sizes and batches at once: one layout a product; or two graphs of inductor's, for one
+        image and for several. False is faster where shapes seldom change: ways are chosen, and weights packed, for the
+        number of tokens in a batch, anew whenever that changes (a second or so for a ViT-B); or a graph is compiled for
+        each new shape, the first `graphs.MAX_GRAPHS` of them.
+    choices: ways that need not be measured, as in a prepared model's `choices`; it measures what is not among them. The
+        same choices give the same bits, whatever ran before. `explain()` tells what was chosen, and by how much.
 
-    What somebody replaced, wrapped or put a hook on, before or after, runs as it would in the model itself. oneDNN
-    keeps plans of products in memory: where many sizes are seen, up to half a GiB a thread in half precision; the
-    environment variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY (1024 each) lower that.
+    The first run packs the weights one by one and lets go of the plain ones, unless somebody else holds them, such as
+    `model`. Who asks the copy for a weight gets it plain. What somebody replaced, wrapped or put a hook on, before or
+    after, runs as it would in the model itself. Answers are kept in a file in the user's cache folder. oneDNN keeps
+    plans of products in memory: where many sizes are seen, up to half a GiB a thread in half precision; the environment
+    variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY (1024 each) lower that.
 
     Raises ValueError for a model in training mode, for one without a backbone, for an unknown backend, for a processor
-    whose statistics are not as many as the model's channels, and for "prepacked" where oneDNN does not take the model.
+    whose statistics are not as many as the model's channels, and for "prepacked" where oneDNN does not take the model;
+    at the first run, for a choice that there is not.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
@@ -66,12 +79,13 @@ def optimize_for_inference(
                 f"the processor has {len(processor.mean)} means and {len(processor.std)} stds and the model takes "
                 f"{backbone.num_channels} channels: expected one of each for every channel"
             )
+    kept = Choices(choices)
     prepared = copy.deepcopy(model, _frozen_aliases(model))
     for module in prepared.modules():
         if isinstance(module, BACKBONES):
             become(module, PreparedViT if isinstance(module, DINOv3ViT) else PreparedConvNeXt)
             assert isinstance(module, PreparedBackbone)
-            module._prepare(processor, backend, dynamic)
+            module._prepare(processor, backend, dynamic, kept)
     if not isinstance(prepared, BACKBONES):
         become(prepared, Prepared)
     return prepared

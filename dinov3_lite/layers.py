@@ -303,7 +303,7 @@ def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
-        and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
+        and all(p is None or type(p) is nn.Parameter for p in dict.values(module._parameters))
         for module in modules
     )
 

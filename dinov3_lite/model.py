@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from . import features
-from .attention import resolve_attention
+from .attention import AttentionFn, resolve_attention
 from .checkpoint import Checkpoint, assign, open_checkpoint
 from .checkpoint.channels import with_channels
 from .checkpoint.hub import locate
@@ -239,7 +239,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
     def run_blocks(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
         """Return the outputs of the blocks in `taps` (ascending), each like tokens.x. No block after those runs."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        return run_stack(list(self.blocks), tokens, taps, self.attention, recompute)
+        return run_stack(list(self.blocks), tokens, taps, attention_of(tokens, self.attention), recompute)
 
     def forward_packed(self, images: Sequence[Tensor]) -> list[DINOv3Output]:
         """Compute the features of images of different sizes as one sequence without padding: one output an image.
@@ -315,16 +315,19 @@ class DINOv3ViT(features.Sizes, Pretrained):
         return self
 
 
+def attention_of(tokens: Tokens, name: str) -> AttentionFn:
+    """The attention function of that name, for tokens that may be packed."""
+    attention = resolve_attention(name)
+    return attention if tokens.shapes is None else PackedAttention(attention, tokens.shapes, tokens.x.device)
+
+
 def run_stack(
-    blocks: Sequence[nn.Module], tokens: Tokens, taps: Sequence[int], attention: str, recompute: bool = False
+    blocks: Sequence[nn.Module], tokens: Tokens, taps: Sequence[int], attention: AttentionFn, recompute: bool = False
 ) -> list[Tensor]:
     """Run one block after the other, up to the last in `taps`, and return the outputs of those in `taps`."""
     if not blocks:
         raise ValueError("the model has no blocks left: expected at least one in model.blocks")
-    x, cos, sin, shapes = tokens
-    attend = resolve_attention(attention)
-    if shapes is not None:
-        attend = PackedAttention(attend, shapes, x.device)
+    x, cos, sin, _ = tokens
     if recompute:
         from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
     states = []
@@ -332,9 +335,9 @@ def run_stack(
         if isinstance(block, nn.Identity):  # a block that somebody took out
             x = block(x)
         elif recompute:
-            x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            x = checkpoint(block, x, cos, sin, attention, use_reentrant=False)
         else:
-            x = block(x, cos, sin, attend)
+            x = block(x, cos, sin, attention)
         if i in taps:
             states.append(x)
     return states

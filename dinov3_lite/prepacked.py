@@ -1,134 +1,137 @@
-"""Linear layers whose weights lie in a library's own layout: oneDNN's or MKL's, both of which PyTorch brings along.
+"""The ways in which a CPU multiplies by a weight: as it lies, in oneDNN's own layout, or in MKL's.
 
-A matrix product by such a weight packs nothing anew. Every operator of torch that is not public is called here and
-nowhere else; `available` tries them, since a later torch may rename or drop them.
+A product by a weight in a library's own layout packs nothing anew. Which way is fastest differs from processor to
+processor: `choices` measures it. Every operator of torch that is not public is called here and nowhere else; `works`
+tries them, since a later torch may rename or drop them.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS_AS_THEY_ARE = 16  # how many different numbers of rows are planned for, in a process, before they are rounded up
-MANY_ROWS = 300  # of a float32 product: beside more, packing a weight costs nothing to speak of
 
+class Product(nn.Module):
+    """act(W x + b), (.., in) -> (.., out), with at least one row; act is "", "gelu" (the exact one, by erf) or "silu".
 
-def available(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies by weights of this tensor's dtype, on the CPU it lies on: found out by trying."""
-    return weight.device.type == "cpu" and _onednn_works(weight.dtype)
-
-
-@cache
-def _onednn_works(dtype: torch.dtype) -> bool:
-    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    try:
-        if dtype in supported and not getattr(torch.ops.mkldnn, supported[dtype])():
-            return False
-        return torch.backends.mkldnn.is_available() and _works(PackedByOneDNN, dtype)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return False
-
-
-@cache
-def _mkl_works() -> bool:
-    try:
-        return torch.backends.mkl.is_available() and _works(PackedByMKL, torch.float32)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return False
-
-
-@torch.no_grad()
-def _works(layout: type[PackedLinear], dtype: torch.dtype) -> bool:
-    """Whether a packed layer of 16 x 16 whole numbers gives what nn.Linear gives, exactly."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    numbers = (torch.arange(256) % 5 - 2).to(dtype).view(16, 16)
-    linear = nn.Linear(16, 16, device="meta", dtype=dtype)
-    linear.weight, linear.bias = nn.Parameter(numbers), nn.Parameter(numbers[0].clone())
-    return torch.equal(
-        layout(linear)(numbers.t()), (numbers.double().t() @ numbers.double().t() + numbers[0]).to(dtype)
-    )
-
-
-def prepack(linear: nn.Linear, dynamic: bool) -> PackedLinear:
-    """Return a layer that computes what `linear` does, for any number of rows.
-
-    dynamic: False is for rows whose number seldom changes, and packs a float32 weight by MKL for the number it meets.
+    rows: the number of rows that it is for, None for any.
     """
-    by_mkl = not dynamic and linear.weight.dtype == torch.float32 and _mkl_works()
-    return (PackedByMKL if by_mkl else PackedByOneDNN)(linear)
 
+    plans_rows = False
+    """Whether the library plans anew, and remembers, for each number of rows."""
 
-class PackedLinear(nn.Module):
-    """W x + b, (.., in) -> (.., out), with W in a library's own layout, which can be neither moved nor saved."""
-
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, act: str = "", rows: int | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
+        self.out_features, self.in_features = weight.shape
+        self.bias, self.act = bias, act
+
+    def unpack(self) -> Tensor:
+        """The weight, exactly."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class PackedByOneDNN(PackedLinear):
-    """In oneDNN's layout, which holds for any number of rows; float32 products of many rows take W as it is."""
+def activated(act: str, x: Tensor) -> Tensor:
+    """act(x), in place."""
+    return getattr(torch.ops.aten, f"{act}_")(x) if act else x
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        weight = linear.weight.detach()
+
+class Plain(Product):
+    """By the weight as it lies: PyTorch chooses the library, which packs it in every call."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, act: str = "", rows: int | None = None) -> None:
+        super().__init__(weight, bias, act)
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(self.act, F.linear(x, self.weight, self.bias))
+
+    def unpack(self) -> Tensor:
+        return self.weight
+
+
+class PackedByOneDNN(Product):
+    """In oneDNN's layout, which holds for any number of rows; GELU is part of the product, before its rounding."""
+
+    plans_rows = True
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, act: str = "", rows: int | None = None) -> None:
+        super().__init__(weight, bias, act)
+        self.dtype = weight.dtype
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self.weight = weight if weight.dtype == torch.float32 else None
+        self.within = (act, [], "none") if act == "gelu" else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        if self.weight is not None and rows > MANY_ROWS:
-            return F.linear(x, self.weight, self.bias)
-        planned = planned_rows(rows)
-        if planned == rows:
-            return self._product(x)
-        padded = F.pad(x.reshape(rows, -1), (0, 0, 0, planned - rows))
-        return self._product(padded)[:rows].unflatten(0, x.shape[:-1])
+        out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.within)
+        return out if self.within[0] == self.act else activated(self.act, out)
 
-    def _product(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+    def unpack(self) -> Tensor:
+        return self.packed.to_dense(self.dtype)
 
 
-def planned_rows(rows: int) -> int:
-    """`rows`, or some more where many numbers of rows were seen already: of the same number always the same.
+class PackedByMKL(Product):
+    """In MKL's layout, float32 alone, which holds for one number of rows."""
 
-    oneDNN plans a product anew for each number of rows, and each thread keeps the plans of 1024 products, half a MiB
-    each: hundreds of MiB where images come in every size. So but for the first few, numbers are rounded up, to one of
-    16 between two powers of two.
-    """
-    if rows in _as_they_are:
-        return rows
-    if len(_as_they_are) < ROWS_AS_THEY_ARE:
-        _as_they_are.add(rows)
-        return rows
-    step = max(16, 1 << max(0, rows.bit_length() - 5))
-    return -(-rows // step) * step
-
-
-_as_they_are: set[int] = set()
-
-
-class PackedByMKL(PackedLinear):
-    """In MKL's layout, float32 alone, which holds for the number of rows of the last call."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        self.weight = linear.weight.detach()
-        self.packed: tuple[int, Any] = (0, self.weight)  # number of rows, layout: replaced as one, for threads
+    def __init__(self, weight: Tensor, bias: Tensor | None, act: str = "", rows: int | None = None) -> None:
+        super().__init__(weight, bias, act)
+        assert rows, "MKL divides by zero where there is no row"
+        self.rows = rows
+        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        self.shape = weight.new_zeros(()).expand(weight.shape)  # of the weight, which MKL asks for and does not read
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        packed_for, packed = self.packed
-        if rows and packed_for != rows:  # MKL divides by zero where there is no row
-            packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
-            self.packed = (rows, packed)
-        return torch.ops.mkl._mkl_linear(x, packed, self.weight, self.bias, rows)
+        return activated(self.act, torch.ops.mkl._mkl_linear(x, self.packed, self.shape, self.bias, self.rows))
+
+    def unpack(self) -> Tensor:
+        """W = (I W^T)^T, `rows` rows of the identity at a time: each sum has one term that is not zero."""
+        weight = self.shape.new_empty(self.shape.shape)
+        for start in range(0, self.in_features, self.rows):
+            identity = weight.new_zeros(self.rows, self.in_features)
+            identity.diagonal(start).fill_(1.0)
+            columns = torch.ops.mkl._mkl_linear(identity, self.packed, self.shape, None, self.rows)
+            weight[:, start : start + self.rows] = columns[: self.in_features - start].t()
+        return weight
+
+
+PRODUCTS: dict[str, type[Product]] = {"onednn": PackedByOneDNN, "mkl": PackedByMKL, "plain": Plain}
+
+
+def ways_of_products(dtype: torch.dtype, for_any_rows: bool) -> list[str]:
+    """The names of those ways that work on this CPU for weights of this dtype; the first wins where they are level."""
+    return [
+        name
+        for name, product in PRODUCTS.items()
+        if works(product, dtype) and not (for_any_rows and product is PackedByMKL)
+    ]
+
+
+def available(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies by weights of this tensor's dtype, on the CPU it lies on: found out by trying."""
+    return weight.device.type == "cpu" and works(PackedByOneDNN, weight.dtype)
+
+
+@cache
+@torch.no_grad()
+def works(product: type[Product], dtype: torch.dtype) -> bool:
+    """Whether a product by 16 x 16 whole numbers is what it should be, exactly, and unpacks to them."""
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in (torch.float32, *supported):
+        return False
+    try:
+        if product is PackedByOneDNN and not torch.backends.mkldnn.is_available():
+            return False
+        if product is PackedByOneDNN and dtype in supported and not getattr(torch.ops.mkldnn, supported[dtype])():
+            return False
+        if product is PackedByMKL and not (torch.backends.mkl.is_available() and dtype == torch.float32):
+            return False
+        weight = (torch.arange(256) % 5 - 2).to(dtype).view(16, 16)
+        made = product(weight, weight[0].clone(), rows=16)
+        expected = (weight.double().t() @ weight.double().t() + weight[0]).to(dtype)
+        return torch.equal(made(weight.t()), expected) and torch.equal(made.unpack(), weight)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False

@@ -12,15 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .attention import resolve_attention
 from .checks import BATCH, check_count
+from .choices import Answer, Choices
 from .convnext import ConvNeXtBlock, DINOv3ConvNeXt, Stem, run_units
-from .folding import fold, for_pixels, prepack_projections
+from .folding import fold, for_pixels
 from .graphs import Graphs, Tensors
 from .image import ImageProcessor
 from .layers import Block, PatchEmbed, untouched
-from .model import DINOv3ViT, run_stack
+from .lent import Lent, version
+from .model import DINOv3ViT, attention_of, run_stack
 from .packing import Tokens
 from .prepacked import available
+from .stand_ins import PreparedAttention, stand_in
 
 
 def become(module: nn.Module, mixin: type[Prepared]) -> None:
@@ -71,6 +75,23 @@ class Prepared(nn.Module):
             self(torch.zeros(count, inside.num_channels, height, width, dtype=dtype, device=inside.device))
         return time.perf_counter() - start
 
+    @property
+    def choices(self) -> dict[str, str]:
+        """Which way of computing was chosen for each product and each attention that ran so far.
+
+        `optimize_for_inference(model, choices=...)` takes it, on another machine too: the same choices give the same
+        bits on the same processor.
+        """
+        return {question: answer.way for question, answer in self._all_choices().items()}
+
+    def explain(self) -> str:
+        """What was chosen, a line each, with the milliseconds of every way that was measured. Empty before a run."""
+        return "\n".join(f"{question}: {answer}" for question, answer in self._all_choices().items())
+
+    def _all_choices(self) -> dict[str, Answer]:
+        inside = (module for module in self.modules() if isinstance(module, PreparedBackbone))
+        return {question: answer for module in inside for question, answer in module._choices.answers.items()}
+
     def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self))
 
@@ -81,30 +102,33 @@ class Prepared(nn.Module):
 class Twin(NamedTuple):
     """What stands in for a module, and what that was made of: for as long as it is, both compute the same."""
 
-    module: nn.Module
-    modules: tuple[nn.Module, ...]
-    weights: tuple[tuple[Tensor, int], ...]
     stand_in: nn.Module
+    modules: tuple[nn.Module, ...]
+    parts: tuple[tuple[list[Any], list[int]], ...]
 
     @classmethod
     def of(cls, module: nn.Module, stand_in: nn.Module) -> Twin:
         """Remember what the module is made of."""
-        weights = tuple((parameter, _version(parameter)) for parameter in module.parameters())
-        return cls(module, tuple(module.modules()), weights, stand_in)
+        modules = tuple(module.modules())
+        return cls(stand_in, modules, tuple(map(_parts, modules)))
 
     def holds(self) -> bool:
         """Whether the module has the same modules and weights, none replaced or written to, and nobody looks inside."""
-        modules, weights = tuple(self.module.modules()), tuple(self.module.parameters())
-        return (
-            modules == self.modules
-            and len(weights) == len(self.weights)
-            and all(p is q and _version(p) == v for p, (q, v) in zip(weights, self.weights, strict=True))
-            and untouched(*modules)
-        )
+        if not untouched(*self.modules):
+            return False
+        for module, (parts, versions) in zip(self.modules, self.parts, strict=True):
+            parts_now, versions_now = _parts(module)
+            if len(parts) != len(parts_now) or versions != versions_now or not all(map(operator.is_, parts, parts_now)):
+                return False
+        return True
 
 
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
+def _parts(module: nn.Module) -> tuple[list[Any], list[int]]:
+    """A module's own children and weights, and how often each weight was written to."""
+    parameters = vars(module)["_parameters"]
+    weights = parameters.watched() if isinstance(parameters, Lent) else parameters.values()
+    weights = [weight for weight in weights if weight is not None]
+    return [*vars(module)["_modules"].values(), *weights], list(map(version, weights))
 
 
 class PreparedBackbone(Prepared):
@@ -122,11 +146,9 @@ class PreparedBackbone(Prepared):
     def _new_graphs(self) -> Graphs:
         raise NotImplementedError
 
-    def _prepare(self, processor: ImageProcessor | None, backend: str, dynamic: bool) -> None:
-        self._processor, self._backend, self._dynamic = processor, backend, dynamic
+    def _prepare(self, processor: ImageProcessor | None, backend: str, dynamic: bool, choices: Choices) -> None:
+        self._processor, self._backend, self._dynamic, self._choices = processor, backend, dynamic, choices
         self._forget()
-        for block in self._blocks():
-            self._stand_in(block)
 
     def _forget(self) -> None:
         """Choose the backend for the weights as they are; stand-ins are made when they are needed."""
@@ -138,6 +160,8 @@ class PreparedBackbone(Prepared):
                 "not take on this machine: expected float32, bfloat16 or float16 on a CPU that it supports; use "
                 "'inductor'"
             )
+        for module in itertools.chain(*(block.modules() for block in self._blocks())):
+            Lent.undo(module)
         self._graphs = self._new_graphs() if self._backend == "inductor" or not takes else None
         self._twins: dict[int, Twin] = {}
         self._lock = threading.RLock()
@@ -184,10 +208,10 @@ class PreparedBackbone(Prepared):
             assert self._processor is not None
             return for_pixels(module, self._processor)
         assert isinstance(module, (Block, ConvNeXtBlock))
-        folded = fold(module)
         if self._graphs is None:
-            prepack_projections(folded, self._dynamic)
-        elif before is not None and before.modules == tuple(module.modules()):  # what was compiled keeps its tensors
+            return stand_in(module, self._choices, self._dynamic)
+        folded = fold(module)
+        if before is not None and before.modules == tuple(module.modules()):  # what was compiled keeps its tensors
             for old, new in zip(before.stand_in.parameters(), folded.parameters(), strict=True):
                 old.data = new.data
             return before.stand_in
@@ -226,8 +250,11 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
         if torch.compiler.is_compiling():
             return super().run_blocks(tokens, taps)
         blocks = tuple(self._stand_in(block) for block in self.blocks)
-        if self._graphs is None or tokens.shapes is not None or any(map(operator.is_, blocks, self.blocks)):
-            return run_stack(blocks, tokens, taps, self.attention)
+        if self._graphs is None:
+            attention = PreparedAttention(tokens, self.attention, self._choices, self._dynamic)
+            return run_stack(blocks, tokens, taps, attention)
+        if tokens.shapes is not None or any(map(operator.is_, blocks, self.blocks)):
+            return run_stack(blocks, tokens, taps, attention_of(tokens, self.attention))
         return self._graphs(blocks, tokens[:3], tuple(taps), self.attention)
 
     def run_packed(self, batches: Sequence[Tokens], taps: Sequence[int]) -> list[list[Tensor]]:
@@ -237,8 +264,7 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
 
 
 def _run_tokens(blocks: Sequence[nn.Module], tensors: Tensors, taps: Sequence[int], attention: str) -> list[Tensor]:
-    x, cos, sin = tensors
-    return run_stack(blocks, Tokens(x, cos, sin), taps, attention)
+    return run_stack(blocks, Tokens(*tensors), taps, resolve_attention(attention))
 
 
 def _example_tokens(tensors: Tensors, dynamic: bool) -> Tensors:

@@ -80,7 +80,7 @@ EDGES = {
     "dinov3_lite/checkpoint/__init__.py": {
         *("checkpoint.choose", "checkpoint.containers", "checkpoint.files", "checkpoint.folders"),
         *("checkpoint.json_files", "checkpoint.layouts.others", "checkpoint.matching"),
-        *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
+        *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit", "pages"),
     },
     "dinov3_lite/pretrained.py": {"checkpoint", "checkpoint.saving"},
     "dinov3_lite/checkpoint/channels.py": {"checkpoint", "checkpoint.files"},
@@ -111,13 +111,23 @@ EDGES = {
     "dinov3_lite/finetune.py": {"model"},
     "dinov3_lite/window.py": {"checks", "console", "model"},
     "dinov3_lite/export.py": {"loading", "model"},
+    "dinov3_lite/pages.py": set(),
+    "dinov3_lite/lent.py": {"pages"},
     "dinov3_lite/prepacked.py": set(),
-    "dinov3_lite/folding.py": {"convnext", "image", "layers", "prepacked"},
+    "dinov3_lite/attention_ways.py": set(),
+    "dinov3_lite/stopwatch.py": set(),
+    "dinov3_lite/choices.py": {"stopwatch"},
+    "dinov3_lite/folding.py": {"convnext", "image", "layers"},
+    "dinov3_lite/stand_ins.py": {
+        *("attention", "attention_ways", "choices", "convnext", "folding", "layers", "lent", "packing", "pages"),
+        *("prepacked", "rope", "stopwatch"),
+    },
     "dinov3_lite/graphs.py": set(),
     "dinov3_lite/prepared.py": {
-        *("checks", "convnext", "folding", "graphs", "image", "layers", "model", "packing", "prepacked")
+        *("attention", "checks", "choices", "convnext", "folding", "graphs", "image", "layers", "lent", "model"),
+        *("packing", "prepacked", "stand_ins"),
     },
-    "dinov3_lite/inference.py": {"convnext", "image", "model", "prepared"},
+    "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared"},
     "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {
         *("checkpoint.layouts", "checkpoint.layouts.cards", "config", "convnext", "image", "model")

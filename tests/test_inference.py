@@ -12,10 +12,12 @@ from helpers import TINY, TINY_GATED, relative_error, run_python, write_checkpoi
 from torch._dynamo.utils import counters
 
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, ImageProcessor, optimize_for_inference
+from dinov3_lite.choices import Choices
 from dinov3_lite.folding import fold, for_pixels
 from dinov3_lite.image import SATELLITE_MEAN, SATELLITE_STD
 from dinov3_lite.layers import QKVProjection
-from dinov3_lite.prepacked import MANY_ROWS, PackedByMKL, PackedByOneDNN, PackedLinear, available
+from dinov3_lite.prepacked import PackedByMKL, PackedByOneDNN, Plain, available
+from dinov3_lite.stand_ins import Projection
 
 PROCESSOR = ImageProcessor(size=None, mean=SATELLITE_MEAN, std=SATELLITE_STD)
 NO_BIAS = replace(TINY, proj_bias=False, mlp_bias=False)
@@ -87,16 +89,19 @@ def test_pixels_lose_nothing_against_normalised_images(dtype, tmp_path):
 HALVES = [d for d in (torch.bfloat16, torch.float16) if available(torch.empty(0, dtype=d))]
 
 
-LAYOUTS = [(PackedByOneDNN, dtype) for dtype in (torch.float32, *HALVES)]
+LAYOUTS = [(layout, dtype) for layout in (PackedByOneDNN, Plain) for dtype in (torch.float32, *HALVES)]
 if torch.backends.mkl.is_available():
     LAYOUTS.append((PackedByMKL, torch.float32))
 
 
-def packed_layers(model, layout=PackedLinear) -> list[str]:
+def packed_layers(model) -> list[str]:
     """What of a prepared model's blocks runs prepacked."""
     stand_ins = [model._stand_in(block) for block in model.blocks]
     return [
-        f"{i}.{name}" for i, block in enumerate(stand_ins) for name, m in block.named_modules() if isinstance(m, layout)
+        f"{i}.{name}"
+        for i, block in enumerate(stand_ins)
+        for name, module in block.named_modules()
+        if isinstance(module, Projection)
     ]
 
 
@@ -109,24 +114,28 @@ def test_packed_products_are_those_of_the_layer(layer, layout, dtype):
     for parameter in linear.parameters():
         torch.nn.init.normal_(parameter)
     linear.to(dtype)
-    packed = layout(linear)
+    bias = None if linear.bias is None else linear.bias.detach()
     width = linear.in_features
-    wide = torch.randn(3, MANY_ROWS, 2 * width, dtype=dtype)
-    for x in (wide[0, :, :width], wide[..., width:], wide[:1, :1, :width], wide[:0, :, :width], wide[0, :, width:]):
-        expected = linear.double()(x.double())
-        linear.to(dtype)
-        assert packed(x).dtype == dtype and packed(x).shape == expected.shape
-        if len(x):
-            assert relative_error(packed(x), expected) <= 1.1 * relative_error(linear(x), expected) + 1e-7
+    wide = torch.randn(3, 300, 2 * width, dtype=dtype)
+    for x in (wide[0, :, :width], wide[..., width:], wide[:1, :1, :width], wide[0, :, width:]):
+        for act in ("", "gelu", "silu"):
+            packed = layout(linear.weight.detach(), bias, act, rows=x.shape[:-1].numel())
+            plain, expected = linear(x), linear.double()(x.double())
+            linear.to(dtype)
+            if act:
+                plain, expected = (getattr(torch.nn.functional, act)(y) for y in (plain, expected))
+            assert packed(x).dtype == dtype and packed(x).shape == expected.shape
+            assert relative_error(packed(x), expected) <= 1.1 * relative_error(plain, expected) + 2e-7
+            assert torch.equal(packed.unpack(), linear.weight)
 
 
-@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=str)
+@pytest.mark.parametrize("dynamic", [True, False])
 @torch.no_grad()
-def test_no_rows_give_no_rows(layout, dtype):
+def test_no_rows_give_no_rows(dynamic):
     """MKL's packing of a layer of this size, for no rows, ends the process."""
-    packed = layout(torch.nn.Linear(768, 2304, dtype=dtype))
+    packed = Projection(torch.nn.Linear(768, 2304), Choices(), dynamic)
     for rows in (0, 3, 0):
-        assert packed(torch.randn(rows, 768, dtype=dtype)).shape == (rows, 2304)
+        assert packed(torch.randn(rows, 768)).shape == (rows, 2304)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -135,8 +144,7 @@ def test_packed_weights_serve_every_batch_and_size(config, dynamic, tmp_path):
     model = load(tmp_path, config)
     counters.clear()
     fast = optimize_for_inference(model, PROCESSOR, backend="prepacked", dynamic=dynamic)
-    layout = LAYOUTS[0 if dynamic else -1][0]
-    assert len(packed_layers(fast, layout)) == 4 * config.num_hidden_layers
+    assert len(packed_layers(fast)) == 4 * config.num_hidden_layers
     for batch, h, w in [(1, 4, 4), (1, 1, 9), (4, 4, 2), (16, 7, 8)]:
         images = pixels(batch, h * model.patch_size, w * model.patch_size)
         output = fast(images)
@@ -147,11 +155,12 @@ def test_packed_weights_serve_every_batch_and_size(config, dynamic, tmp_path):
     assert counters["stats"]["unique_graphs"] == 0
 
 
-@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=str)
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @torch.no_grad()
-def test_outputs_are_the_same_bits_whatever_came_before(layout, dtype, tmp_path):
+def test_outputs_are_the_same_bits_whatever_came_before(dynamic, dtype, tmp_path):
     model = load(tmp_path, TINY, dtype)
-    fast = optimize_for_inference(model, dynamic=layout is PackedByOneDNN)
+    fast = optimize_for_inference(model, dynamic=dynamic)
     images, others = (torch.randn(1, 3, 8, side * model.patch_size, dtype=dtype) for side in (8, 9))
     first = fast(images).last_hidden_state
     fast(others)
@@ -169,12 +178,6 @@ def test_weights_are_packed_where_onednn_takes_the_model(tmp_path):
         optimize_for_inference(model, backend="prepacked")
     with pytest.raises(ValueError, match=r"backend is 'mkl': expected one of auto, prepacked, inductor"):
         optimize_for_inference(model, backend="mkl")
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision_is_packed_by_onednn_alone(dtype, tmp_path):
-    fast = optimize_for_inference(load(tmp_path, TINY, dtype), dynamic=False)
-    assert packed_layers(fast) == packed_layers(fast, PackedByOneDNN) != []
 
 
 @pytest.fixture(scope="module")

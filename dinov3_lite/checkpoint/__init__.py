@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..pages import give_back
 from .choose import choose, without_wrappers
 from .containers import cast, read_headers
 from .files import Span, StoredTensor, cut, few
@@ -78,6 +79,9 @@ class Checkpoint:
         """The model's tensor `name`: memory-mapped where the layout stores it whole."""
         parts = [span.read() for span in self.spans[name]]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype)
+        if len(parts) > 1:
+            for part in parts:
+                give_back(part)
         return flat.view(model_tensors(self.config)[name][0])
 
     @property
@@ -298,4 +302,6 @@ def assign(
     for name in model.state_dict():
         tensor = opened.tensor(name)
         state[name] = cast(tensor, name, storage_dtype(name, weights_dtype)).to(device)
+        if state[name] is not tensor:
+            give_back(tensor)
     model.load_state_dict(state, strict=True, assign=True)

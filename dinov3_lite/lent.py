@@ -1,0 +1,134 @@
+"""Weights that a prepared model holds packed alone, and gives out plain to whoever asks."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .pages import give_back
+
+Unpack = Callable[[], Tensor]
+_LOCK = threading.RLock()
+
+
+class Lent(dict[str, Any]):
+    """The parameters of a linear layer, of which `weight` may be away: packed elsewhere, and nowhere else.
+
+    It comes back when somebody asks for it: as it was, if others hold it still, such as the model that this one was
+    made of; else it is unpacked. Next time the model runs it goes away again, unless it was written to. What lies in a
+    mapped file stays, and only its pages are given back.
+    """
+
+    weight: Tensor | None = None
+    """What lies there, None while it is away."""
+    _away: Unpack | None = None
+
+    @classmethod
+    def of(cls, linear: nn.Module) -> Lent:
+        """Those of a layer, made so if they are not yet, with the weight that is there now."""
+        lent = vars(linear)["_parameters"]
+        if not isinstance(lent, cls):
+            lent = vars(linear)["_parameters"] = cls(lent)
+        if lent.weight is None and dict.get(lent, "weight") is None:
+            return lent
+        if not lent._is_there():
+            lent._take(dict.__getitem__(lent, "weight"))
+        return lent
+
+    @staticmethod
+    def undo(linear: nn.Module) -> None:
+        """Make them plain ones again."""
+        if isinstance(lent := vars(linear)["_parameters"], Lent):
+            vars(linear)["_parameters"] = lent.copy()
+
+    def _take(self, weight: Tensor) -> None:
+        self.weight, self._away = weight, None
+        self.alias = weight.detach()  # shares the count of changes, and holds no memory while the weight is away
+
+    def lend(self, unpack: Unpack) -> None:
+        """Let go of the weight, which was packed; `unpack` makes it anew."""
+        with _LOCK:
+            weight = self.weight
+            if weight is None:
+                self._away, self._version = unpack, version(self.alias)
+            elif not (weight.is_inference() or give_back(weight)):
+                self._storage = weakref.ref(weight.untyped_storage())
+                self._where = weight.storage_offset(), weight.shape, weight.stride()
+                self._away, self._version, self.weight = unpack, version(weight), None
+                super().__setitem__("weight", None)
+                self.alias.data = weight.new_empty(0)
+
+    def watched(self) -> list[Tensor | None]:
+        """Tensors that are others, or are counted to be changed, if the parameters are not what they were.
+
+        A weight that only came back goes away again.
+        """
+        if not self._is_there():
+            return list(super().values())
+        if self._away is not None and self.weight is not None and version(self.alias) == self._version:
+            self.lend(self._away)
+        return [self.alias, *(value for name, value in super().items() if name != "weight")]
+
+    def _is_there(self) -> bool:
+        """Whether nobody put another weight in the place of this one, or other data into it."""
+        weight = super().get("weight")
+        return weight is self.weight and (weight is None or weight.data_ptr() == self.alias.data_ptr())
+
+    def plain(self) -> Tensor:
+        """The weight, which stays away if it is."""
+        weight = self.weight
+        if weight is not None:
+            return weight.detach()
+        storage = self._storage()
+        if storage is not None:
+            return self.alias.new_empty(0).set_(storage, *self._where)
+        if version(self.alias) != self._version:
+            raise RuntimeError(
+                "weights were changed in the model that this one was prepared from, which was then dropped before "
+                "this one ran: prepare the changed model, or keep it until this one has run"
+            )
+        assert self._away is not None
+        return self._away()
+
+    def _come_back(self) -> None:
+        if self._away is None or self.weight is not None:
+            return
+        with _LOCK, torch.inference_mode(False), torch.no_grad():
+            if self.weight is None and super().get("weight") is None:
+                self.alias.data = self.plain()
+                self.weight = nn.Parameter(self.alias, requires_grad=False)
+            super().__setitem__("weight", self.weight)
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "weight":
+            self._come_back()
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name == "weight":
+            self._come_back()
+        return super().get(name, default)
+
+    def items(self) -> Any:
+        self._come_back()
+        return super().items()
+
+    def values(self) -> Any:
+        self._come_back()
+        return super().values()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (self.copy(),)
+
+
+def version(parameter: Tensor) -> int:
+    """How often it was written to; what torch does not count of inference tensors."""
+    return 0 if parameter.is_inference() else parameter._version

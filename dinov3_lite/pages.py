@@ -1,0 +1,55 @@
+"""Memory that goes back to the system at once: pages of mapped files that were read, and copies for a short while."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from array import array
+
+import torch
+from torch import Tensor
+
+OF_A_FILE = 1 << 61  # Documentation/admin-guide/mm/pagemap.rst
+MADV_DONTNEED = 4
+
+
+def give_back(tensor: Tensor) -> bool:
+    """Let go of the whole pages that a tensor lies in, if all are of a mapped file and none was written to.
+
+    Returns whether they are: such a tensor takes no memory until it is read again. Memory of any other kind, and
+    all of it outside Linux, stays as it is.
+    """
+    if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return False
+    page = mmap.PAGESIZE
+    start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    first, last = -(-start // page), stop // page  # the pages at both ends may hold other tensors
+    if first >= last:
+        return False
+    entries = array("Q")
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(8 * first)
+            entries.frombytes(file.read(8 * (last - first)))
+    except (OSError, ValueError):
+        return False
+    # a page that was written to is private memory, not the file's; one that is absent may be in the swap
+    mapped = [entry & OF_A_FILE != 0 for entry in entries if entry]
+    if len(entries) < last - first or not mapped or not all(mapped):
+        return False
+    return not ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page), MADV_DONTNEED
+    )
+
+
+def rows_in_order(weight: Tensor, order: Tensor) -> Tensor:
+    """weight[order], in memory of its own, which the system has back with the last reference.
+
+    What the C library's heap has back lies between what came later, and fits nothing of another size.
+    """
+    if weight.device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return weight[order]
+    memory = mmap.mmap(-1, max(1, weight.nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copied = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel()).view(weight.shape)
+    return torch.index_select(weight, 0, order, out=copied)

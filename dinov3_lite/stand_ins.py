@@ -1,0 +1,242 @@
+"""What stands in for a block on a CPU: the same equations in fewer passes, with weights packed as is fastest there.
+
+    x = x + gamma1 * proj(attend(rotate(qkv(norm1(x)))))
+    x = x + gamma2 * mlp(norm2(x))
+
+What is small is cast to float32 once, when the stand-in is made. Rows of the queries' and keys' weights change places,
+so that the two numbers which RoPE rotates lie side by side: one product of complex numbers then rotates them all, and
+the scores, sums over all numbers of a head, are the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import ATTENTION
+from .attention_ways import ATTENTIONS, Attend, ways_of_attention
+from .choices import Choices
+from .convnext import ConvNeXtBlock
+from .folding import copy_sharing_weights
+from .layers import Block, GatedMlp, LayerNorm, Mlp
+from .lent import Lent
+from .packing import Tokens, unpack
+from .pages import rows_in_order
+from .prepacked import PRODUCTS, Product, ways_of_products
+from .rope import apply_rope
+from .stopwatch import Calls
+
+ANY_ROWS = (200, 1000)
+"""Where sizes are free, products are timed with as many rows as one image of 224 or of 512 pixels has tokens."""
+ANY_TOKENS = (256, 1024, 2048)
+"""Where sizes are free, attention is timed with the nearest of these numbers of tokens."""
+
+
+class Projection(nn.Module):
+    """act(W x + b), (.., in) -> (.., out), in the way that is fastest for its shape.
+
+    dynamic: the way is for any number of rows, else for the number of the last call. order: of the rows of W and b.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, choices: Choices, dynamic: bool, act: str = "", order: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.choices, self.dynamic, self.act, self.order = choices, dynamic, act, order
+        self.lent = Lent.of(linear)
+        bias = linear.bias
+        self.bias = None if bias is None else bias.detach() if order is None else bias.detach()[order]
+        self.held: tuple[int | None, Any] = (-1, None)  # number of rows, product: replaced as one, for threads
+        self.lock = threading.RLock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        held_for, product = self.held
+        if held_for is not None and held_for != rows:
+            if not rows:
+                return x.new_empty(*x.shape[:-1], self.lent.plain().shape[0])
+            product = self._hold(None if self.dynamic else rows)
+        planned = self.choices.planned_rows(rows) if product.plans_rows else rows
+        if planned == rows:
+            return product(x)
+        padded = F.pad(x.reshape(rows, -1), (0, 0, 0, planned - rows))
+        return product(padded)[:rows].unflatten(0, x.shape[:-1])
+
+    def _hold(self, rows: int | None) -> Product:
+        """Pack the weight for so many rows, or for any, and let go of the plain one."""
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            held_for, product = self.held
+            if product is None or held_for != rows:
+                weight = self.lent.plain()
+                made = PRODUCTS[way_of_product(self.choices, weight, self.act, rows)]
+                ordered = weight if self.order is None else rows_in_order(weight, self.order)
+                product = made(ordered, self.bias, self.act, rows)
+                self.held = rows, product
+                self.lent.lend(partial(_in_order, product.unpack, self.order))
+            return product
+
+
+def _in_order(unpack: Callable[[], Tensor], order: Tensor | None) -> Tensor:
+    weight = unpack()
+    return weight if order is None else torch.empty_like(weight).index_copy_(0, order, weight)
+
+
+def way_of_product(choices: Choices, weight: Tensor, act: str, rows: int | None) -> str:
+    """The fastest way of multiplying so many rows, or any number, by a weight of this shape and dtype."""
+    n_out, n_in = weight.shape
+    dtype = str(weight.dtype).removeprefix("torch.")
+    count = "any" if rows is None else rows
+    question = f"product {n_in} to {n_out}{f', {act}' if act else ''}, {count} rows, {dtype}"
+
+    def prepare(way: str) -> Calls:
+        product = PRODUCTS[way](weight, _random(weight.dtype, n_out), act, rows)
+        sizes = ANY_ROWS if rows is None else (rows,)
+        return [partial(product, _random(weight.dtype, 1, size, n_in)) for size in sizes]
+
+    return choices.way(question, ways_of_products(weight.dtype, rows is None), prepare)
+
+
+def way_of_attention(choices: Choices, q: Tensor, dynamic: bool) -> Attend:
+    """The fastest way of attending with queries like these, (B, N, heads, D), or about as many where sizes are free."""
+    B, N, heads, D = q.shape
+    if dynamic:
+        B, N = min(B, 2), min(ANY_TOKENS, key=lambda tokens: abs(tokens - N))
+    dtype = str(q.dtype).removeprefix("torch.")
+    about = "about " if dynamic else ""
+    question = f"attention {about}{B} x {N} tokens, {heads} heads of {D}, {dtype}"
+
+    def prepare(way: str) -> Calls:
+        return [partial(ATTENTIONS[way], *_random(q.dtype, B, min(N, ANY_TOKENS[-1]), 3, heads, D).unbind(2))]
+
+    return ATTENTIONS[choices.way(question, ways_of_attention(q.dtype), prepare)]
+
+
+def _random(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Numbers of its own generator: measuring changes nobody's random numbers."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+
+
+class PreparedAttention:
+    """The attention of one call, for each of its sequences: in the way that was chosen, or as `name` says."""
+
+    def __init__(self, tokens: Tokens, name: str, choices: Choices, dynamic: bool) -> None:
+        self.rotation = torch.complex(tokens.cos, tokens.sin).unsqueeze(-2)  # (.., N, 1, D/2)
+        self.shapes = tokens.shapes
+        self.name, self.choices, self.dynamic = name, choices, dynamic
+        self.chosen: dict[torch.Size, Attend] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """As any attention function, for a block that runs as it is."""
+        return self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+
+    def of_pairs(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """Of a fused projection whose queries and keys lie pair by pair: (B, N, 3C) -> (B, N, C)."""
+        C = qkv.shape[-1] // 3
+        rotated = rotate_pairs(qkv[..., : 2 * C].unflatten(-1, (2 * num_heads, -1)), self.rotation)
+        q, k = rotated.chunk(2, dim=-2)
+        return self.attend(q, k, qkv[..., 2 * C :].unflatten(-1, (num_heads, -1))).flatten(-2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Of queries and keys that are rotated: (B, N, heads, D), or packed."""
+        if self.shapes is None:
+            return self._one_size(q, k, v)
+        batches = zip(*(unpack(x.squeeze(0), self.shapes) for x in (q, k, v)), strict=True)
+        return torch.cat([self._one_size(*batch).flatten(0, 1) for batch in batches]).unsqueeze(0)
+
+    def _one_size(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.name == "auto":
+            if q.shape not in self.chosen:
+                self.chosen[q.shape] = way_of_attention(self.choices, q, self.dynamic)
+            return self.chosen[q.shape](q, k, v)
+        still = self.rotation.real.new_ones(q.shape[1], q.shape[-1] // 2)
+        return ATTENTION[self.name](q, k, v, still, torch.zeros_like(still))  # what is rotated stays where it is
+
+
+def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
+    """Numbers 2i and 2i + 1 of a head, together, times the i-th complex number of the token: (.., D) -> (.., D)."""
+    pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+def pair_by_pair(num_heads: int, channels: int) -> Tensor:
+    """The order of a fused projection's rows in which a head's i-th and (i + D/2)-th query and key are neighbours."""
+    rows = torch.arange(3 * channels)
+    qk = rows[: 2 * channels].view(2 * num_heads, 2, -1).transpose(1, 2).flatten()
+    return torch.cat((qk, rows[2 * channels :]))
+
+
+class FastMlp(nn.Module):
+    """fc2(act(fc1(x))), with the activation in the first product's own call where that can be."""
+
+    def __init__(self, mlp: Mlp, choices: Choices, dynamic: bool) -> None:
+        super().__init__()
+        self.fc1 = Projection(mlp.fc1, choices, dynamic, mlp.act)
+        self.fc2 = Projection(mlp.fc2, choices, dynamic)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x))
+
+
+class FastGatedMlp(nn.Module):
+    """w3(act(w1 x) * (w2 x))."""
+
+    def __init__(self, mlp: GatedMlp, choices: Choices, dynamic: bool) -> None:
+        super().__init__()
+        self.act = getattr(F, mlp.act)
+        self.w12 = Projection(mlp.w12, choices, dynamic)
+        self.w3 = Projection(mlp.w3, choices, dynamic)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(self.act(gate).mul_(value))
+
+
+class FastBlock(nn.Module):
+    """A ViT's block: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, block: Block, choices: Choices, dynamic: bool) -> None:
+        super().__init__()
+        attn = block.attn
+        self.num_heads = attn.num_heads
+        self.norm1, self.norm2 = FastNorm(block.norm1), FastNorm(block.norm2)
+        self.gamma1, self.gamma2 = block.ls1.gamma.detach().float(), block.ls2.gamma.detach().float()
+        order = pair_by_pair(attn.num_heads, attn.qkv.in_features)
+        self.qkv = Projection(attn.qkv, choices, dynamic, order=order)
+        self.proj = Projection(attn.proj, choices, dynamic)
+        fast = FastGatedMlp if isinstance(block.mlp, GatedMlp) else FastMlp
+        self.mlp = fast(block.mlp, choices, dynamic)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: PreparedAttention) -> Tensor:
+        attended = attention.of_pairs(self.qkv(self.norm1(x)), self.num_heads)
+        x = torch.addcmul(x, self.proj(attended), self.gamma1).to(x.dtype)
+        return x.addcmul_(self.mlp(self.norm2(x)), self.gamma2)  # nobody else holds this sum
+
+
+class FastNorm(nn.Module):
+    """LayerNorm in float32, or of a narrower x in float32 inside, returned in the weights' dtype."""
+
+    def __init__(self, norm: LayerNorm) -> None:
+        super().__init__()
+        self.shape, self.eps, self.dtype = norm.normalized_shape, norm.eps, norm.weight.dtype
+        self.weight, self.bias = norm.weight.detach().float(), norm.bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return torch.layer_norm(x, self.shape, self.weight.to(wide), self.bias.to(wide), self.eps).to(self.dtype)
+
+
+def stand_in(block: nn.Module, choices: Choices, dynamic: bool) -> nn.Module:
+    """What computes the same as this block, packed when it first runs."""
+    if isinstance(block, Block):
+        return FastBlock(block, choices, dynamic)
+    assert isinstance(block, ConvNeXtBlock)
+    copied = copy_sharing_weights(block)
+    copied.mlp = FastMlp(block.mlp, choices, dynamic)
+    return copied

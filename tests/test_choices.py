@@ -1,0 +1,252 @@
+"""Ways of computing are measured where they run, kept on disk, told and pinned; every way keeps the numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY, TINY_GATED, relative_error, write_checkpoint
+
+from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, attention_ways, choices, optimize_for_inference, stopwatch
+from dinov3_lite.attention_ways import ATTENTIONS, ways_of_attention
+from dinov3_lite.choices import Answer, Choices
+from dinov3_lite.prepacked import available, ways_of_products
+from dinov3_lite.stand_ins import pair_by_pair
+
+DTYPES = [d for d in (torch.float32, torch.bfloat16, torch.float16) if available(torch.empty(0, dtype=d))]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, of a process that knows nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(choices, "_KNOWN", {})
+    return tmp_path / "cache" / "dinov3_lite"
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """The ways that were timed, all of which take the same time but for `onednn`, `mkl` and `products, 1 head`."""
+    asked: list[str] = []
+
+    def least_seconds(ways):
+        asked.append(", ".join(ways))
+        times = {"onednn": 2.0, "mkl": 1.0, "products, 1 head": 1.5}
+        return {way: [times.get(way, 3.0)] * len(calls) for way, calls in ways.items()}
+
+    monkeypatch.setattr(choices, "least_seconds", least_seconds)
+    return asked
+
+
+@pytest.fixture(params=[TINY, TINY_GATED], ids=["mlp", "gated"])
+def model(request, tmp_path) -> DINOv3ViT:
+    return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, request.param))
+
+
+@pytest.mark.parametrize("scores", [1 << 21, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ATTENTIONS)
+def test_every_way_of_attention_is_attention(way, dtype, scores, monkeypatch):
+    """Views of a fused projection, heads that are no multiple of four; with room for a few queries' scores, too."""
+    monkeypatch.setattr(attention_ways, "SCORES", scores)
+    for B, N, heads, D in ((2, 29, 6, 16), (1, 130, 3, 80)):
+        q, k, v = torch.randn(B, N, 3, heads, D).to(dtype).unbind(2)
+        wide_q, wide_k, wide_v = (x.double().transpose(1, 2) for x in (q, k, v))
+        truth = ((wide_q @ wide_k.transpose(2, 3)) * D**-0.5).softmax(-1) @ wide_v
+        out = ATTENTIONS[way](q, k, v)
+        assert out.shape == q.shape and out.dtype == dtype
+        fused = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        # scores in half precision are rounded once, as queries and keys are
+        bound = 1.5 if dtype == torch.float32 else 2.0
+        assert relative_error(out.transpose(1, 2), truth) <= bound * relative_error(fused, truth), way
+
+
+def test_the_first_way_is_taken_unless_another_is_faster(cache, measured):
+    answers = Choices()
+    assert answers.way("product a", ["onednn", "mkl", "plain"], lambda way: [id]) == "mkl"
+    assert answers.way("product b", ["onednn", "plain"], lambda way: [id, id]) == "onednn"
+    assert answers.way("product c", ["plain"], lambda way: [id]) == "plain"  # nothing to measure
+    assert len(measured) == 2
+    answer = answers.answers["product a"]
+    assert answer == Answer("mkl", {"onednn": 2000.0, "mkl": 1000.0, "plain": 3000.0})
+    assert str(answer) == "mkl 1e+03 ms; onednn 2e+03 ms (2.00 times), plain 3e+03 ms (3.00 times)"
+
+
+@pytest.mark.parametrize(("second", "way"), [(0.99, "first"), (0.9, "second")])
+def test_what_is_level_with_the_first_way_is_not_taken(second, way, cache, monkeypatch):
+    """Sizes count alike: the second way wins by 10 % or by 1 % at both, and not by its seconds at the longer one."""
+    monkeypatch.setattr(
+        choices, "least_seconds", lambda ways: {"first": [1.0, 100.0], "second": [second, second * 100]}
+    )
+    assert Choices().way("product", ["first", "second"], lambda _: [id, id]) == way
+    monkeypatch.setattr(choices, "least_seconds", lambda ways: {"first": [1.0, 100.0], "second": [1.5, 90.0]})
+    assert Choices().way("product, other", ["first", "second"], lambda _: [id, id]) == "first"
+
+
+def test_time_is_the_least_of_interleaved_rounds(monkeypatch):
+    """By a clock of ours: what a busy machine adds once doesn't count, and what is hopeless is not run for long."""
+    now, calls = [0.0], {"quick": 0, "slow": 0, "unlucky": 0}
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
+
+    def take(way, seconds):
+        def call():
+            calls[way] += 1
+            now[0] += seconds + (1.0 if way == "unlucky" and calls[way] in (1, 2) else 0.0)
+
+        return [call]
+
+    ways = {"quick": take("quick", 0.001), "slow": take("slow", 0.0025), "unlucky": take("unlucky", 0.0005)}
+    least = stopwatch.least_seconds(ways)
+    assert {way: pytest.approx(seconds) for way, seconds in least.items()} == {
+        "quick": [0.001],
+        "slow": [0.0025],
+        "unlucky": [0.0005],
+    }
+    assert calls["slow"] == 3
+
+
+def test_answers_are_measured_once_and_kept(cache, measured, model):
+    images = torch.randn(1, 3, 16, 24)
+    first = optimize_for_inference(model, dynamic=False)
+    assert first.choices == {} and first.explain() == ""
+    first(images)
+    assert len(measured) == len(first.choices) == 5  # four products and an attention: none of oneDNN's
+    again = optimize_for_inference(model, dynamic=False)
+    again(images)
+    assert len(measured) == 5 and again.choices == first.choices
+    choices._KNOWN.clear()  # as in another process
+    later = optimize_for_inference(DINOv3ViTBackbone(model).eval(), dynamic=False)
+    later(images)
+    assert len(measured) == 5 and later.choices == first.choices
+    assert later.explain() == first.explain() and "products, 1 head 1.5e+03 ms; sdpa 3e+03 ms" in first.explain()
+    (file,) = cache.iterdir()  # and nothing beside it
+    assert set(json.loads(file.read_text())) == set(first.choices)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"product": 3}', b"\xff", None], ids=str)
+def test_a_damaged_cache_is_measured_anew(damage, cache, measured, model):
+    optimize_for_inference(model)(torch.randn(1, 3, 16, 24))
+    (file,) = cache.iterdir()
+    whole = file.read_text()
+    if damage is None:
+        answers = {question: ["nothing that we have", {"nothing that we have": 1.0}] for question in json.loads(whole)}
+        damage = json.dumps(answers).encode()
+    file.write_bytes(damage)
+    choices._KNOWN.clear()
+    optimize_for_inference(model)(torch.randn(1, 3, 16, 24))
+    assert len(measured) == 10 and json.loads(file.read_text()) == json.loads(whole)
+
+
+def test_a_cache_that_can_not_be_written_is_no_failure(cache, measured, model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        fast = optimize_for_inference(model)
+        fast(torch.randn(1, 3, 16, 24))
+    assert len(measured) == 5 and len(fast.choices) == 6  # and the number of rows
+
+
+def test_another_machine_measures_for_itself(cache, measured, monkeypatch):
+    def ask():
+        Choices().way("product", ["onednn", "plain"], lambda way: [id])
+
+    ask()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        ask()
+    finally:
+        torch.set_num_threads(threads)
+    ask()
+    assert len(measured) == 2
+    monkeypatch.setattr(choices, "_processor", lambda: "another")
+    ask()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    ask()
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    ask()
+    assert len(measured) == 5 and len(list(cache.iterdir())) == 5
+
+
+def test_an_answer_does_not_change_within_a_process(cache, measured):
+    def ask() -> str:
+        return Choices().way("product", ["onednn", "plain"], lambda way: [id])
+
+    assert ask() == "onednn"
+    (file,) = cache.iterdir()
+    file.write_text(json.dumps({"product": ["plain", {"plain": 1.0, "onednn": 2.0}]}))
+    assert ask() == "onednn"
+    Choices().way("product, other", ["onednn", "plain"], lambda way: [id])
+    assert json.loads(file.read_text())["product"][0] == "onednn"
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_pinned_choices_give_the_same_bits(dtype, dynamic, cache, model):
+    """Whatever else ran before, and whatever this machine would measure; each way computes the model."""
+    model = model.to(dtype)
+    images, others = torch.randn(2, 3, 16, 24), torch.randn(1, 3, 32, 24)
+    fast = optimize_for_inference(model, dynamic=dynamic)
+    truth = model.double()(images).last_hidden_state
+    model.to(dtype)
+    fast(images)
+    bound = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for product in ways_of_products(dtype, dynamic):
+        for attention in ways_of_attention(dtype):
+            pinned = {"product": product, "attention": attention, "rows": "as they are"}
+            pinned = {question: pinned[question.split()[0]] for question in fast.choices}
+            first, second = (optimize_for_inference(model, dynamic=dynamic, choices=pinned) for _ in range(2))
+            out = first(images).last_hidden_state
+            second(others)
+            assert torch.equal(second(images).last_hidden_state, out)
+            assert {**second.choices, **pinned} == second.choices
+            assert relative_error(out, truth) < bound
+            assert "not measured" in first.explain()
+
+
+def test_a_choice_that_there_is_not_is_refused(cache, model):
+    fast = optimize_for_inference(model)
+    fast(torch.randn(1, 3, 16, 24))
+    question = next(iter(fast.choices))
+    wrong = optimize_for_inference(model, choices={question: "mkl"})  # which holds for one number of rows
+    with pytest.raises(ValueError, match=r"choices\['product 32 to 96, any rows, float32'\] is 'mkl': expected one of"):
+        wrong(torch.randn(1, 3, 16, 24))
+
+
+@torch.no_grad()
+def test_rows_are_rounded_up_once_many_were_seen(cache, model):
+    """Which are not is a choice like others: with the same ones, other rows are rounded whatever ran before."""
+    fast = optimize_for_inference(model, choices=Onednn())
+    sizes = [torch.randn(1, 3, 8, 8 * n) for n in range(1, 19)]
+    outputs = [fast(images).last_hidden_state for images in sizes]
+    seen = [question for question in fast.choices if question.startswith("rows")]
+    prefix = model.num_prefix_tokens
+    assert seen == [f"rows {prefix + n}" for n in range(1, 17)]
+    assert fast._choices.planned_rows(prefix + 17) % 16 == 0 and fast._choices.planned_rows(1001) == 1024
+    for images, output in zip(sizes, outputs, strict=True):
+        assert relative_error(output, model(images).last_hidden_state) < 2e-6
+    again = optimize_for_inference(model, choices=fast.choices)
+    for images, output in list(zip(sizes, outputs, strict=True))[::-1]:
+        assert torch.equal(again(images).last_hidden_state, output)
+    assert again.choices == fast.choices
+
+
+class Onednn(dict):
+    """Choices that answer every question about a product with oneDNN."""
+
+    def get(self, question, default=None):
+        return "onednn" if question.startswith("product") else default
+
+
+def test_measuring_draws_no_random_numbers(cache, model):
+    state = torch.get_rng_state()
+    optimize_for_inference(model)(torch.ones(1, 3, 16, 24))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pair_by_pair():
+    """Of two heads of four numbers: what RoPE rotates together, 0 with 2 and 1 with 3, are neighbours."""
+    assert pair_by_pair(2, 8).tolist() == [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, *range(16, 24)]

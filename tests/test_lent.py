@@ -1,0 +1,223 @@
+"""A prepared model holds its weights once, packed; whoever asks gets them plain, and what is written is followed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import TINY, TINY_GATED, relative_error, run_python, write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from convert import convert
+from dinov3_lite import DINOv3ViT, optimize_for_inference
+from dinov3_lite.lent import Lent
+from dinov3_lite.pages import give_back
+from dinov3_lite.prepacked import ways_of_products
+
+IMAGES = torch.randn(2, 3, 16, 24)
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux which pages are a file's")
+
+
+def away(model: nn.Module) -> int:
+    """How many weights are packed alone."""
+    return sum(dict.get(vars(m)["_parameters"], "weight", 0) is None for m in model.modules())
+
+
+def made(config=TINY) -> DINOv3ViT:
+    model = DINOv3ViT(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def alone(config=TINY, dtype=torch.float32, **options):
+    """A prepared model that ran, the only one to hold its weights, and copies of those."""
+    model = made(config).to(dtype)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fast = optimize_for_inference(model, **options)
+    del model
+    gc.collect()
+    fast(IMAGES)
+    assert away(fast) == 4 * config.num_hidden_layers
+    return fast, state
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["mlp", "gated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_come_back_exactly_from_every_layout_and_go_again(config, dtype):
+    for way in ways_of_products(dtype, for_any_rows=False):
+        fast, state = alone(config, dtype, dynamic=False)
+        pinned = {question: way if "product" in question else answer for question, answer in fast.choices.items()}
+        fast, state = alone(config, dtype, dynamic=False, choices=pinned)
+        out = fast(IMAGES).last_hidden_state
+        for _ in range(2):
+            now = fast.state_dict()
+            assert now.keys() == state.keys() and all(torch.equal(now[name], state[name]) for name in state), way
+            assert not away(fast) and len(list(fast.parameters())) == len(list(DINOv3ViT(config).parameters()))
+            assert torch.equal(fast(IMAGES).last_hidden_state, out) and away(fast) == 4 * config.num_hidden_layers
+        other = torch.randn(1, 3, 32, 32)  # other rows: packed anew
+        assert fast(other).grid == (4, 4)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in fast.state_dict().items())
+
+
+def test_what_holds_a_weight_keeps_it():
+    fast, state = alone()
+    weight = fast.blocks[1].mlp.fc2.weight
+    assert type(weight) is nn.Parameter and not weight.requires_grad
+    before = fast(IMAGES).last_hidden_state
+    assert fast.blocks[1].mlp.fc2.weight.data_ptr() == weight.data_ptr()
+    with torch.no_grad():
+        weight.mul_(2.0)  # written to by who held it, after the model let go of it
+    expected = DINOv3ViT(TINY)
+    expected.load_state_dict({**state, "blocks.1.mlp.fc2.weight": state["blocks.1.mlp.fc2.weight"] * 2})
+    truth = expected.eval()(IMAGES).last_hidden_state
+    assert relative_error(fast(IMAGES).last_hidden_state, truth) < 2e-6 < relative_error(before, truth)
+
+
+@torch.no_grad()
+def test_what_is_written_while_nobody_runs_is_followed():
+    fast, _ = alone()
+    truth, other = made(), made().state_dict()
+    for change in (
+        lambda m: m.blocks[0].attn.qkv.weight.mul_(1.5),
+        lambda m: m.load_state_dict(other),
+        lambda m: setattr(m.blocks[0].mlp.fc1, "weight", nn.Parameter(torch.ones(64, 32))),
+        lambda m: setattr(m.blocks[2].mlp.fc1.weight, "data", torch.ones(64, 32)),
+        lambda m: m.get_parameter("blocks.1.attn.proj.weight").copy_(torch.eye(32)),
+    ):
+        truth.load_state_dict(fast.state_dict())
+        change(truth)
+        change(fast)
+        assert relative_error(fast(IMAGES).last_hidden_state, truth(IMAGES).last_hidden_state) < 2e-6
+        assert away(fast) == 4 * TINY.num_hidden_layers
+
+
+@torch.no_grad()
+def test_weights_that_changed_and_are_gone_are_an_error():
+    model = made()
+    fast = optimize_for_inference(model)
+    fast(IMAGES)
+    model.blocks[0].mlp.fc1.weight.mul_(2.0)
+    expected = model(IMAGES).last_hidden_state
+    assert relative_error(fast(IMAGES).last_hidden_state, expected) < 2e-6
+    model.blocks[0].mlp.fc1.weight.mul_(2.0)
+    del model
+    gc.collect()
+    with pytest.raises(RuntimeError, match="weights were changed in the model that this one was prepared from"):
+        fast(IMAGES)
+
+
+def test_copies_moves_and_files_are_whole(tmp_path):
+    fast, state = alone()
+    out = fast(IMAGES).last_hidden_state
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.copy(fast)):
+        assert torch.equal(twin(IMAGES).last_hidden_state, out) and torch.equal(fast(IMAGES).last_hidden_state, out)
+    reloaded = DINOv3ViT.from_pretrained(fast.save_pretrained(tmp_path / "saved"))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in reloaded.state_dict().items())
+    fast(IMAGES)
+    half = fast.to(torch.bfloat16)
+    truth = DINOv3ViT(TINY).eval()
+    truth.load_state_dict(state)
+    with torch.no_grad():
+        expected = truth.to(torch.bfloat16)(IMAGES).last_hidden_state
+    assert half.dtype == torch.bfloat16 and relative_error(half(IMAGES).last_hidden_state, expected) < 1e-2
+    assert all(torch.equal(t, state[name].to(t.dtype)) for name, t in half.state_dict().items())
+
+
+def test_a_prepared_model_compiles_after_it_ran():
+    torch._dynamo.reset()
+    fast, _ = alone()
+    out = fast(IMAGES).last_hidden_state
+    assert relative_error(torch.compile(fast, backend="eager")(IMAGES).last_hidden_state, out) < 2e-6
+    assert torch.equal(fast(IMAGES).last_hidden_state, out)
+
+
+def test_parameters_are_a_dict_like_any_other():
+    linear = nn.Linear(3, 2)
+    expected = dict(linear._parameters)
+    lent = Lent.of(linear)
+    weight = linear.weight.detach().clone()
+    lent.lend(lambda: weight.clone())
+    del expected["weight"]
+    gc.collect()
+    assert dict.get(lent, "weight") is None and list(lent) == ["weight", "bias"]
+    for read in (
+        lambda: lent["weight"],
+        lambda: lent.get("weight"),
+        lambda: dict(lent.items())["weight"],
+        lambda: next(iter(lent.values())),
+        lambda: lent.copy()["weight"],
+        lambda: copy.deepcopy(lent)["weight"],
+        lambda: linear.weight,
+        lambda: linear.state_dict()["weight"],
+    ):
+        assert torch.equal(read(), weight)
+        lent.watched()
+        assert dict.get(lent, "weight") is None
+    assert lent.get("nothing", 3) == 3
+    Lent.undo(linear)
+    assert type(linear._parameters) is dict and torch.equal(linear.weight, weight)
+
+
+@linux
+def test_pages_of_a_file_are_given_back_unless_written_to(tmp_path):
+    numbers = torch.randn(64, 4096)
+    save_file({"a": numbers, "b": numbers}, tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        a, b = file.get_tensor("a"), file.get_tensor("b")
+
+    def resident() -> int:
+        """Of the file's pages, KiB."""
+        with open("/proc/self/smaps") as maps:
+            lines = iter(maps)
+            return sum(
+                int(next(line for line in lines if line.startswith("Rss")).split()[1])
+                for head in lines
+                if "x.safetensors" in head
+            )
+
+    assert torch.equal(a, numbers) and torch.equal(b, numbers)
+    if not give_back(a):
+        pytest.skip("this system does not tell which pages are a file's")
+    assert resident() < 1.1 * numbers.nbytes / 1024
+    assert torch.equal(a, numbers)
+    b[3] = 1.0
+    assert not give_back(b) and b[3].eq(1.0).all()
+    assert not give_back(torch.randn(64, 4096)) and not give_back(torch.randn(3)) and not give_back(a.t())
+
+
+@linux
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["transformers", "lite"])
+def test_weights_are_held_once_while_preparing_too(layout, dtype, tmp_path):
+    """A process's peak, in units of the weights; the choices are known from a first process."""
+    config = replace(TINY, hidden_size=768, num_attention_heads=12, intermediate_size=3072, num_hidden_layers=8)
+    folder = write_checkpoint(tmp_path / "model", config)
+    source = folder if layout == "transformers" else convert(folder, tmp_path / "model.safetensors")
+    code = f"""
+import torch
+from dinov3_lite import DINOv3ViT, optimize_for_inference
+def mib(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+torch.nn.Linear(2, 2).to(torch.bfloat16)(torch.zeros(2, 2, dtype=torch.bfloat16))
+before = mib("VmRSS")
+fast = optimize_for_inference(DINOv3ViT.from_pretrained({str(source)!r}, dtype=torch.{dtype}), dynamic=False)
+with torch.inference_mode():
+    fast(torch.randn(1, 3, 16, 16))
+    fast(torch.randn(1, 3, 16, 16))
+peak = mib("VmHWM") - before
+print(peak / (sum(p.nbytes for p in DINOv3ViT(fast.config).to(torch.{dtype}).parameters()) / 2**20))
+"""
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for _ in range(2):
+        done = run_python(code, env=env)
+        assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.15
