@@ -120,7 +120,7 @@ def test_answers_are_measured_once_and_kept(cache, measured, model):
     later = optimize_for_inference(DINOv3ViTBackbone(model).eval(), dynamic=False)
     later(images)
     assert len(measured) == 5 and later.choices == first.choices
-    assert later.explain() == first.explain() and "products, 1 head 1.5e+03 ms; sdpa 3e+03 ms" in first.explain()
+    assert later.explain() == first.explain() and "float32: products, 1 head 1.5e+03 ms; " in first.explain()
     (file,) = cache.iterdir()  # and nothing beside it
     assert set(json.loads(file.read_text())) == set(first.choices)
 
@@ -202,7 +202,8 @@ def test_pinned_choices_give_the_same_bits(dtype, dynamic, cache, model):
             out = first(images).last_hidden_state
             second(others)
             assert torch.equal(second(images).last_hidden_state, out)
-            assert {**second.choices, **pinned} == second.choices
+            ways = {question: way for question, way in pinned.items() if not question.startswith("rows")}
+            assert ways.items() <= second.choices.items()
             assert relative_error(out, truth) < bound
             assert "not measured" in first.explain()
 
