@@ -143,6 +143,8 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
             traffic, and their error.
     """
 
+    _no_split_modules = ("ConvNeXtBlock",)  # what accelerate leaves whole
+
     def __init__(self, config: DINOv3ConvNeXtConfig, patch_size: int | None = None) -> None:
         super().__init__()
         self.config = config

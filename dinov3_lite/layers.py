@@ -121,13 +121,19 @@ class QKVProjection(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (bias := destination.pop(f"{prefix}bias", None)) is not None:
             thirds = zip(self.has_bias.items(), bias.chunk(3), strict=True)
-            destination.update({f"{prefix}{name}": third for (name, present), third in thirds if present})
+            destination.update({f"{prefix}{name}": _with_own_storage(t) for (name, present), t in thirds if present})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
     ) -> None:
-        """Also takes `bias` whole, as `named_parameters` names it."""
+        """Also takes `bias` whole, as `named_parameters` names it.
+
+        Where all thirds are there, they count: `torch.distributed.checkpoint.state_dict` and accelerate put the
+        parameter as it is beside what they were given.
+        """
         names = [f"{prefix}{name}" for name, present in self.has_bias.items() if present]
+        if names and all(name in state_dict for name in names):
+            state_dict.pop(f"{prefix}bias", None)
         if names and f"{prefix}bias" not in state_dict:
             absent = [name for name in names if name not in state_dict]
             missing.extend(absent if strict else [])
@@ -144,6 +150,12 @@ class QKVProjection(nn.Linear):
                 if not present and third.any():
                     others[-1].append(f"{prefix}bias is not zero in the third {name}, which the config does not have")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+
+
+def _with_own_storage(view: Tensor) -> Tensor:
+    """The same memory, as a tensor that shares its storage with none: accelerate and safetensors save only such."""
+    is_plain = type(view) is Tensor and view.device.type in ("cpu", "cuda") and not view.requires_grad
+    return torch.from_dlpack(view) if is_plain and not torch.compiler.is_compiling() else view
 
 
 class SelfAttention(nn.Module):

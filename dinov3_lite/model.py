@@ -88,6 +88,8 @@ class DINOv3ViT(features.Sizes, Pretrained):
     features then change from call to call, as in both references.
     """
 
+    _no_split_modules = ("Block",)  # what accelerate leaves whole: x flows around its parts
+
     def __init__(self, config: DINOv3Config, attention: str = "auto") -> None:
         super().__init__()
         resolve_attention(attention)

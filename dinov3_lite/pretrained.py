@@ -86,13 +86,14 @@ class Origin:
         if not self.samples:
             return True
         samples, writes = dict(_samples(model)), _writes(model)
-        if self.samples.keys() != samples.keys():
+        offloaded = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        if self.samples.keys() - offloaded != samples.keys():
             return False
         for name, (tensor, count) in self.writes.items():
             now, count_now = writes[name]
             if tensor() is now() and count != count_now:
                 return False
-        return all(torch.equal(sample.to(samples[name].dtype), samples[name]) for name, sample in self.samples.items())
+        return all(torch.equal(self.samples[name].to(sample.dtype), sample) for name, sample in samples.items())
 
     def __deepcopy__(self, memo: Any) -> Origin:
         return self

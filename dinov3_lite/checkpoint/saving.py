@@ -200,7 +200,7 @@ def save_model(model: nn.Module, path: Path, layout_name: str, dtype: torch.dtyp
 
 def checkpoint_of(model: Any) -> Checkpoint:
     """A model's state as a checkpoint in memory. Raises ValueError if it is not the state of a model of its config."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: _here(name, tensor) for name, tensor in model.state_dict().items()}
     stored = {name: StoredTensor.in_memory(name, tensor) for name, tensor in state.items()}
     table = LITE.table(model.config)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -213,6 +213,15 @@ def checkpoint_of(model: Any) -> Checkpoint:
     card = (model.card or Card())._replace(config=config, digest="", source_digest="", source_layout="")
     spans = match(Path(f"the {type(model).__name__}"), table, config, stored)
     return Checkpoint(Path(), LITE, card, spans, {}, {})
+
+
+def _here(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device and holds no numbers: save before a model is offloaded, or after "
+            "accelerate.hooks.remove_hook_from_submodules(model)"
+        )
+    return tensor.detach().cpu().contiguous()
 
 
 def save(folder: Path, files: Files, on_bytes: OnBytes = lambda count: None, *, obsolete: Iterable[Path] = ()) -> None:
