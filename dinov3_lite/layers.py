@@ -163,17 +163,17 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.qkv = QKVProjection(config)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (B, N, heads, D) each
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (B, N, heads, D) each
         return self.proj(attention(q, k, v, cos, sin).flatten(-2))
 
     def cls_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The weights softmax(scale q k^T) of the CLS token's query: (B, heads, N), in the tables' dtype."""
-        q, k, _ = self.qkv(x).to(cos.dtype).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        q, k, _ = self.qkv(x).to(cos.dtype).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], apply_rope(k, cos, sin))  # a prefix token is not rotated
             return (scores * q.shape[-1] ** -0.5).softmax(dim=-1)

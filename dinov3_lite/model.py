@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from .layers import Block, LayerNorm, PatchEmbed
 from .packing import PackedAttention, Tokens, pack, unpack
 from .pretrained import Pretrained
 from .rope import RotaryEmbedding2D, rope_periods
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class DINOv3Output(NamedTuple):
@@ -146,6 +149,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
         subfolder: str | None = None,
         num_channels: int | None = None,
         channel_rule: str = "repeat",
+        mesh: DeviceMesh | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -158,6 +162,8 @@ class DINOv3ViT(features.Sizes, Pretrained):
         device: to load to; None is the CPU. attention: see the class.
         prefix: before the names of the backbone that is meant, of several (None: see `checkpoint.choose`).
         num_channels: of the images, if others; channel_rule: "repeat" or "mean", see `dinov3_lite.checkpoint.channels`.
+        mesh: of devices to shard the model over, with dims "fsdp", "tp" or ("fsdp", "tp"), see `dinov3_lite.sharding`:
+            each process reads its own part of the weights.
         subfolder: of the source. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged or of another architecture.
@@ -167,15 +173,22 @@ class DINOv3ViT(features.Sizes, Pretrained):
         on_hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         path = locate(source, subfolder=subfolder, **on_hub)  # type: ignore[arg-type]
         opened = with_channels(open_checkpoint(path, prefix=prefix), num_channels, channel_rule)
-        return cls.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)
+        return cls.from_checkpoint(opened, attention, mesh, dtype=dtype, device=device)
 
     @classmethod
-    def from_checkpoint(cls, opened: Checkpoint, attention: str = "auto", **options: Any) -> DINOv3ViT:
+    def from_checkpoint(
+        cls, opened: Checkpoint, attention: str = "auto", mesh: DeviceMesh | None = None, **options: Any
+    ) -> DINOv3ViT:
         """The model of an opened checkpoint: see `from_pretrained`. Raises ValueError if that is a ConvNeXt's."""
         opened.check_family(DINOv3Config)
         with torch.device("meta"):
             model = cls(opened.config, attention)
-        assign(model, opened, **options)  # dtype, device
+        if mesh is None:
+            assign(model, opened, **options)  # dtype, device
+        else:
+            from .sharding.loading import assign_sharded
+
+            assign_sharded(model, opened, mesh, **options)
         model.weights_id, model.card = opened.weights_id, opened.card
         return model.eval()
 

@@ -59,9 +59,14 @@ class Pretrained(nn.Module):
             that layout is replaced. layout: lite, transformers, meta or timm. dtype: of the weights; None keeps theirs.
 
         The config follows from the modules; preprocessing, licence and note are those of the checkpoint that the model
-        was loaded from. Raises ValueError if its modules are not those of a model of its config (merge adapters first),
+        was loaded from. Of a sharded model, all processes call this: tensor by tensor is gathered, and the first one of
+        the mesh writes. Raises ValueError if its modules are not those of a model of its config (merge adapters first),
         or if the layout can't hold what they are.
         """
+        if any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
+            from .sharding.saving import save_sharded
+
+            return save_sharded(self, Path(path), layout, dtype)
         from .checkpoint.saving import save_model
 
         return save_model(self, Path(path), layout, dtype)
