@@ -33,7 +33,7 @@ def shard_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
         first, last = ("w12", "w3") if gated else ("fc1", "fc2")
         _check(f"blocks.{i}.attn", attn, (SelfAttention,), {"qkv": QKVProjection, "proj": nn.Linear})
         _check(f"blocks.{i}.mlp", mlp, (GatedMlp, Mlp), {first: nn.Linear, last: nn.Linear})
-        attn.qkv = ColumnParallelQKV(attn.qkv, mesh)
+        attn.qkv = ColumnParallelQKV(attn.qkv, 3, mesh)
         attn.__class__ = TensorParallelAttention
         attn.mesh = mesh
         mlp.add_module(first, ColumnParallel(getattr(mlp, first), 2 if gated else 1, mesh))
@@ -51,12 +51,13 @@ def _check(name: str, module: Any, types: tuple[type, ...], children: dict[str, 
         if type(part) not in expected:
             raise ValueError(
                 f"{path} is a {type(part).__module__}.{type(part).__name__}, which tensor parallelism can't cut: "
-                f"expected {' or '.join(t.__name__ for t in expected)}; merge adapters first, or shard over 'fsdp' alone"
+                f"expected {' or '.join(t.__name__ for t in expected)}; merge adapters first, or shard over 'fsdp' "
+                "alone"
             )
 
 
 class ColumnParallel(nn.Module):
-    """This process's rows of each of the matrices of a projection: (..., C) -> (..., parts * F / processes)."""
+    """Some rows of each of the matrices of a projection, this process's: (..., C) -> (..., parts * F / processes)."""
 
     def __init__(self, linear: nn.Linear, parts: int, mesh: DeviceMesh) -> None:
         super().__init__()
@@ -105,7 +106,8 @@ class TensorParallelAttention(SelfAttention):
 
     def cls_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """As SelfAttention's, of the heads of all processes: (B, heads, N)."""
-        return DTensor.from_local(super().cls_attention(x, cos, sin), self.mesh, [Shard(1)], run_check=False).full_tensor()
+        own = super().cls_attention(x, cos, sin)
+        return DTensor.from_local(own, self.mesh, [Shard(1)], run_check=False).full_tensor()
 
 
 def _draw_alike(mesh: DeviceMesh, module: nn.Module, args: Any) -> None:
@@ -126,7 +128,7 @@ def _cut(parameter: nn.Parameter, parts: int, mesh: DeviceMesh) -> nn.Parameter:
 
 
 def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Shard) -> nn.Parameter:
-    """This process's part of a parameter that it has whole, in memory of its own."""
+    """A parameter that this process has whole, cut to its own part, in memory of its own."""
     local = parameter.detach().chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].clone()
     shape, stride = parameter.shape, parameter.detach().contiguous().stride()
     tensor = DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)
