@@ -38,7 +38,7 @@ def shard_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
         attn.mesh = mesh
         mlp.add_module(first, ColumnParallel(getattr(mlp, first), 2 if gated else 1, mesh))
         for parent, name in ((attn, "proj"), (mlp, last)):
-            style = RowwiseParallel()
+            style = RowParallel()
             style.src_data_rank = None  # every process cuts what it has: nothing is sent
             parallelize_module(getattr(parent, name), mesh, style)
     model.rope_embed.register_forward_pre_hook(functools.partial(_draw_alike, mesh))
@@ -70,7 +70,7 @@ class ColumnParallel(nn.Module):
         self.bias = None if linear.bias is None else _cut(linear.bias, self.parts, self.mesh)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+        x = SumOfGradients.apply(x, self.mesh)
         return F.linear(x, self.weight.to_local().flatten(0, 1), self._local_bias())  # type: ignore[attr-defined]
 
     def _local_bias(self) -> Tensor | None:
@@ -97,6 +97,34 @@ class ColumnParallelQKV(ColumnParallel):
         zeros = torch.zeros_like(there[0])
         thirds = (zeros if bias is None else bias.to_local() for bias in (getattr(self, name) for name in self.names))
         return torch.cat(tuple(thirds))
+
+
+class RowParallel(RowwiseParallel):
+    """PyTorch's, whose sum over processes is in float32 or wider, as the residual stream is that it goes to."""
+
+    @staticmethod
+    def _prepare_output_fn(layouts: Any, use_local: bool, module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Tensor:
+        return _summed(outputs.to_local(), mesh)
+
+
+class SumOfGradients(torch.autograd.Function):
+    """The identity, of an input that all processes have, and the sum over them of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:  # type: ignore[override]
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _summed(grad, ctx.mesh).to(grad.dtype), None
+
+
+def _summed(partial: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over processes in float32 or wider: half precision would round each of the addends once more."""
+    wide = partial.to(torch.promote_types(partial.dtype, torch.float32))
+    total = DTensor.from_local(wide, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
+    return total.to_local()
 
 
 class TensorParallelAttention(SelfAttention):
