@@ -66,8 +66,8 @@ def build_dinov3_encoder(
     pretrained_path: whatever `dinov3_lite.load` reads: a ViT, or a ConvNeXt, of which nothing is resized and whose maps
         have unequal `channels`.
     freeze: no gradients, always in evaluation mode; False fine-tunes. Resizing is bilinear with align_corners=False.
-    loading: further arguments of `dinov3_lite.load`: dtype, device, attention, prefix, subfolder, revision, cache_dir,
-        local_files_only.
+    loading: further arguments of `dinov3_lite.load`: dtype, device, attention, prefix, subfolder, mesh, revision,
+        cache_dir, local_files_only.
 
     Raises what `dinov3_lite.load` does, and ValueError if the model has fewer than four blocks, and for `simple` of a
     ConvNeXt.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from .config import MODEL_TYPE
 from .convnext import DINOv3ConvNeXt
 from .features import patches_and_prefix
 from .model import DINOv3ViT
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class BackboneOutput(NamedTuple):
@@ -75,6 +78,7 @@ class DINOv3ViTBackbone(nn.Module):
         attention: str = "auto",
         prefix: str | None = None,
         subfolder: str | None = None,
+        mesh: DeviceMesh | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -88,7 +92,8 @@ class DINOv3ViTBackbone(nn.Module):
         path = locate(
             source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        model = DINOv3ViT.from_pretrained(path, dtype=dtype, device=device, attention=attention, prefix=prefix)
+        options: Any = {"dtype": dtype, "device": device, "attention": attention, "prefix": prefix, "mesh": mesh}
+        model = DINOv3ViT.from_pretrained(path, **options)
         said = _stages_of(path)
         if {"out_indices", "out_features"} & stages.keys():
             said = {name: value for name, value in said.items() if name not in ("out_indices", "out_features")}

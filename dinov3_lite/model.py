@@ -159,11 +159,9 @@ class DINOv3ViT(features.Sizes, Pretrained):
         source: a checkpoint folder or a file, in the layout of transformers, Meta, timm or our own, or a hub id. A
             converted file on the CPU is memory-mapped: pages load when first used, and training never writes to it.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
-        device: to load to; None is the CPU. attention: see the class.
+        device: to load to; None is the CPU. attention: see the class. mesh: to shard over, see `dinov3_lite.sharding`.
         prefix: before the names of the backbone that is meant, of several (None: see `checkpoint.choose`).
         num_channels: of the images, if others; channel_rule: "repeat" or "mean", see `dinov3_lite.checkpoint.channels`.
-        mesh: of devices to shard the model over, with dims "fsdp", "tp" or ("fsdp", "tp"), see `dinov3_lite.sharding`:
-            each process reads its own part of the weights.
         subfolder: of the source. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged or of another architecture.

@@ -90,6 +90,10 @@ class Origin:
     def _holds(self, model: nn.Module) -> bool:
         if not self.samples:
             return True
+        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+            from .sharding.parameters import resharded
+
+            resharded(model)
         samples, writes = dict(_samples(model)), _writes(model)
         offloaded = {name for name, parameter in model.named_parameters() if parameter.is_meta}
         if self.samples.keys() - offloaded != samples.keys():
@@ -108,10 +112,11 @@ class Origin:
 
 
 def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A few numbers of each parameter that has its numbers here: none of shards, nor on the meta device."""
+    """A few numbers of each parameter, of a DTensor of what lies here: none on the meta device, nor of other kinds."""
     for name, parameter in model.named_parameters():
-        if type(parameter) is nn.Parameter and not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
+        here = parameter.to_local() if hasattr(parameter, "device_mesh") else parameter
+        if type(here) in (nn.Parameter, Tensor) and not here.is_meta:
+            flat = here.detach().reshape(-1)
             yield name, flat[:: max(1, flat.numel() // SAMPLES)].cpu().clone()
 
 

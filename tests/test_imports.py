@@ -82,7 +82,11 @@ EDGES = {
         *("checkpoint.json_files", "checkpoint.layouts.others", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
-    "dinov3_lite/pretrained.py": {"checkpoint", "checkpoint.saving"},
+    "dinov3_lite/pretrained.py": {"checkpoint", "checkpoint.saving", "sharding.parameters", "sharding.saving"},
+    "dinov3_lite/sharding/*": {
+        *("dinov3_lite/sharding/*", "checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.hub"),
+        *("checkpoint.layouts", "checkpoint.saving", "config", "layers"),
+    },
     "dinov3_lite/checkpoint/channels.py": {"checkpoint", "checkpoint.files"},
     "dinov3_lite/checkpoint/saving.py": {
         *("checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.matching", "console"),
@@ -93,7 +97,7 @@ EDGES = {
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
     "dinov3_lite/model.py": {
         *("attention", "checkpoint", "checkpoint.channels", "checkpoint.hub", "checks", "config", "features"),
-        *("layers", "packing", "pretrained", "rope"),
+        *("layers", "packing", "pretrained", "rope", "sharding.loading"),
     },
     "dinov3_lite/image.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "pixels"},
     "dinov3_lite/convnext.py": {
@@ -124,7 +128,7 @@ EDGES = {
     },
     "dinov3_lite/__init__.py": {
         *("config", "convnext", "encoder", "finetune", "image", "inference", "interfaces", "loading"),
-        *("model", "window"),
+        *("model", "sharding.loading", "window"),
         *("extraction.engines", "extraction.store"),
     },
     "dinov3_lite/explore/*": {"image", "model"},

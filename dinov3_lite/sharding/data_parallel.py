@@ -24,8 +24,8 @@ def shard_data_parallel(
 ) -> None:
     """Apply `fully_shard` to each block and to the model.
 
-    options: of `fully_shard`. `reshard_after_forward` is for the blocks; what is not theirs is small, and stays until the
-        backward pass.
+    options: of `fully_shard`. `reshard_after_forward` is for the blocks; what is not theirs is small, and stays until
+        the backward pass.
     """
     at_root = mp_policy = replace(mp_policy or MixedPrecisionPolicy(), cast_forward_inputs=False)
     inside = replace(mp_policy, output_dtype=None)
@@ -33,7 +33,7 @@ def shard_data_parallel(
     for block in model.blocks:
         fully_shard(block, mp_policy=inside, **options)
         register_fsdp_forward_method(block, "cls_attention")
-    if len({parameter.dtype for parameter in model.parameters()}) > 1:  # float32 tokens, which float16 is too narrow for
+    if model.cls_token.dtype != model.dtype:  # float32 under float16: a group is of one dtype
         for rest in (model.patch_embed, model.norm):
             fully_shard(rest, mp_policy=inside, **options | {"reshard_after_forward": False})
     fully_shard(model, mp_policy=at_root, **options | {"reshard_after_forward": False})

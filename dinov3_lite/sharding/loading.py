@@ -48,8 +48,8 @@ def load_weights(
     The other arguments are those of `from_pretrained`. Raises FileNotFoundError and ValueError as that does, and
     ValueError if the model is not one of the checkpoint's config.
     """
-    path = locate(source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    opened = open_checkpoint(path, prefix=prefix)
+    on_hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    opened = open_checkpoint(locate(source, subfolder=subfolder, **on_hub), prefix=prefix)  # type: ignore[arg-type]
     fill(model, opened, device)
     model.weights_id, model.card = opened.weights_id, opened.card
 
@@ -110,7 +110,10 @@ def _spans(opened: Checkpoint, source: str | None, shape: tuple[int, ...]) -> li
 
 
 def read(spans: Iterable[Span], runs: Iterable[tuple[int, int]], name: str, dtype: torch.dtype) -> Tensor:
-    """The numbers of these runs, flat, of spans laid one after the other. Raises ValueError if float16 can't hold one."""
+    """The numbers of these runs of spans laid one after the other, flat.
+
+    Raises ValueError if float16 can't hold one of them.
+    """
     pending, parts, begin = list(runs), [], 0
     for span in spans:
         mine, rest = [], []

@@ -59,7 +59,7 @@ def mesh_of(model: nn.Module) -> DeviceMesh | None:
 
 
 def device_of(mesh: DeviceMesh) -> torch.device:
-    """This process's device of the mesh."""
+    """The device of the mesh that is this process's."""
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())

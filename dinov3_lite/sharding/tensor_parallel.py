@@ -33,12 +33,12 @@ def shard_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
         first, last = ("w12", "w3") if gated else ("fc1", "fc2")
         _check(f"blocks.{i}.attn", attn, (SelfAttention,), {"qkv": QKVProjection, "proj": nn.Linear})
         _check(f"blocks.{i}.mlp", mlp, (GatedMlp, Mlp), {first: nn.Linear, last: nn.Linear})
-        attn.qkv = ColumnParallelQKV(attn.qkv, mesh)
+        attn.qkv = ColumnParallelQKV(attn.qkv, 3, mesh)
         attn.__class__ = TensorParallelAttention
         attn.mesh = mesh
         mlp.add_module(first, ColumnParallel(getattr(mlp, first), 2 if gated else 1, mesh))
         for parent, name in ((attn, "proj"), (mlp, last)):
-            style = RowwiseParallel()
+            style = RowParallel()
             style.src_data_rank = None  # every process cuts what it has: nothing is sent
             parallelize_module(getattr(parent, name), mesh, style)
     model.rope_embed.register_forward_pre_hook(functools.partial(_draw_alike, mesh))
@@ -51,12 +51,13 @@ def _check(name: str, module: Any, types: tuple[type, ...], children: dict[str, 
         if type(part) not in expected:
             raise ValueError(
                 f"{path} is a {type(part).__module__}.{type(part).__name__}, which tensor parallelism can't cut: "
-                f"expected {' or '.join(t.__name__ for t in expected)}; merge adapters first, or shard over 'fsdp' alone"
+                f"expected {' or '.join(t.__name__ for t in expected)}; merge adapters first, or shard over 'fsdp' "
+                "alone"
             )
 
 
 class ColumnParallel(nn.Module):
-    """This process's rows of each of the matrices of a projection: (..., C) -> (..., parts * F / processes)."""
+    """Some rows of each of the matrices of a projection, this process's: (..., C) -> (..., parts * F / processes)."""
 
     def __init__(self, linear: nn.Linear, parts: int, mesh: DeviceMesh) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class ColumnParallel(nn.Module):
         self.bias = None if linear.bias is None else _cut(linear.bias, self.parts, self.mesh)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+        x = SumOfGradients.apply(x, self.mesh)
         return F.linear(x, self.weight.to_local().flatten(0, 1), self._local_bias())  # type: ignore[attr-defined]
 
     def _local_bias(self) -> Tensor | None:
@@ -98,6 +99,34 @@ class ColumnParallelQKV(ColumnParallel):
         return torch.cat(tuple(thirds))
 
 
+class RowParallel(RowwiseParallel):
+    """PyTorch's, whose sum over processes is in float32 or wider, as the residual stream is that it goes to."""
+
+    @staticmethod
+    def _prepare_output_fn(layouts: Any, use_local: bool, module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Tensor:
+        return _summed(outputs.to_local(), mesh)
+
+
+class SumOfGradients(torch.autograd.Function):
+    """The identity, of an input that all processes have, and the sum over them of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:  # type: ignore[override]
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _summed(grad, ctx.mesh).to(grad.dtype), None
+
+
+def _summed(partial: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over processes in float32 or wider: half precision would round each of the addends once more."""
+    wide = partial.to(torch.promote_types(partial.dtype, torch.float32))
+    total = DTensor.from_local(wide, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
+    return total.to_local()
+
+
 class TensorParallelAttention(SelfAttention):
     """Attention of this process's heads."""
 
@@ -105,7 +134,8 @@ class TensorParallelAttention(SelfAttention):
 
     def cls_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """As SelfAttention's, of the heads of all processes: (B, heads, N)."""
-        return DTensor.from_local(super().cls_attention(x, cos, sin), self.mesh, [Shard(1)], run_check=False).full_tensor()
+        own = super().cls_attention(x, cos, sin)
+        return DTensor.from_local(own, self.mesh, [Shard(1)], run_check=False).full_tensor()
 
 
 def _draw_alike(mesh: DeviceMesh, module: nn.Module, args: Any) -> None:
@@ -126,7 +156,7 @@ def _cut(parameter: nn.Parameter, parts: int, mesh: DeviceMesh) -> nn.Parameter:
 
 
 def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Shard) -> nn.Parameter:
-    """This process's part of a parameter that it has whole, in memory of its own."""
+    """A parameter that this process has whole, cut to its own part, in memory of its own."""
     local = parameter.detach().chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].clone()
     shape, stride = parameter.shape, parameter.detach().contiguous().stride()
     tensor = DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
+from ..config import DINOv3Config
 from .data_parallel import shard_data_parallel
 from .mesh import check_mesh, check_sizes
 from .tensor_parallel import shard_tensor_parallel
@@ -36,7 +37,12 @@ def shard(
     without "fsdp" in the mesh.
     """
     names = check_mesh(mesh)
-    policies = {"mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward}
+    if not isinstance(getattr(model, "config", None), DINOv3Config):
+        raise ValueError(
+            f"model is a {type(model).__name__}: expected a DINOv3ViT; what stands around it you shard by torch's "
+            "fully_shard, after this"
+        )
+    policies = dict(mp_policy=mp_policy, offload_policy=offload_policy, reshard_after_forward=reshard_after_forward)
     given: dict[str, Any] = {name: policy for name, policy in policies.items() if policy is not None}
     if given and "fsdp" not in names:
         raise ValueError(f"{', '.join(given)} is for FSDP, and the mesh has dims {names}: expected one named 'fsdp'")
