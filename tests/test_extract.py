@@ -346,7 +346,7 @@ def test_several_folders_and_pictures_by_name(checkpoint, photos, names, complet
         ({"inputs": "nowhere"}, "nowhere: no such file or folder"),
         ({"inputs": []}, "no input"),
         ({"model": "nowhere"}, "nowhere: no such file or folder"),
-        ({"output": "s3://bucket/x"}, "the output must be a folder"),
+        ({"output": "https://example.com/x"}, "https://example.com/x: http.* is no object store"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
