@@ -103,7 +103,6 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
         raise ValueError(
             f"{folder}: holds another job: {'; '.join(different)}: give another output folder, or ask for the same"
         )
-    folder.make(job["outputs"])
     return job
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -84,12 +86,18 @@ class RemoteFolder(Folder):
         return f"{self.root.rstrip('/')}/{self._inside(path)}"
 
     def has(self, path: Path) -> bool:
-        try:
+        with self._named(path):
             return self.store.isfile(self._there(path))
-        except OSError:
-            raise
-        except Exception as error:  # no credentials, no such host: each store's library has its own
-            raise OSError(f"{self.where(path)}: {error}") from error
+
+    @contextmanager
+    def _named(self, path: Path) -> Iterator[None]:
+        """What goes wrong is an OSError that names the file: each store's library has errors of its own."""
+        try:
+            yield
+        except Exception as error:
+            number = errno.ENOENT if isinstance(error, FileNotFoundError) else getattr(error, "errno", None)
+            words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            raise OSError(number or errno.EIO, words, self.where(path)) from error
 
     def names(self, inside: Path) -> list[str]:
         try:
@@ -120,7 +128,8 @@ class RemoteFolder(Folder):
         """A copy, under a name of its own beside `path`."""
         copy = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
         copy.parent.mkdir(parents=True, exist_ok=True)
-        self.store.get_file(self._there(path), str(copy))
+        with self._named(path):
+            self.store.get_file(self._there(path), str(copy))
         return copy
 
     def read_all(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -130,7 +139,8 @@ class RemoteFolder(Folder):
             yield from (parse_json(found[self._there(path)], self.where(path)) for path in some)
 
     def put(self, path: Path, data: bytes) -> None:
-        self.store.pipe_file(self._there(path), data)
+        with self._named(path):
+            self.store.pipe_file(self._there(path), data)
 
     def remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -139,6 +149,7 @@ class RemoteFolder(Folder):
 
     def hand_over(self, paths: Sequence[Path], *, keep: bool = False) -> None:
         for path in paths:
-            self.store.put_file(str(path), self._there(path))
+            with self._named(path):
+                self.store.put_file(str(path), self._there(path))
             if not keep:
                 path.unlink()

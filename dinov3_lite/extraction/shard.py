@@ -71,6 +71,7 @@ class Worker:
         self.setup, self.folder, self.on_pictures = setup, folder_at(setup.folder), on_pictures
         self.has_given_model = model is not None
         self.job = job = self.folder.read_job()
+        self.folder.make(job["outputs"])
         self.plan = Plan(self.folder)
         path = None if model is not None else locate(setup.model, **setup.loading)
         if path is not None and (digest or checkpoint_digest(open_checkpoint(path))) != job["model"]["weights"]:
