@@ -167,15 +167,16 @@ EDGES = {
             ),
             (
                 "shard",
-                ("commit", "compute", "decode", "folder", "job", "pipeline", "plan", "reading", "remote"),
+                ("commit", "compute", "decode", "folder", "job", "mesh", "pipeline", "plan", "reading", "remote"),
                 {"checkpoint", "checkpoint.hub", "image", "model"},
             ),
+            ("mesh", ("compute", "parts"), {"model"}),
             ("check", ("folder", "plan", "remote"), set()),
             ("parts", (), set()),
             ("progress", ("folder",), set()),
             (
                 "engines",
-                ("commit", "folder", "job", "parts", "plan", "progress", "remote", "shard", "store"),
+                ("commit", "folder", "job", "mesh", "parts", "plan", "progress", "remote", "shard", "store"),
                 {"image", "model"},
             ),
             ("formats", ("store",), {"checkpoint.files"}),
