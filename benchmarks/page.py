@@ -30,6 +30,7 @@ import models
 import parity
 import startup
 import steps
+import training_memory
 from environment import RESULTS, headline
 from timing import median_ratio
 
@@ -147,6 +148,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "faces": of("parity", lambda found: parity.faces_table(found["faces"])),
     "standing": standing,
     "compare": of("compare", compare.table),
+    "training-memory": of("training_memory", training_memory.table),
     "extract": of("extract", extract.table),
     "extract-memory": of("extract_memory", extract_memory.table),
     "extract-pixels": of("extract_pixels", extract_pixels.table),

@@ -93,7 +93,7 @@ def test_a_convnext():
 @torch.no_grad()
 def test_taking_the_hooks_off_gives_the_model_back(source, tmp_path):
     model = dispatched(DINOv3ViT.from_pretrained(source), 80_000)
-    with pytest.raises(ValueError, match=r"blocks\.3\..* is on the meta device .*remove_hook_from_submodules"):
+    with pytest.raises(ValueError, match=r"blocks\.\d\..* is on the meta device .*remove_hook_from_submodules"):
         model.save_pretrained(tmp_path / "saved")
     accelerate.hooks.remove_hook_from_submodules(model)
     path, whole = model.save_pretrained(tmp_path / "saved"), DINOv3ViT.from_pretrained(source)
@@ -107,9 +107,9 @@ def test_loading_by_the_names_of_a_state_dict(tmp_path):
     from safetensors.torch import load_file
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    for config in (TINY, TINY_GATED):
-        source = write_checkpoint(tmp_path / f"{config.name}", config)
-        file = convert(source, tmp_path / f"{config.name}.safetensors")
+    for i, config in enumerate((TINY, TINY_GATED)):
+        source = write_checkpoint(tmp_path / str(i), config)
+        file = convert(source, tmp_path / f"{i}.safetensors")
         expected = dict(DINOv3ViT.from_pretrained(source).named_parameters())
         for full in (True, False):
             model = DINOv3ViT(config)
