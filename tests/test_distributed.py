@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, TINY, relative_error, write_checkpoint
+from launch import torchrun
 from torch.nn.functional import cross_entropy
 
 from dinov3_lite import DINOv3ViT, parameter_groups
@@ -38,11 +38,9 @@ def common():
     return common
 
 
-def torchrun(processes: int, *words: object, restarts: int = 0) -> str:
-    """What torchrun's processes print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    words = (*command, "--max-restarts", restarts, *words)
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=170)
+def printed(processes: int, *words: object, **options: int) -> str:
+    """What the processes print."""
+    done = torchrun(processes, *words, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -63,8 +61,8 @@ def runs(checkpoint, tmp_path_factory):
         scripts["lora"] = ("lora.py", "--save", folder / "adapters")
     lists = [[script, "--model", checkpoint, *OPTIONS, *options] for script, *options in scripts.values()]
     words = json.dumps([[*map(str, words)] for words in lists])
-    printed = torchrun(2, Path(__file__).parent / "support" / "run_examples.py", words)
-    found = dict(zip(scripts, re.split(r"^script \d+$", printed, flags=re.MULTILINE)[1:], strict=True))
+    text = printed(2, Path(__file__).parent / "support" / "run_examples.py", words)
+    found = dict(zip(scripts, re.split(r"^script \d+$", text, flags=re.MULTILINE)[1:], strict=True))
     for name, text in found.items():
         assert re.search(r"^peak memory of each process, MB: \d+ \d+$", text, re.MULTILINE), name
     return folder, {name: losses(text) for name, text in found.items()}
@@ -105,7 +103,7 @@ def test_training_over_two_is_training(name, runs, alone):
 
 def test_training_over_four_and_saving(checkpoint, alone, tmp_path):
     words = ("--model", checkpoint, *OPTIONS, "--tp", 2, "--save", tmp_path / "trained")
-    assert losses(torchrun(4, EXAMPLES / "sharded.py", *words)) == pytest.approx(alone, rel=1e-4)
+    assert losses(printed(4, EXAMPLES / "sharded.py", *words)) == pytest.approx(alone, rel=1e-4)
     trained, before = DINOv3ViT.from_pretrained(tmp_path / "trained"), DINOv3ViT.from_pretrained(checkpoint)
     for (name, a), b in zip(trained.blocks.named_parameters(), before.blocks.parameters(), strict=True):
         assert 0 < relative_error(a, b) < 1, name
@@ -136,7 +134,7 @@ def test_lora(checkpoint, common, runs):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoint, runs, tmp_path):
     """Steps 0 to 4, of which 0 to 3 were saved, the end of all processes, and from step 4 on the same numbers."""
     words = ("resume.py", "--model", checkpoint, *OPTIONS, "--folder", tmp_path / "run", "--kill-at", 5)
-    killed = losses(torchrun(2, EXAMPLES / words[0], *words[1:], restarts=1))
+    killed = losses(printed(2, EXAMPLES / words[0], *words[1:], restarts=1))
     unbroken = runs[1]["resume"]
     assert len(unbroken) == STEPS and killed == unbroken[:5] + unbroken[4:]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-4", "step-6"]

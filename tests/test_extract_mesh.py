@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from extracted import OUTPUTS, tree
 from helpers import relative_error
+from launch import torchrun
 
 import dinov3_lite
 from dinov3_lite.extraction.mesh import Team, parse_mesh
@@ -22,11 +22,6 @@ pytest.importorskip("PIL")
 pytest_plugins = ["extracting"]
 SUPPORT = Path(__file__).parent / "support"
 WHAT = {"outputs": OUTPUTS, "store": "float32", "batch_size": 3, "shard_size": 5, "decode_threads": 1}
-
-
-def torchrun(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *words]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=170)
 
 
 def became(done: subprocess.CompletedProcess[str]) -> dict[tuple[int, int], str]:
@@ -53,12 +48,16 @@ def test_a_part_is_a_mesh(checkpoint, photos, tmp_path):
     packed = dinov3_lite.extract(photos, checkpoint, tmp_path / "packed", **native)
     job = {"inputs": str(photos), "model": str(checkpoint), "mesh": "tp=2", "progress": False, **WHAT}
 
+    rounded = dinov3_lite.extract(photos, checkpoint, tmp_path / "rounded", **{**WHAT, "resize": "uint8"})
+
     two = [{**job, "output": str(tmp_path / "two")}, {**job, **native, "output": str(tmp_path / "native")}]
+    two += [{**job, "resize": "uint8", "output": str(tmp_path / "uint8")}]
     done = torchrun(4, SUPPORT / "extract_in_meshes.py", json.dumps(two))
     assert done.returncode == 0, done.stderr
     two_meshes = dinov3_lite.open_features(tmp_path / "two")
     assert not two_meshes.missing and same(two_meshes, whole)
     assert same(dinov3_lite.open_features(tmp_path / "native"), packed)
+    assert same(dinov3_lite.open_features(tmp_path / "uint8"), rounded)
     assert two_meshes.job["mesh"] == {"tp": 2} and "mesh" not in whole.job
     writers = {path.stem.rpartition("-")[2] for path in (tmp_path / "two" / "log").iterdir()}
     assert len(writers) == 2  # of four processes

@@ -170,7 +170,7 @@ EDGES = {
                 ("commit", "compute", "decode", "folder", "job", "mesh", "pipeline", "plan", "reading", "remote"),
                 {"checkpoint", "checkpoint.hub", "image", "model"},
             ),
-            ("mesh", ("compute", "parts"), {"model"}),
+            ("mesh", ("compute", "parts"), {"image", "model"}),
             ("check", ("folder", "plan", "remote"), set()),
             ("parts", (), set()),
             ("progress", ("folder",), set()),

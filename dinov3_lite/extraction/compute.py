@@ -43,10 +43,14 @@ class Network:
         pixels: ImageProcessor | None,
     ) -> None:
         """outputs: names in OUTPUTS. blocks: ascending indices. pixels: makes the model take uint8 images."""
-        self.vit = optimize_for_inference(vit, pixels)
+        self.vit = self.prepared(vit, pixels)
         self.outputs, self.store, self.device = tuple(outputs), store, device_of(vit)
         self.blocks = [vit.depth - 1] if blocks is None else list(blocks)
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def prepared(self, vit: DINOv3ViT, pixels: ImageProcessor | None) -> DINOv3ViT:
+        """The model that runs."""
+        return optimize_for_inference(vit, pixels)
 
     def run(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, h, w) -> for each output (B, ..) or, of K > 1 blocks, (B, K, ..), in the dtype of the files."""

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from ..image import ImageProcessor
 from ..model import DINOv3ViT
 from .compute import Network
 from .parts import Part, local_device
@@ -51,7 +52,7 @@ class Team:
             raise ValueError(f"mesh 'tp={tp}' and torchrun started {world} processes: expected a multiple of {tp}")
         self.size, self.meshes, self.leads = tp, world // tp, rank % tp == 0
         self.device = torch.device(device or local_device(env))
-        self._under_way = False
+        self._waits = True  # the others do, for words of the first
 
     def __enter__(self) -> Team:
         self._made_group = not dist.is_initialized()
@@ -63,13 +64,11 @@ class Team:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Let the others go. After a forward that failed they are beyond reach, and end when this process does."""
-        if self._under_way:
-            return
-        if self.leads:
+        """Let the others go. Where they are not waiting, they find out by the end of the group, or of this process."""
+        if self.leads and self._waits:
             with suppress(RuntimeError):  # they have ended by themselves
                 self._tell("end", None if error is None else f"the first process of the mesh ended: {error}")
-        if self._made_group:
+        if self._made_group and (self._waits or self.device.type == "cpu"):  # NCCL would wait for what is under way
             dist.destroy_process_group()
 
     def part(self, told: Part, *, given: bool) -> Part:
@@ -86,7 +85,21 @@ class Team:
         return _Leading(self, self._load(source, loading, dtype), *options)
 
     def _load(self, source: str, loading: dict[str, Any], dtype: torch.dtype) -> DINOv3ViT:
-        return DINOv3ViT.from_pretrained(source, dtype=dtype, mesh=self.mesh, **loading)
+        """The model, in all processes of the mesh, or an error in all."""
+        self._waits = False
+        vit, error = None, ""
+        try:
+            vit = DINOv3ViT.from_pretrained(source, dtype=dtype, mesh=self.mesh, **loading)
+        except Exception as reason:
+            error, raised = str(reason), reason
+        errors = [""] * self.size
+        dist.all_gather_object(errors, error, self.group)
+        if vit is None:
+            raise raised
+        if failed := [error for error in errors if error]:
+            raise RuntimeError(f"another process of the mesh can't load the model: {failed[0]}")
+        self._waits = True
+        return vit
 
     def follow(self) -> None:
         """Run what the first process runs, until it is done. Raises RuntimeError with its words if it failed."""
@@ -95,26 +108,28 @@ class Team:
             what, content = self._told()
             if what == "load":
                 source, loading, dtype, options = content
-                network = Network(self._load(source, loading, dtype), *options)
+                network = Shared(self._load(source, loading, dtype), *options)
             elif what == "end":
                 if content is not None:
                     raise RuntimeError(content)
                 return
             else:
                 assert network is not None
+                self._waits = False
                 images = self._exchange([torch.empty(shape, dtype=dtype) for shape, dtype in content])
                 network.run(*images) if what == "run" else network.run_packed(images)
+                self._waits = True
 
     def lead(self, what: str, compute: Callable[[list[Tensor]], Any], images: Sequence[Tensor]) -> Any:
         """Have the others run `what` of their networks ("run", "run_packed") while this one computes: its result."""
-        self._under_way = True
+        self._waits = False
         try:
             self._tell(what, [(image.shape, image.dtype) for image in images])
             result = compute(self._exchange(images))
         except RuntimeError as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise RuntimeError(f"a process of the mesh failed or ended ({first}): the same command goes on") from error
-        self._under_way = False
+        self._waits = True
         return result
 
     def _exchange(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -133,17 +148,41 @@ class Team:
         return told[0], told[1]
 
 
-class _Leading(Network):
-    """The network of a mesh's first process."""
+class Shared(Network):
+    """A network of a model in parts, which runs as it is: none of the stand-ins for whole blocks fits."""
+
+    def prepared(self, vit: DINOv3ViT, pixels: ImageProcessor | None) -> DINOv3ViT:
+        """The model itself."""
+        self.pixels = pixels
+        return vit
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if self.pixels is None:
+            return images
+        mean, std = (torch.tensor(n, device=images.device).view(-1, 1, 1) for n in (self.pixels.mean, self.pixels.std))
+        return (images * self.pixels.rescale_factor - mean) / std
+
+    @torch.no_grad()
+    def run(self, images: Tensor) -> tuple[Tensor, ...]:
+        """As of a whole model."""
+        return super().run(self._normalised(images))
+
+    def run_packed(self, images: Sequence[Tensor]) -> list[list[Any]]:
+        """As of a whole model."""
+        return super().run_packed([self._normalised(image) for image in images])
+
+
+class _Leading(Shared):
+    """That of a mesh's first process."""
 
     def __init__(self, team: Team, vit: DINOv3ViT, *options: Any) -> None:
         super().__init__(vit, *options)
         self.team = team
 
     def run(self, images: Tensor) -> tuple[Tensor, ...]:
-        """As of a network alone."""
+        """As of a whole model."""
         return self.team.lead("run", lambda whole: super(_Leading, self).run(*whole), [images])
 
     def run_packed(self, images: Sequence[Tensor]) -> list[list[Any]]:
-        """As of a network alone."""
+        """As of a whole model."""
         return self.team.lead("run_packed", super().run_packed, images)
