@@ -138,3 +138,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoint, runs, tmp_p
     unbroken = runs[1]["resume"]
     assert len(unbroken) == STEPS and killed == unbroken[:5] + unbroken[4:]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-4", "step-6"]
+
+
+def test_the_page_names_every_script():
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^torchrun .*examples/distributed/(\w+\.py) --model checkpoint", page, re.MULTILINE))
+    assert named == {file.name for file in EXAMPLES.glob("*.py")} - {"common.py"}

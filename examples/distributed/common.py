@@ -28,11 +28,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def start() -> torch.device:
-    """Join the other processes that torchrun started, with gloo on CPUs and NCCL on GPUs: this process's device."""
+    """Join the other processes that torchrun started, with gloo on CPUs and NCCL on GPUs: the device of this one."""
     device = torch.device(DEVICE, int(os.environ["LOCAL_RANK"])) if DEVICE == "cuda" else torch.device("cpu")
     if DEVICE == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo")  # both: what is offloaded has a norm
     return device
 
 
