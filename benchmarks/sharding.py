@@ -4,7 +4,7 @@
 
 Every variant's widths at depth 1, made weights, four pictures of 64 px, gloo on one machine. Errors are relative,
 against float64 on the same weights: the worst of the outputs and the worst of the gradients of all tensors, beside the
-whole model's own. Reading and memory are those of `from_pretrained` in the process that has most, over the whole's bytes.
+whole model's own. Reading and memory are those of `from_pretrained` in the process that has most, over the whole's.
 `--sparse` loads a file of the 7B's full shapes, 27 GB of holes, as the first and as the last of eight processes.
 
 Every row is written to benchmarks/results/sharding.json as soon as it is there, and a later call goes on from there.

@@ -194,6 +194,12 @@ def test_key_biases_are_never_born(result):
     assert result == ([], 0.0)
 
 
+@on("decaying")
+def test_what_decays_in_a_whole_model_does_in_a_sharded_one(result):
+    sharded, whole = result
+    assert sharded == whole
+
+
 @on("names_of_weights")
 def test_weights_know_that_they_have_changed(result):
     sharded, whole, after_a_forward, after_a_step = result

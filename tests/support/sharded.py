@@ -312,6 +312,13 @@ def key_biases(rig: Rig) -> tuple[list[str], float]:
 
 
 @subject()
+def decaying(rig: Rig) -> list[dict[str, int]]:
+    """How many numbers each group has that gets weight decay, of the sharded model and of the whole one."""
+    groups = [dinov3_lite.parameter_groups(model, 1.0) for model in (rig.load("gated"), rig.whole("gated"))]
+    return [{g["name"]: sum(p.numel() for p in g["params"]) for g in each if g["weight_decay"]} for each in groups]
+
+
+@subject()
 def names_of_weights(rig: Rig) -> list[str]:
     model = rig.load()
     found = [model.weights_id, rig.whole().weights_id]
