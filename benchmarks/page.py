@@ -28,6 +28,7 @@ import features
 import growth
 import models
 import parity
+import sharding
 import startup
 import steps
 import training_memory
@@ -160,6 +161,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth": of("growth", growth.table),
     "startup": of("startup", startup.table),
     "conversion": of("conversion", conversion.table),
+    "sharding": of("sharding", sharding.table),
+    "sharding-sparse": of("sharding", sharding.sparse_table),
     "steps": of("steps", steps.table),
     "models-variants": models.variants_table,
     "models-forward": of("models", models.forward_table),
