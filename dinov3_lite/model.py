@@ -154,10 +154,8 @@ class DINOv3ViT(features.Sizes, Pretrained):
             converted file on the CPU is memory-mapped: pages load when first used, and training never writes to it.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
         device: to load to; None is the CPU. attention: see the class.
-        prefix: which backbone to load where the file holds several: how its tensors' names begin, such as
-            "teacher.backbone". None takes an EMA's or a teacher's, see `dinov3_lite.checkpoint.choose`.
-        num_channels: of the images, if not the checkpoint's: `channel_rule`, "repeat" (timm's) or "mean" (Meta's), then
-            adapts the patch embedding, see `dinov3_lite.checkpoint.channels`.
+        prefix: how the names of the wanted backbone begin, where a file holds several (None: see `checkpoint.choose`).
+        num_channels: other than the checkpoint's; channel_rule: "repeat" or "mean", see `checkpoint.channels`.
         subfolder: within the source. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged or of another architecture.
@@ -191,8 +189,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
 
         pixel_values: (B, 3, H, W), floating point, H and W multiples of the patch size; cast to the model's dtype.
         bool_masked_pos: (B, h*w) bool, True where a patch is replaced by the mask token.
-        output_hidden_states: return them too, depth + 1 tensors. return_dict: False returns a plain tuple:
-            last_hidden_state, pooler_output and, if asked for, hidden_states.
+        output_hidden_states: return these too. return_dict: False returns the first two or three fields as a tuple.
         keep_indices: (B, K) int64, the patches of each image to run on (counted row by row): the others are left out,
             and those that stay keep their RoPE positions. The patch tokens are then the K kept, in this order.
 
@@ -303,7 +300,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
     def check_images(
         self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
-        """Return the patch grid (h, w), or raise ValueError if `forward` does not take them. pixels: integers pass too."""
+        """Return the patch grid (h, w), or raise ValueError if `forward` won't take these. pixels: integers pass too."""
         return check_images(images, self.num_channels, self.patch_size, name, dims, pixels)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DINOv3ViT:
