@@ -300,7 +300,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
     def check_images(
         self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
-        """Return the patch grid (h, w), or raise ValueError if `forward` won't take these. pixels: integers pass too."""
+        """Return the patch grid (h, w), or raise ValueError if `forward` refuses these. pixels: integers pass."""
         return check_images(images, self.num_channels, self.patch_size, name, dims, pixels)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DINOv3ViT:
