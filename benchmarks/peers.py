@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -13,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from environment import version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -131,14 +131,19 @@ def timm_features(model: Any, images: Tensor) -> Tensor:
 
 def import_timm() -> ModuleType:
     """An installed timm, or the one that `make` puts beside the environment."""
-    if version("timm") == "-" and REFERENCES.exists():
+    find_references("timm")
+    import timm
+
+    return timm
+
+
+def find_references(package: str) -> None:
+    """Put what `make` installed beside the environment, timm and torchvision, on the path where a package is missing."""
+    if importlib.util.find_spec(package) is None and REFERENCES.exists():
         import transformers.models.dinov3_vit.modeling_dinov3_vit  # noqa: F401  before it can see that torchvision
 
         sys.path += [str(REFERENCES), str(Path(__file__).parent.parent / "tests" / "support")]
         import torchvision_shim  # noqa: F401
-    import timm
-
-    return timm
 
 
 def meta_file(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -152,6 +157,7 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Meta's own model from the clone of its repository that DINOV3_REPO names. ImportError without."""
     if "DINOV3_REPO" not in os.environ:
         raise ImportError("DINOV3_REPO does not name a clone of facebookresearch/dinov3")
+    find_references("torchvision")
     name = f"dinov3_{config_of(folder).name}".replace("-", "_")
     model = torch.hub.load(os.environ["DINOV3_REPO"], name, source="local", pretrained=False)
     model.load_state_dict(torch.load(meta_file(folder)))
