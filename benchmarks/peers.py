@@ -138,7 +138,7 @@ def import_timm() -> ModuleType:
 
 
 def find_references(package: str) -> None:
-    """Put what `make` installed beside the environment, timm and torchvision, on the path where a package is missing."""
+    """Where a package is missing, look for it among what `make` put beside the environment: timm and torchvision."""
     if importlib.util.find_spec(package) is None and REFERENCES.exists():
         import transformers.models.dinov3_vit.modeling_dinov3_vit  # noqa: F401  before it can see that torchvision
 
