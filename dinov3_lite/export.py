@@ -47,8 +47,8 @@ def export(
         a ConvNeXt any from 64 pixels on. The batch is free in any case.
 
     Returns a dict from the shape of each batch tried to the relative error ||file - model|| / ||model||, the larger of
-    both outputs'. It is empty, with a UserWarning, where onnxruntime is missing. ONNX above 1.5 GiB has its weights in a
-    second file, `path` + ".data".
+    both outputs'. It is empty, with a UserWarning, where onnxruntime is missing. ONNX above 1.5 GiB keeps its weights
+    in a second file, `path` + ".data".
 
     Raises ValueError for an unknown format, another suffix or size, a model in training mode, and a dtype that
     onnxruntime can't run on a CPU; FileExistsError if `path` is there; ImportError if onnx or onnxscript is missing;
