@@ -171,7 +171,7 @@ EDGES = {
             ("progress", ("folder",), set()),
             (
                 "engines",
-                ("commit", "folder", "job", "parts", "plan", "progress", "remote", "shard", "store"),
+                ("commit", "compute", "folder", "job", "parts", "plan", "progress", "remote", "shard", "store"),
                 {"image", "model"},
             ),
             ("formats", ("store",), {"checkpoint.files"}),
