@@ -40,8 +40,8 @@ from dinov3_lite.extraction import commit, compute, folder, pipeline, plan, read
 SHARD, BATCH = 6, 4
 
 
-def write_input(root: Path, pictures: int) -> None:
-    """A model of two blocks and small pictures, every tenth of them damaged."""
+def write_input(root: Path, pictures: int, damaged: int = 10) -> None:
+    """A model of two blocks and small pictures, of which one of `damaged` is damaged; 0: none."""
     config = DINOv3Config(
         patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
@@ -56,7 +56,7 @@ def write_input(root: Path, pictures: int) -> None:
     for i in range(pictures):
         file = root / "in" / f"{i:04d}.jpg"
         Image.fromarray(noise.integers(0, 256, (40, 50, 3), np.uint8)).save(file)
-        if i % 10 == 3:
+        if damaged and i % damaged == 3:
             file.write_bytes(file.read_bytes()[:700])
 
 
