@@ -3,8 +3,8 @@
     python benchmarks/extract_bad_files.py [--pictures 4800] [--share 0.01]
 
 A folder of pictures is extracted; then the same folder with a share of bad files in between, of every kind in turn:
-damaged, of other formats, bombs, links to nowhere and in circles, pipes. The same bytes once more in tars, and once more
-as the lines of a list, of which some come twice and some name files that are gone. A tiny model, in float32. Writes
+damaged, of other formats, bombs, links to nowhere and in circles, pipes. The same bytes once more in tars, and then the
+pictures by a list, of whose lines some come twice and some name files that are gone. A tiny model, in float32. Writes
 benchmarks/results/extract_bad_files.json.
 """
 
