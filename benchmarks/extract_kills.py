@@ -75,7 +75,7 @@ def half_written(file: Any, data: Any) -> None:
 
 # Step: where it is called, by what name, and what is done of it before the kill.
 STEPS: dict[str, tuple[Any, str, Callable[..., object] | None]] = {
-    "planning": (plan._Hashed, "write", lambda self, data: half_written(self.file, data)),
+    "planning": (plan._Counted, "write", lambda self, data: half_written(self.file, data)),
     "plan renamed": (folder.Folder, "hand_over", None),
     "shard begun": (shard, "_write_shard", None),
     "reading": (reading, "_read_local", None),

@@ -35,6 +35,8 @@ class Folder:
 
     look_every = 2.0
     """Seconds between two looks at how far others are."""
+    plan_appears_whole = True
+    """Whether of several processes that plan at once the first one's plan stays."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

@@ -17,7 +17,7 @@ from .commit import GRID
 from .compute import OUTPUTS, STORES, weights_digest
 from .decode import decoders
 from .folder import FORMAT, Folder
-from .plan import write_plan
+from .plan import Plan, plan_digest, write_plan
 from .sources import find_sources, is_url
 
 GLOBAL_SHARD, DENSE_SHARD = 4096, 1024  # pictures; dense features are a hundred times as large
@@ -99,6 +99,13 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
         folder.hand_over(sorted(folder.plan.iterdir()), keep=True)
         folder.put(folder.job, (folder.plan / "job.json").read_bytes())
     job = folder.read_job()
+    if not folder.plan_appears_whole:
+        plan = Plan(folder)
+        if plan_digest(plan.folder) != job["plan"]["sha256"]:
+            raise ValueError(
+                f"{folder}: its plan is not that of its job.json: two processes began at once, from inputs that "
+                "differ: delete it, and begin anew"
+            )
     if different := differences({k: v for k, v in job.items() if k != "plan"}, wanted):
         raise ValueError(
             f"{folder}: holds another job: {'; '.join(different)}: give another output folder, or ask for the same"
