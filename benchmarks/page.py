@@ -22,6 +22,8 @@ from typing import Any
 import compare_tables
 import conversion
 import extract
+import extract_bad_files
+import extract_kills
 import extract_memory
 import extract_pixels
 import features
@@ -152,6 +154,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare-convnext": of("compare_convnext", compare_tables.time_table),
     "compare-convnext-memory": of("compare_convnext", compare_tables.memory_table),
     "extract": of("extract", extract.table),
+    "extract-bfloat16": of("extract_bfloat16", extract.table),
+    "extract-workers": of("extract_workers", extract.workers_table),
+    "extract-kills": of("extract_kills", extract_kills.table),
+    "extract-bad-files": of("extract_bad_files", extract_bad_files.table),
     "extract-memory": of("extract_memory", extract_memory.table),
     "extract-pixels": of("extract_pixels", extract_pixels.table),
     "layers": of("features", lambda found: features.tables(found)["layers"]),
