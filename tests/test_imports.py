@@ -82,34 +82,30 @@ EDGES = {
         *("checkpoint.json_files", "checkpoint.layouts.others", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
-    "dinov3_lite/pretrained.py": {"checkpoint", "checkpoint.saving"},
+    "dinov3_lite/pretrained.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "checkpoint.saving"},
     "dinov3_lite/checkpoint/channels.py": {"checkpoint", "checkpoint.files"},
     "dinov3_lite/checkpoint/saving.py": {
         *("checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.matching", "console"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
     "dinov3_lite/packing.py": {"attention", "kernels"},
-    "dinov3_lite/features.py": {"config"},
+    "dinov3_lite/features.py": {"checks", "config"},
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
-    "dinov3_lite/model.py": {
-        *("attention", "checkpoint", "checkpoint.channels", "checkpoint.hub", "checks", "config", "features"),
-        *("layers", "packing", "pretrained", "rope"),
-    },
+    "dinov3_lite/model.py": {*("attention", "checks", "config", "features", "layers", "packing", "pretrained", "rope")},
     "dinov3_lite/image.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "pixels"},
     "dinov3_lite/convnext.py": {
-        *("checkpoint", "checkpoint.hub", "checks", "config", "convnext_features", "features", "layers", "model"),
-        "pretrained",
+        *("checks", "config", "convnext_features", "features", "layers", "model", "pretrained")
     },
     "dinov3_lite/convnext_features.py": {"config", "features"},
     "dinov3_lite/pixels.py": set(),
-    "dinov3_lite/encoder.py": {"convnext", "loading", "model"},
+    "dinov3_lite/encoder.py": {"loading"},
     "dinov3_lite/interfaces.py": {
-        *("checkpoint.files", "checkpoint.hub", "checkpoint.json_files", "config", "convnext", "convnext_features"),
-        *("features", "model"),
+        *("checkpoint", "checkpoint.files", "checkpoint.json_files", "checks", "convnext", "convnext_features"),
+        *("features", "model", "pretrained"),
     },
-    "dinov3_lite/loading.py": {"attention", "checkpoint", "checkpoint.hub", "checks", "config", "convnext", "model"},
-    "dinov3_lite/finetune.py": {"model"},
-    "dinov3_lite/window.py": {"checks", "console", "model"},
+    "dinov3_lite/loading.py": {"attention", "checks", "convnext", "model", "pretrained"},
+    "dinov3_lite/finetune.py": {"pretrained"},
+    "dinov3_lite/window.py": {"checks", "loading"},
     "dinov3_lite/export.py": {"loading", "model"},
     "dinov3_lite/prepacked.py": set(),
     "dinov3_lite/folding.py": {"convnext", "image", "layers", "prepacked"},
@@ -127,15 +123,15 @@ EDGES = {
         *("model", "window"),
         *("extraction.engines", "extraction.store"),
     },
-    "dinov3_lite/explore/*": {"image", "model"},
+    "dinov3_lite/explore/*": {"image", "loading"},
     "dinov3_lite/tasks/*": {
-        *("dinov3_lite/tasks/*", "checkpoint.files", "finetune", "image", "inference", "model", "pixels", "window")
+        *("dinov3_lite/tasks/*", "checkpoint.files", "finetune", "image", "inference", "loading", "pixels", "window")
     },
     "dinov3_lite/console.py": set(),
     "dinov3_lite/__main__.py": {"console"},
     "dinov3_lite/commands/*": {
         *("dinov3_lite/commands/*", "checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.hub"),
-        *("console", "explore", "export", "image", "loading", "model", "pixels", "sample", "tasks", "visualize"),
+        *("console", "convnext", "explore", "export", "image", "loading", "pixels", "sample", "tasks", "visualize"),
         *(f"tasks.{name}" for name in ("data", "drawing", "matching", "measures", "predicting", "probing", "tracking")),
     },
     **{  # reading features stands on folder alone, writing them on the model; engines on all
