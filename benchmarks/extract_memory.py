@@ -38,6 +38,7 @@ def extract_peak(root: Path, count: int, outputs: list[str]) -> dict[str, float]
 
 def plan_peak(count: int) -> dict[str, float]:
     """Peak MiB, and seconds, of planning so many paths."""
+    from dinov3_lite.extraction.folder import Folder
     from dinov3_lite.extraction.plan import Plan, write_plan
     from dinov3_lite.extraction.sources import Source
 
@@ -47,7 +48,7 @@ def plan_peak(count: int) -> dict[str, float]:
                 file.write(f"/data/pictures/{i // 1000:06d}/photograph_{i:010d}.jpg\n")
         before, start = process_mib("VmHWM"), time.perf_counter()
         write_plan(Path(folder, "plan"), [Source("list", f"{folder}/list.txt", "")], 4096, None, {})
-        seconds, plan = time.perf_counter() - start, Plan(Path(folder, "plan"))
+        seconds, plan = time.perf_counter() - start, Plan(Folder(folder))
         last = list(plan.items(plan[len(plan) - 1]))
         assert last[-1].endswith(f"{count - 1:010d}.jpg")
         return {"seconds": seconds, "mib_before": before, "peak_mib": process_mib("VmHWM"), "shards": len(plan)}

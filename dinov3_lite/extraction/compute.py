@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
 from ..image import ImageProcessor
 from ..inference import optimize_for_inference
 from ..model import DINOv3ViT
@@ -19,14 +17,18 @@ OUTPUTS = ("cls_token", "patch_mean", "patch_tokens", "register_tokens")
 STORES = {"float16": torch.float16, "float32": torch.float32}
 
 
-def weights_digest(checkpoint: Checkpoint) -> str:
-    """A SHA-256 of every weight, in the model's order: the same in whichever layout they lie."""
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A SHA-256 of every weight, in the model's order: the same in every layout, and of a model of them."""
     sha = hashlib.sha256()
-    for name in checkpoint.names():
-        tensor = checkpoint.tensor(name).contiguous()
+    for name, tensor in weights:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def device_of(model: DINOv3ViT) -> torch.device:
+    """Where its weights are."""
+    return next(model.parameters()).device
 
 
 class Network:
@@ -34,20 +36,17 @@ class Network:
 
     def __init__(
         self,
-        source: str | os.PathLike[str],
-        device: torch.device,
-        dtype: torch.dtype,
+        vit: DINOv3ViT,
         outputs: Sequence[str],
         blocks: Sequence[int] | None,
         store: torch.dtype,
         pixels: ImageProcessor | None,
     ) -> None:
         """outputs: names in OUTPUTS. blocks: ascending indices. pixels: makes the model take uint8 images."""
-        vit = DINOv3ViT.from_pretrained(source, dtype=dtype, device=device)
         self.vit = optimize_for_inference(vit, pixels)
-        self.outputs, self.store, self.device = tuple(outputs), store, device
+        self.outputs, self.store, self.device = tuple(outputs), store, device_of(vit)
         self.blocks = [vit.depth - 1] if blocks is None else list(blocks)
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def run(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, h, w) -> for each output (B, ..) or, of K > 1 blocks, (B, K, ..), in the dtype of the files."""

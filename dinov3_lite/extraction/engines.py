@@ -12,14 +12,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from ..image import ImageProcessor
+from ..model import DINOv3ViT
 from .commit import complete
 from .folder import Folder
 from .job import Request, prepare
 from .parts import Part, local_device, local_threads, parse_part, part_from_environment
 from .plan import Plan
 from .progress import Bar
+from .remote import folder_at
 from .shard import Setup, Worker, extract_shard
-from .sources import is_url
 from .store import FeatureStore, open_features
 
 ENGINES = ("local", "ray")
@@ -40,7 +42,7 @@ class Stopped(RuntimeError):
 
 def extract(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | DINOv3ViT,
     output: str | os.PathLike[str],
     *,
     outputs: Sequence[str] = ("cls_token",),
@@ -60,12 +62,19 @@ def extract(
     engine: str = "local",
     workers: int | None = None,
     progress: bool | None = None,
+    processor: ImageProcessor | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> FeatureStore:
     """Features of all pictures of `inputs`, in a folder of numpy files; called again, it goes on where it was.
 
     inputs: one or several of: a folder (recursively), a list of paths (.txt, one a line, relative to it), a picture;
         tar files (as webdataset's) or parquet files, patterns of them (`*`, `{000..099}`); URLs of all those.
-    model: a checkpoint folder, a converted file or a hub id. output: the folder, made if need be.
+    model: a checkpoint folder, a converted file or a hub id; or a DINOv3ViT in evaluation mode, say one that you have
+        trained. Of that the weights are compared when a job goes on; hooks and replaced modules can't be.
+    output: the folder, made if need be, or a URL in an object store (s3://, gs://, az://, ...).
     outputs: of "cls_token" (C,), "patch_mean" (C,), "patch_tokens" (h*w, C) and "register_tokens" (R, C), each after
         the final LayerNorm. blocks: whose; several give each row a first axis of blocks. None is the last.
     size: pixels a side, (height, width), None for the checkpoint's, or "native": each picture in its own size,
@@ -83,6 +92,8 @@ def extract(
     part: "I/N", as N processes at once share the shards; None reads what torchrun, SLURM or Kubernetes say.
     engine: "local" is this process; "ray" is `workers` actors, on the cluster of RAY_ADDRESS or on this machine.
     progress: a bar; None shows one on a terminal.
+    processor: None is the checkpoint's own; a model that is an object needs one. `size` comes before its size.
+    subfolder: of the checkpoint. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
     Raises FileNotFoundError and ValueError for what can't be begun, ShardsFailed when all but some shards are done,
     Stopped after SIGTERM, and OSError if the output can't be written.
@@ -91,10 +102,16 @@ def extract(
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if not re.fullmatch(r"\d+%?|\d+\.\d+%", str(max_rejects)):
         raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
-    folder = Folder(_local(output))
+    given = model if isinstance(model, DINOv3ViT) else None
+    if given is not None and engine != "local":
+        raise ValueError(f"engine {engine!r} loads the model in other processes: save it, and give the checkpoint")
+    hub = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = folder_at(output)
     request = Request(
         inputs=tuple(os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)),
-        model=os.fspath(model),
+        model=given or os.fspath(model),
+        loading={name: os.fspath(value) if name == "cache_dir" else value for name, value in hub.items() if value},
+        processor=processor,
         outputs=(outputs,) if isinstance(outputs, str) else tuple(outputs),
         blocks=None if blocks is None else (blocks,) if isinstance(blocks, int) else tuple(blocks),
         size=(size, size) if isinstance(size, int) else size,
@@ -109,26 +126,26 @@ def extract(
     mine = parse_part(part) if part else part_from_environment()
     job = prepare(folder, request)
     setup = Setup(
-        folder=os.path.abspath(folder.path),
-        model=os.path.abspath(request.model) if os.path.exists(request.model) else request.model,
+        folder=folder.address,
+        model="" if given is not None else os.path.abspath(model) if os.path.exists(model) else os.fspath(model),
+        loading=request.loading,
         device=device or local_device(),
         decode_threads=decode_threads or local_threads(),
         max_rejects=str(max_rejects),
     )
-    total = len(Plan(folder.plan))
+    total = len(Plan(folder))
     with Bar(folder, job["plan"], progress) as bar:
-        run = run_ray if engine == "ray" else run_local
-        failures = run(setup, job, _missing(folder, mine, total), bar, workers)
+        shards = _missing(folder, mine, total)
+        if not shards:
+            failures = {}
+        elif engine == "ray":
+            failures = run_ray(setup, job, shards, bar, workers)
+        else:
+            failures = run_local(Worker(setup, job["model"]["weights"], bar.add, given), shards, bar)
     complete(folder, total)
     if failures:
         raise ShardsFailed(setup.folder, failures, total)
-    return open_features(folder.path)
-
-
-def _local(output: str | os.PathLike[str]) -> str:
-    if is_url(os.fspath(output)):
-        raise ValueError(f"{output}: the output must be a folder: write to one, and copy it when it is complete")
-    return os.fspath(output)
+    return open_features(output)
 
 
 def _missing(folder: Folder, part: Part, total: int) -> list[int]:
@@ -137,12 +154,9 @@ def _missing(folder: Folder, part: Part, total: int) -> list[int]:
     return sorted((i for i in range(total) if i in part and i not in done), key=lambda i: (len(deaths.get(i, ())), i))
 
 
-def run_local(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, _: int | None) -> dict[int, str]:
+def run_local(worker: Worker, shards: list[int], bar: Bar) -> dict[int, str]:
     """Do the shards one after the other in this process; the reasons of those that failed."""
-    if not shards:
-        return {}
     failures = {}
-    worker = Worker(setup, job["model"]["weights"], bar.add)
     try:
         with _ends_after_the_shard() as stopped:
             for shard in shards:
@@ -150,7 +164,7 @@ def run_local(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, _:
                     failures[shard] = reason
                 bar.count()
                 if stopped():
-                    raise Stopped(f"{setup.folder}: stopped by SIGTERM after shard {shard}: the same command goes on")
+                    raise Stopped(f"{worker.folder}: stopped by SIGTERM after shard {shard}: the same command goes on")
     finally:
         worker.close()
     return failures
@@ -186,8 +200,6 @@ def run_ray(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, work
 
     Ray replaces actors that die and gives their shards to others; what a shard's files hold it does not know.
     """
-    if not shards:
-        return {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray

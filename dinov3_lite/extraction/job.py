@@ -6,19 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..checkpoint import DTYPES, open_checkpoint
+from ..checkpoint import DTYPES, Checkpoint, open_checkpoint
 from ..checkpoint.hub import locate
 from ..image import ImageProcessor
+from ..model import DINOv3ViT
 from .commit import GRID
 from .compute import OUTPUTS, STORES, weights_digest
 from .decode import decoders
 from .folder import FORMAT, Folder
 from .plan import write_plan
 from .sources import find_sources, is_url
-from .writer import write_whole
 
 GLOBAL_SHARD, DENSE_SHARD = 4096, 1024  # pictures; dense features are a hundred times as large
 BATCH, NATIVE_BATCH = 64, 8  # pictures
@@ -30,7 +30,10 @@ class Request:
     """What a user asks for: see `extract`."""
 
     inputs: tuple[str, ...]
-    model: str
+    model: str | DINOv3ViT
+    loading: dict[str, Any] = field(default_factory=dict)
+    """How `locate` finds the model: subfolder, revision and so on."""
+    processor: ImageProcessor | None = None
     outputs: tuple[str, ...] = ("cls_token",)
     blocks: tuple[int, ...] | None = None
     size: tuple[int, int] | str | None = None
@@ -43,6 +46,8 @@ class Request:
     column: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, DINOv3ViT):
+            self._check_object(self.model)
         for name, known in (("outputs", OUTPUTS), ("store", STORES), ("resize", ("float32", "uint8"))):
             value = getattr(self, name)
             for choice in value if isinstance(value, tuple) else (value,):
@@ -63,6 +68,19 @@ class Request:
         if self.scaled_decoding and self.size == NATIVE:
             raise ValueError("scaled decoding makes pictures smaller, and their native size is asked for: choose one")
 
+    def _check_object(self, model: DINOv3ViT) -> None:
+        if model.training:
+            raise ValueError("the model is in training mode, where features are random: call model.eval() first")
+        if self.loading:
+            raise ValueError(f"{', '.join(self.loading)}: of a model that is loaded already")
+        if self.processor is None:
+            raise ValueError(
+                "the model is an object, which knows no preprocessing: give a processor, as "
+                "dinov3_lite.ImageProcessor.from_pretrained(checkpoint)"
+            )
+        if self.dtype not in (None, found := _dtype(model)):
+            raise ValueError(f"dtype {self.dtype!r}, and the model's is {found}: give model.to(torch.{self.dtype})")
+
 
 def prepare(folder: Folder, request: Request) -> dict[str, Any]:
     """The job of this folder: made of the request, or found there, and then the same.
@@ -71,30 +89,41 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
     that holds another job, naming each field that differs; OSError for a folder that can't be written.
     """
     wanted = describe(request)
-    if not folder.job.is_file():
+    if not folder.has(folder.job):
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.plan.is_dir():
-            write_plan(folder.plan, find_sources(list(request.inputs)), wanted["shard_size"], request.column, wanted)
-        write_whole(folder.job, (folder.plan / "job.json").read_bytes())
+            write_plan(
+                folder.plan, find_sources(list(request.inputs)), wanted["shard_size"], request.column,
+                wanted, cut=request.shard_size is not None,
+            )  # fmt: skip
+        folder.hand_over(sorted(folder.plan.iterdir()), keep=True)
+        folder.put(folder.job, (folder.plan / "job.json").read_bytes())
     job = folder.read_job()
     if different := differences({k: v for k, v in job.items() if k != "plan"}, wanted):
         raise ValueError(
-            f"{folder.path}: holds another job: {'; '.join(different)}: give another output folder, or ask for the same"
+            f"{folder}: holds another job: {'; '.join(different)}: give another output folder, or ask for the same"
         )
-    folder.make(job["outputs"])
     return job
 
 
 def describe(request: Request) -> dict[str, Any]:
     """The job of a request, but for its plan."""
-    checkpoint = open_checkpoint(locate(request.model))
-    config, processor = checkpoint.config, ImageProcessor.from_pretrained(request.model)
+    if isinstance(request.model, DINOv3ViT):
+        model: DINOv3ViT | Checkpoint = request.model
+        weights = weights_digest(request.model.state_dict().items())
+        processor = request.processor
+    else:
+        model = open_checkpoint(path := locate(request.model, **request.loading))
+        weights = checkpoint_digest(model)
+        processor = request.processor or ImageProcessor.from_pretrained(path)
+    assert processor is not None
+    config = model.config
     if request.size == NATIVE:
         size = None
     else:
         size = request.size or processor.size
         if size is None:
-            raise ValueError(f"{request.model}: its preprocessing does not resize: give a size, or {NATIVE!r}")
+            raise ValueError(f"the preprocessing does not resize: give a size, or {NATIVE!r}")
         if any(n % config.patch_size for n in size):
             raise ValueError(f"size {size[0]} x {size[1]}: expected multiples of the patch size {config.patch_size}")
     blocks = _blocks(request.blocks, config.num_hidden_layers)
@@ -105,10 +134,10 @@ def describe(request: Request) -> dict[str, Any]:
         "column": request.column,
         "model": {
             "name": config.name,
-            "weights": weights_digest(checkpoint),
+            "weights": weights,
             "config": asdict(config),
         },
-        "dtype": request.dtype or str(checkpoint.dtype).removeprefix("torch."),
+        "dtype": request.dtype or _dtype(model),
         "preprocessing": {
             **json.loads(json.dumps(asdict(processor))),
             "size": NATIVE if size is None else list(size),
@@ -122,6 +151,15 @@ def describe(request: Request) -> dict[str, Any]:
         "batch_size": request.batch_size or (NATIVE_BATCH if size is None else BATCH),
         "shard_size": request.shard_size or (DENSE_SHARD if dense else GLOBAL_SHARD),
     }
+
+
+def checkpoint_digest(checkpoint: Checkpoint) -> str:
+    """`weights_digest` of a checkpoint."""
+    return weights_digest((name, checkpoint.tensor(name)) for name in checkpoint.names())
+
+
+def _dtype(model: DINOv3ViT | Checkpoint) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _inputs(inputs: Sequence[str]) -> list[str]:
