@@ -58,13 +58,12 @@ class Sizes(nn.Module):
     @property
     def layers(self) -> list[tuple[nn.Module, ...]]:
         """What fine-tuning counts, first to last: the blocks of all stages, a step down with the block behind it."""
-        layers: list[tuple[nn.Module, ...]] = []
-        for stage in self.stages:
-            before = (stage.downsample,)
-            for block in stage.blocks:  # type: ignore[union-attr]
-                layers.append((*before, block))
-                before = ()
-        return layers
+        stages: Any = self.stages
+        return [
+            (stage.downsample, block) if i == 0 else (block,)
+            for stage in stages
+            for i, block in enumerate(stage.blocks)
+        ]
 
     @property
     def embed_dim(self) -> int:

@@ -79,7 +79,7 @@ def test_the_summary_names_blocks_of_stages():
 def test_lora_trains_merges_and_is_saved(tmp_path):
     peft = pytest.importorskip("peft")
     images = torch.randn(2, 3, 32, 64)
-    wrapped = peft.get_peft_model(made(), peft.LoraConfig(r=4, target_modules=["fc1", "fc2", "dwconv"]))
+    wrapped = peft.get_peft_model(made(), peft.LoraConfig(r=4, target_modules=["fc1", "fc2", "conv"]))
     before = made()(images).last_hidden_state
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-2)

@@ -151,16 +151,16 @@ EDGES = {
             ("decode", ("reading",), {"image", "pixels"}),
             ("pipeline", ("decode", "reading"), set()),
             ("commit", ("folder", "pipeline", "writer"), {"checkpoint.files"}),
-            ("compute", (), {"image", "inference", "model"}),
+            ("compute", (), {"features", "image", "inference", "loading"}),
             (
                 "job",
                 ("commit", "compute", "decode", "folder", "plan", "sources"),
-                {"checkpoint", "checkpoint.hub", "image", "model"},
+                {"checkpoint", "checkpoint.hub", "image", "loading"},
             ),
             (
                 "shard",
                 ("commit", "compute", "decode", "folder", "job", "pipeline", "plan", "reading", "remote"),
-                {"checkpoint", "checkpoint.hub", "image", "model"},
+                {"checkpoint", "checkpoint.hub", "image", "loading"},
             ),
             ("check", ("folder", "plan", "remote"), set()),
             ("parts", (), set()),
@@ -168,7 +168,7 @@ EDGES = {
             (
                 "engines",
                 ("commit", "folder", "job", "parts", "plan", "progress", "remote", "shard", "store"),
-                {"image", "model"},
+                {"image", "loading"},
             ),
             ("formats", ("store",), {"checkpoint.files"}),
             ("command", ("check", "engines", "formats", "remote"), {"commands.arguments", "console"}),

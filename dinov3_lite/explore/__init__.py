@@ -111,9 +111,10 @@ def explore(
     pictures: names and pictures (H, W, 3) uint8. grids: rows and columns of patches of each. blocks: indices,
     ascending; their outputs are taken after the final norm (of a ConvNeXt the last alone, as the others have none).
     """
-    packed, error = [], 0.0
+    packed, error, p = [], 0.0, model.patch_size
+    assert p is not None  # else a ConvNeXt's stages have a grid each
     for (name, pixels), (rows, columns) in zip(pictures, grids, strict=True):
-        size = (rows * model.patch_size, columns * model.patch_size)
+        size = (rows * p, columns * p)
         pixel_values = replace(processor, size=size)(pixels)["pixel_values"].to(model.device)
         layers = []
         outputs = model.get_intermediate_layers(pixel_values, n=list(blocks), return_class_token=True)
@@ -151,7 +152,7 @@ def explore(
         "weights": model.weights_id,
         "dims": [model.embed_dims[i] for i in blocks],
         "heads": model.num_heads,
-        "patch": model.patch_size,
+        "patch": p,
         "blocks": list(blocks),
         "cosineError": error,
         "pictures": packed,

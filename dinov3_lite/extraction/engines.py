@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..image import ImageProcessor
-from ..model import DINOv3ViT
+from ..loading import Backbone
 from .commit import complete
 from .folder import Folder
 from .job import Request, prepare
@@ -42,7 +42,7 @@ class Stopped(RuntimeError):
 
 def extract(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    model: str | os.PathLike[str] | DINOv3ViT,
+    model: str | os.PathLike[str] | Backbone,
     output: str | os.PathLike[str],
     *,
     outputs: Sequence[str] = ("cls_token",),
@@ -72,13 +72,14 @@ def extract(
 
     inputs: one or several of: a folder (recursively), a list of paths (.txt, one a line, relative to it), a picture;
         tar files (as webdataset's) or parquet files, patterns of them (`*`, `{000..099}`); URLs of all those.
-    model: a checkpoint folder, a converted file or a hub id; or a DINOv3ViT in evaluation mode, say one that you have
+    model: a checkpoint folder, a converted file or a hub id; or a model in evaluation mode, say one that you have
         trained. Of that the weights are compared when a job goes on; hooks and replaced modules can't be.
     output: the folder, made if need be, or a URL in an object store (s3://, gs://, az://, ...).
     outputs: of "cls_token" (C,), "patch_mean" (C,), "patch_tokens" (h*w, C) and "register_tokens" (R, C), each after
-        the final LayerNorm. blocks: whose; several give each row a first axis of blocks. None is the last.
+        the final LayerNorm. blocks: whose; several give each row a first axis of blocks. None is the last. Of a
+        ConvNeXt blocks are its stages, one at a time, as their channels differ; before the last they have no norm.
     size: pixels a side, (height, width), None for the checkpoint's, or "native": each picture in its own size,
-        rounded to whole patches, and run as one sequence with others, without padding.
+        rounded to whole patches, and run as one sequence with others, without padding (a ConvNeXt: one by one).
     dtype: of the weights, "float32", "bfloat16" or "float16"; None is the checkpoint's own. store: of the files,
         "float16" or "float32".
     batch_size: pictures a forward: 64, native 8. shard_size: pictures a shard: 4096, with patch tokens 1024. A tar is
@@ -102,7 +103,7 @@ def extract(
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if not re.fullmatch(r"\d+%?|\d+\.\d+%", str(max_rejects)):
         raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
-    given = model if isinstance(model, DINOv3ViT) else None
+    given = model if isinstance(model, Backbone) else None
     if given is not None and engine != "local":
         raise ValueError(f"engine {engine!r} loads the model in other processes: save it, and give the checkpoint")
     hub = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
