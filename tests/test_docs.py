@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import ROOT, run_python, run_reference
 
-from dinov3_lite import DINOv3Config
+from dinov3_lite.config import config_from_name
 
 FRONTS = ("README.md", "README.zh-CN.md")
 PAGES = {page.stem: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
