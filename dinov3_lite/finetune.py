@@ -34,16 +34,16 @@ def freeze_but_last(model: nn.Module, n: int) -> None:
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Return groups for a torch optimizer, of the parameters that train.
+    """Return parameter groups for a torch optimizer, with layer-wise decay of the learning rate.
 
     model: a DINOv3ViT or DINOv3ConvNeXt, or any module with one inside: compiled, wrapped by peft or
         DistributedDataParallel, a detector.
 
     The learning rate is lr * layer_decay ** (n + 1 - l) for n blocks, with l = 0 for embeddings and tokens (a
     ConvNeXt's stem), l = i + 1 for block i, l = n + 1 for the final LayerNorm (arXiv 1801.06146, section 3.1;
-    2106.08254 for ViTs). A ConvNeXt's blocks are counted as by `freeze_but_last`. What lies outside of the backbone, a
-    head, has the rate lr too, in groups of its own. Norms, biases, tokens and LayerScale get no weight decay. Each
-    group also has a `name`.
+    2106.08254 for ViTs). A ConvNeXt's blocks are counted as by `freeze_but_last`. Parameters outside of the backbone,
+    such as a head's, have the rate lr in groups of their own. Norms, biases, tokens and LayerScale get no weight decay.
+    Frozen parameters are left out. Each group also has a `name`.
 
     Raises ValueError for a layer_decay that is not above zero, and for a module without a backbone.
     """

@@ -178,7 +178,9 @@ def test_the_errors_on_the_page_of_the_kernels_are_the_committed_ones(name, scri
 
 def test_the_tables_of_models_name_what_loads(scripts):
     """Every hub id leads to the variant of its line, and every variant has one, but for the one without weights."""
-    rows = [line.split("|")[1:] for line in PAGES["models"].splitlines() if re.match(r"\| (vit|convnext-)\w+.*`\w+/", line)]
+    rows = [
+        line.split("|")[1:] for line in PAGES["models"].splitlines() if re.match(r"\| (vit|convnext-)\w+.*`\w+/", line)
+    ]
     named = {
         (cells[0].split(",")[0].strip(), hub)
         for cells in rows

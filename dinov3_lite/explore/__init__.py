@@ -57,7 +57,7 @@ def page_bytes(grids: Sequence[tuple[int, int]], model: Backbone, blocks: Sequen
 
 
 def blocks_that_fit(grids: Sequence[tuple[int, int]], model: Backbone) -> list[int]:
-    """As many blocks as a page of two megabytes holds, spread over the depth and ending with the last; at least one."""
+    """Indices of as many blocks as fit into a page of two megabytes: spread over the depth, the last among them."""
     spread = [sorted({model.depth - 1 - (model.depth * i) // n for i in range(n)}) for n in range(1, model.depth + 1)]
     fits = [blocks for blocks in spread if page_bytes(grids, model, blocks) <= COMFORT]
     return fits[-1] if fits else spread[0]
@@ -106,10 +106,11 @@ def explore(
     grids: Sequence[tuple[int, int]],
     blocks: Sequence[int],
 ) -> str:
-    """The page, as HTML. A ConvNeXt's stages are its blocks, on the grid of its `patch_size`, which must be set.
+    """Compute the features of pictures and return one self-contained HTML page that shows them.
 
-    pictures: names and pictures (H, W, 3) uint8. grids: rows and columns of patches of each. blocks: indices,
-    ascending; their outputs are taken after the final norm (of a ConvNeXt the last alone, as the others have none).
+    model: a ConvNeXt's stages are its blocks, on the grid of its `patch_size`, which must be set.
+    pictures: (name, (H, W, 3) uint8). grids: (rows, columns) of patches for each. blocks: ascending block indices;
+        their outputs are shown after the final LayerNorm (of a ConvNeXt the last alone, as the others have none).
     """
     packed, error, p = [], 0.0, model.patch_size
     assert p is not None  # else a ConvNeXt's stages have a grid each

@@ -68,7 +68,7 @@ def extract(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> FeatureStore:
-    """Features of all pictures of `inputs`, in a folder of numpy files; called again, it goes on where it was.
+    """Compute the features of all pictures in `inputs` into a folder of numpy files; called again, it resumes.
 
     inputs: one or several of: a folder (recursively), a list of paths (.txt, one a line, relative to it), a picture;
         tar files (as webdataset's) or parquet files, patterns of them (`*`, `{000..099}`); URLs of all those.
@@ -76,8 +76,9 @@ def extract(
         trained. Of that the weights are compared when a job goes on; hooks and replaced modules can't be.
     output: the folder, made if need be, or a URL in an object store (s3://, gs://, az://, ...).
     outputs: of "cls_token" (C,), "patch_mean" (C,), "patch_tokens" (h*w, C) and "register_tokens" (R, C), each after
-        the final LayerNorm. blocks: whose; several give each row a first axis of blocks. None is the last. Of a
-        ConvNeXt blocks are its stages, one at a time, as their channels differ; before the last they have no norm.
+        the final LayerNorm. blocks: indices of the blocks they are taken from; several put an axis of blocks first in
+        each row. None is the last block. A ConvNeXt's blocks are its stages, one at a time, as their channels differ;
+        before the last they have no norm.
     size: pixels a side, (height, width), None for the checkpoint's, or "native": each picture in its own size,
         rounded to whole patches, and run as one sequence with others, without padding (a ConvNeXt: one by one).
     dtype: of the weights, "float32", "bfloat16" or "float16"; None is the checkpoint's own. store: of the files,
