@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 import dinov3_lite.extraction.engines
 from dinov3_lite import DINOv3Config, DINOv3ViT
 from dinov3_lite.checkpoint.layouts import TRANSFORMERS, rename
-from dinov3_lite.extraction import commit, compute, folder, pipeline, plan, reading, writer
+from dinov3_lite.extraction import commit, compute, folder, pipeline, plan, reading, shard, writer
 
 SHARD, BATCH = 6, 4
 
@@ -77,7 +77,7 @@ def half_written(file: Any, data: Any) -> None:
 STEPS: dict[str, tuple[Any, str, Callable[..., object] | None]] = {
     "planning": (plan._Hashed, "write", lambda self, data: half_written(self.file, data)),
     "plan renamed": (folder.Folder, "hand_over", None),
-    "shard begun": (folder.Folder, "sweep", None),
+    "shard begun": (shard, "_write_shard", None),
     "reading": (reading, "_read_local", None),
     "decoding": (pipeline, "decode", None),
     "forward": (compute.Network, "submit", None),

@@ -47,7 +47,7 @@ def plan_peak(count: int) -> dict[str, float]:
             for i in range(count):
                 file.write(f"/data/pictures/{i // 1000:06d}/photograph_{i:010d}.jpg\n")
         before, start = process_mib("VmHWM"), time.perf_counter()
-        write_plan(Path(folder, "plan"), [Source("list", f"{folder}/list.txt", "")], 4096, None, {})
+        write_plan(Folder(folder), [Source("list", f"{folder}/list.txt", "")], 4096, None, {})
         seconds, plan = time.perf_counter() - start, Plan(Folder(folder))
         last = list(plan.items(plan[len(plan) - 1]))
         assert last[-1].endswith(f"{count - 1:010d}.jpg")

@@ -167,7 +167,7 @@ EDGES = {
             ("progress", ("folder",), set()),
             (
                 "engines",
-                ("commit", "folder", "job", "parts", "plan", "progress", "remote", "shard", "store"),
+                ("commit", "compute", "folder", "job", "parts", "plan", "progress", "remote", "shard", "store"),
                 {"image", "loading"},
             ),
             ("formats", ("store",), {"checkpoint.files"}),

@@ -19,7 +19,7 @@ STORES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """A SHA-256 of every weight, in the model's order: the same in every layout, and of a model of them."""
+    """A SHA-256 of every weight, in the order of their names: the same in every layout, and of a model of them."""
     sha = hashlib.sha256()
     for name, tensor in weights:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

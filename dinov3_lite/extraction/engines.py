@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from ..image import ImageProcessor
 from ..loading import Backbone
 from .commit import complete
+from .compute import device_of
 from .folder import Folder
 from .job import Request, prepare
 from .parts import Part, local_device, local_threads, parse_part, part_from_environment
@@ -97,22 +100,21 @@ def extract(
     processor: None is the checkpoint's own; a model that is an object needs one. `size` comes before its size.
     subfolder: of the checkpoint. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
-    Raises FileNotFoundError and ValueError for what can't be begun, ShardsFailed when all but some shards are done,
-    Stopped after SIGTERM, and OSError if the output can't be written.
+    Raises FileNotFoundError, TypeError and ValueError for what can't be begun, ShardsFailed when all but some shards
+    are done, Stopped after SIGTERM, and OSError if the output can't be written.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if not re.fullmatch(r"\d+%?|\d+\.\d+%", str(max_rejects)):
         raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
-    given = model if isinstance(model, Backbone) else None
-    if given is not None and engine != "local":
-        raise ValueError(f"engine {engine!r} loads the model in other processes: save it, and give the checkpoint")
+    _check_model(model, engine, device)
+    source: str | Backbone = model if isinstance(model, Backbone) else os.fspath(model)
     hub = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = folder_at(output)
     request = Request(
         inputs=tuple(os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)),
-        model=given or os.fspath(model),
-        loading={name: os.fspath(value) if name == "cache_dir" else value for name, value in hub.items() if value},
+        model=source,
+        loading={name: str(value) if name == "cache_dir" else value for name, value in hub.items() if value},
         processor=processor,
         outputs=(outputs,) if isinstance(outputs, str) else tuple(outputs),
         blocks=None if blocks is None else (blocks,) if isinstance(blocks, int) else tuple(blocks),
@@ -129,7 +131,7 @@ def extract(
     job = prepare(folder, request)
     setup = Setup(
         folder=folder.address,
-        model="" if given is not None else os.path.abspath(model) if os.path.exists(model) else os.fspath(model),
+        model=_anywhere(source) if isinstance(source, str) else "",
         loading=request.loading,
         device=device or local_device(),
         decode_threads=decode_threads or local_threads(),
@@ -143,11 +145,29 @@ def extract(
         elif engine == "ray":
             failures = run_ray(setup, job, shards, bar, workers)
         else:
+            given = None if isinstance(source, str) else source
             failures = run_local(Worker(setup, job["model"]["weights"], bar.add, given), shards, bar)
     complete(folder, total)
     if failures:
         raise ShardsFailed(setup.folder, failures, total)
     return open_features(output)
+
+
+def _anywhere(source: str) -> str:
+    """A path that other working directories know too; a hub id as it is."""
+    return os.path.abspath(source) if os.path.exists(source) else source
+
+
+def _check_model(model: Any, engine: str, device: str | None) -> None:
+    """Raises TypeError or ValueError for an object that is no model, or can't be run as is asked."""
+    if isinstance(model, (str, os.PathLike)):
+        return
+    if not isinstance(model, Backbone):
+        raise TypeError(f"model is a {type(model).__name__}: expected a checkpoint, a DINOv3ViT or a DINOv3ConvNeXt")
+    if engine != "local":
+        raise ValueError(f"engine {engine!r} loads the model in other processes: save it, and give the checkpoint")
+    if device is not None and torch.device(device) != (found := device_of(model)):
+        raise ValueError(f"device {device!r}, and the model is on {found}: move it, model.to({device!r})")
 
 
 def _missing(folder: Folder, part: Part, total: int) -> list[int]:

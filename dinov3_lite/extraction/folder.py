@@ -13,6 +13,7 @@ index.json                when all is done: how many rows and rejects each shard
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -164,10 +165,14 @@ class Folder:
                     found.setdefault(int(shard), []).append(self.attempts / name)
         return found
 
-    def sweep(self, shard: int) -> None:
-        """Remove what a process that died at work on this shard left half written."""
-        for file in self.path.glob(f"*/.{shard:08d}.*.tmp"):
-            file.unlink(missing_ok=True)
+    def new_plan(self) -> Path:
+        """A folder to write a plan in, which then becomes `plan`."""
+        return self.path / f".plan.{secrets.token_hex(4)}.{os.getpid()}.{socket.gethostname()}.tmp"
+
+    def dead_plans(self) -> list[Path]:
+        """Those that processes of this machine left half written."""
+        host = glob.escape(socket.gethostname())
+        return [left for left in self.path.glob(f".plan.*.{host}.tmp") if not _alive(int(left.name.split(".")[3]))]
 
 
 def _alive(pid: int) -> bool:

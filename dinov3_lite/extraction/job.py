@@ -93,7 +93,7 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.plan.is_dir():
             write_plan(
-                folder.plan, find_sources(list(request.inputs)), wanted["shard_size"], request.column,
+                folder, find_sources(list(request.inputs)), wanted["shard_size"], request.column,
                 wanted, cut=request.shard_size is not None,
             )  # fmt: skip
         folder.hand_over(sorted(folder.plan.iterdir()), keep=True)
@@ -110,7 +110,7 @@ def describe(request: Request) -> dict[str, Any]:
     """The job of a request, but for its plan."""
     if isinstance(request.model, Backbone):
         model, dtype = request.model, _dtype(request.model)
-        weights = weights_digest(request.model.state_dict().items())
+        weights = weights_digest(sorted(request.model.state_dict().items()))
         processor = request.processor
     else:
         checkpoint = open_checkpoint(path := locate(request.model, **request.loading))
@@ -155,7 +155,7 @@ def describe(request: Request) -> dict[str, Any]:
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
     """`weights_digest` of a checkpoint."""
-    return weights_digest((name, checkpoint.tensor(name)) for name in checkpoint.names())
+    return weights_digest((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names()))
 
 
 def _dtype(model: Backbone | Checkpoint) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,14 +50,20 @@ class Plan:
 
 
 def write_plan(
-    folder: Path, sources: list[Source], shard_size: int, column: str | None, job: dict[str, Any], *, cut: bool = False
+    folder: Folder,
+    sources: list[Source],
+    shard_size: int,
+    column: str | None,
+    job: dict[str, Any],
+    *,
+    cut: bool = False,
 ) -> None:
     """Write the plan and, in it, the job that it is of, completed by a summary of the plan.
 
     cut: tars of any length into shards of this size.
     The folder appears when it is whole: of several processes that plan at once, the first one wins.
     """
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary = folder.new_plan()
     temporary.mkdir(parents=True)
     try:
         summary = _write(temporary, sources, shard_size, cut, column)
@@ -66,9 +71,9 @@ def write_plan(
             file.write(to_json({**job, "plan": summary}))
             os.fsync(file.fileno())
         try:
-            temporary.rename(folder)
+            temporary.rename(folder.plan)
         except OSError:
-            if not folder.is_dir():
+            if not folder.plan.is_dir():
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -181,7 +181,6 @@ def _attempt(worker: Worker, shard: int) -> str | None:
     folder = worker.folder
     with folder.attempt(shard):
         for pause in (*PAUSES, None):
-            folder.sweep(shard)
             try:
                 _write_shard(worker, shard)
                 return None
