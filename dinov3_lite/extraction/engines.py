@@ -163,7 +163,7 @@ def _check_model(model: Any, engine: str, device: str | None) -> None:
     if isinstance(model, (str, os.PathLike)):
         return
     if not isinstance(model, Backbone):
-        raise TypeError(f"model is a {type(model).__name__}: expected a checkpoint, a DINOv3ViT or a DINOv3ConvNeXt")
+        raise TypeError(f"model is a {type(model).__name__}: expected a checkpoint or a DINOv3ViT or DINOv3ConvNeXt")
     if engine != "local":
         raise ValueError(f"engine {engine!r} loads the model in other processes: save it, and give the checkpoint")
     if device is not None and torch.device(device) != (found := device_of(model)):
