@@ -1,6 +1,7 @@
 """Models for images of other channels than red, green and blue: their first projection, adapted by a named rule.
 
-Both rules keep what a patch of equal channels is projected to, so that features stay where the model expects them.
+What a patch of equal channels is projected to stays the same, so that features stay where the model expects them:
+always by "mean", and by "repeat" for one channel and for multiples of the checkpoint's.
 """
 
 from __future__ import annotations
