@@ -168,6 +168,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "conversion": of("conversion", conversion.table),
     "steps": of("steps", steps.table),
     "models-variants": models.variants_table,
+    "models-convnexts": models.convnexts_table,
     "models-forward": of("models", models.forward_table),
     "models-training": of("models", models.training_table),
     "models-choice": lambda: models.choice_table(result("models")),

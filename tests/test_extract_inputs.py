@@ -157,7 +157,7 @@ def test_several_folders_and_pictures_by_name(checkpoint, photos, names, complet
         ({"outputs": ["cls"]}, "outputs 'cls': expected some of cls_token, patch_mean"),
         ({"outputs": ["cls_token"] * 2}, "each once"),
         ({"store": "bfloat16"}, "store 'bfloat16': expected one of float16, float32"),
-        ({"size": 50}, "size 50 x 50: expected multiples of the patch size 8"),
+        ({"size": 50}, "image height 50 and width 50 must be multiples of the patch size 8"),
         ({"blocks": [3]}, r"blocks \[3\]: expected indices from -3 to 2"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"batch_size": 0}, "batch_size is 0"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..image import ImageProcessor
-from ..model import DINOv3ViT
+from ..loading import Backbone
 from .commit import complete
 from .compute import device_of
 from .folder import Folder
@@ -45,7 +45,7 @@ class Stopped(RuntimeError):
 
 def extract(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    model: str | os.PathLike[str] | DINOv3ViT,
+    model: str | os.PathLike[str] | Backbone,
     output: str | os.PathLike[str],
     *,
     outputs: Sequence[str] = ("cls_token",),
@@ -75,14 +75,15 @@ def extract(
 
     inputs: one or several of: a folder (recursively), a list of paths (.txt, one a line, relative to it), a picture;
         tar files (as webdataset's) or parquet files, patterns of them (`*`, `{000..099}`); URLs of all those.
-    model: a checkpoint folder, a converted file or a hub id; or a DINOv3ViT in evaluation mode, say one that you have
+    model: a checkpoint folder, a converted file or a hub id; or a model in evaluation mode, say one that you have
         trained. Of that the weights are compared when a job goes on; hooks and replaced modules can't be.
     output: the folder, made if need be, or a URL in an object store (s3://, gs://, az://, ...).
     outputs: of "cls_token" (C,), "patch_mean" (C,), "patch_tokens" (h*w, C) and "register_tokens" (R, C), each after
         the final LayerNorm. blocks: indices of the blocks they are taken from; several put an axis of blocks first in
-        each row. None is the last block.
+        each row. None is the last block. A ConvNeXt's blocks are its stages, one at a time, as their channels differ;
+        before the last they have no norm.
     size: pixels a side, (height, width), None for the checkpoint's, or "native": each picture in its own size,
-        rounded to whole patches, and run as one sequence with others, without padding.
+        rounded to whole patches, and run as one sequence with others, without padding (a ConvNeXt: one by one).
     dtype: of the weights, "float32", "bfloat16" or "float16"; None is the checkpoint's own. store: of the files,
         "float16" or "float32".
     batch_size: pictures a forward: 64, native 8. shard_size: pictures a shard: 4096, with patch tokens 1024. A tar is
@@ -107,7 +108,7 @@ def extract(
     if not re.fullmatch(r"\d+%?|\d+\.\d+%", str(max_rejects)):
         raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
     _check_model(model, engine, device)
-    source: str | DINOv3ViT = model if isinstance(model, DINOv3ViT) else os.fspath(model)
+    source: str | Backbone = model if isinstance(model, Backbone) else os.fspath(model)
     hub = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = folder_at(output)
     request = Request(
@@ -161,8 +162,8 @@ def _check_model(model: Any, engine: str, device: str | None) -> None:
     """Raises TypeError or ValueError for an object that is no model, or can't be run as is asked."""
     if isinstance(model, (str, os.PathLike)):
         return
-    if not isinstance(model, DINOv3ViT):
-        raise TypeError(f"model is a {type(model).__name__}: expected a checkpoint or a DINOv3ViT")
+    if not isinstance(model, Backbone):
+        raise TypeError(f"model is a {type(model).__name__}: expected a checkpoint or a DINOv3ViT or DINOv3ConvNeXt")
     if engine != "local":
         raise ValueError(f"engine {engine!r} loads the model in other processes: save it, and give the checkpoint")
     if device is not None and torch.device(device) != (found := device_of(model)):
