@@ -25,9 +25,12 @@ import extract
 import extract_memory
 import extract_pixels
 import features
+import fit_speed
+import golden_measures
 import growth
 import models
 import parity
+import segmentation
 import startup
 import steps
 from environment import RESULTS, headline
@@ -150,6 +153,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "extract": of("extract", extract.table),
     "extract-memory": of("extract_memory", extract_memory.table),
     "extract-pixels": of("extract_pixels", extract_pixels.table),
+    "segmentation": of("segmentation", segmentation.table),
+    "fit-speed": of("fit_speed", fit_speed.table),
+    "golden-measures": of("golden_measures", golden_measures.table),
     "compare-amd": of("compare_amd", compare.table),
     "compare-bfloat16": of("compare_bfloat16", compare.table),
     "layers": of("features", lambda found: features.tables(found)["layers"]),
