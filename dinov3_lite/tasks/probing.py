@@ -99,7 +99,7 @@ def split(labelled: Labelled, share: float, seed: int) -> tuple[Labelled, Labell
 
 
 def few_shot(labelled: Labelled, shots: int, seed: int) -> np.ndarray:
-    """Indices of `shots` of each class, drawn with a seed. ValueError where a class has fewer."""
+    """Indices of `shots` random pictures of each class. Raises ValueError if a class has fewer."""
     rng = np.random.default_rng(seed)
     drawn = []
     for label, name in enumerate(labelled.classes):
