@@ -27,9 +27,12 @@ import extract_kills
 import extract_memory
 import extract_pixels
 import features
+import fit_speed
+import golden_measures
 import growth
 import models
 import parity
+import segmentation
 import startup
 import steps
 from environment import RESULTS, headline, processor
@@ -160,6 +163,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "extract-bad-files": of("extract_bad_files", extract_bad_files.table),
     "extract-memory": of("extract_memory", extract_memory.table),
     "extract-pixels": of("extract_pixels", extract_pixels.table),
+    "segmentation": of("segmentation", segmentation.table),
+    "fit-speed": of("fit_speed", fit_speed.table),
+    "golden-measures": of("golden_measures", golden_measures.table),
     "layers": of("features", lambda found: features.tables(found)["layers"]),
     "packed": of("features", lambda found: features.tables(found)["packed"]),
     "windows": of("features", lambda found: features.tables(found)["windows"]),

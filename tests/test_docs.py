@@ -164,8 +164,7 @@ def test_charts_are_drawn_from_the_committed_results(page_script):
 def test_every_result_is_on_a_page(page_script):
     """A result that no page shows is a loss that nobody sees."""
     used = set(re.findall(r'"(\w+)"', (ROOT / "benchmarks" / "page.py").read_text()))
-    elsewhere = {"segmentation", "golden_measures"}  # in docs/tasks.md, whose tables are written by hand
-    elsewhere |= {"kernel_builds", "rope_attention_cpu", "layer_norm_cpu", "swiglu_cpu"}  # in kernels/README.md
+    elsewhere = {"kernel_builds", "rope_attention_cpu", "layer_norm_cpu", "swiglu_cpu"}  # in kernels/README.md
     assert {file.stem for file in page_script.RESULTS.glob("*.json")} <= used | elsewhere
 
 

@@ -96,6 +96,7 @@ class Segmenter(nn.Module):
         freeze_but_last(backbone, unfreeze)
         self.maps = NormedQuarters(backbone.eval())
         self.head = head.to(backbone.device)
+        self.head.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # trains 1.2 times as fast so
         self._prepared: list[nn.Module] = []  # in a list, lest its weights count as further ones of this module
 
     @property
@@ -104,7 +105,8 @@ class Segmenter(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         dtype = self.head.predict.weight.dtype
-        return self.head([m.to(dtype) for m in self._maps(pixel_values)], pixel_values.to(dtype))
+        maps = [m.to(dtype) for m in self._maps(pixel_values)]
+        return self.head(maps, pixel_values.to(dtype, memory_format=torch.channels_last))
 
     def _maps(self, pixel_values: Tensor) -> list[Tensor]:
         if any(parameter.requires_grad for parameter in self.maps.parameters()):
