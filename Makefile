@@ -52,10 +52,11 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/installed-docs
 	$(BIN)/mkdocs build -q
 
-# Ours beside transformers, timm, onnxruntime and OpenVINO.
+# Ours beside transformers, timm, onnxruntime and OpenVINO: times, then the peaks of memory.
 bench: .venv/installed-dev
 	$(PIP) install -q -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/compare.py --again
+	$(BIN)/python benchmarks/compare.py --memory
 
 # The tables and charts of all pages, from the committed results.
 pages: .venv/installed-dev .venv/installed-demo

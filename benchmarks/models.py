@@ -21,7 +21,7 @@ import sys
 from typing import Any
 
 import torch
-from environment import RESULTS, environment, headline, save
+from environment import headline, opened, save
 from timing import in_a_child, once, peak_mib, process_mib
 from torch import nn
 
@@ -90,21 +90,6 @@ def wanted(variants: tuple[str, ...]) -> list[Row]:
 
 def identity(row: Row) -> Row:
     return {key: row[key] for key in ("kind", "variant", "dtype", "pixels", "batch")}
-
-
-def opened(name: str, again: bool) -> Row:
-    """The result so far, if it was taken here and is to be kept."""
-    now, file = environment(), RESULTS / f"{name}.json"
-    if not file.exists() or again:
-        return {"environment": now, "rows": []}
-    result = json.loads(file.read_text())
-    for key in ("machine", "threads", "torch"):
-        if result["environment"][key] != now[key]:
-            raise SystemExit(
-                f"{file.name} was measured with {key} {result['environment'][key]}, this is {now[key]}: "
-                "give --save another name, or --again to measure all of it here"
-            )
-    return {**result, "environment": now}
 
 
 # ---- one row, in a process of its own

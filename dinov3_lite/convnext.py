@@ -210,7 +210,10 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
 
     @classmethod
     def from_checkpoint(cls, opened: Checkpoint, patch_size: int | None = None, **options: Any) -> DINOv3ConvNeXt:
-        """The model of an opened checkpoint: see `from_pretrained`. Raises ValueError if that is a ViT's."""
+        """Make the model of a checkpoint that `open_checkpoint` opened; options are the dtype and the device.
+
+        Raises ValueError if the checkpoint is a ViT's.
+        """
         opened.check_family(DINOv3ConvNeXtConfig)
         with torch.device("meta"):
             model = cls(opened.config, patch_size)
@@ -226,7 +229,7 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         return_dict: bool = True,
         keep_indices: Tensor | None = None,
     ) -> DINOv3Output | tuple[Tensor, ...]:
-        """Features of a batch of normalised images: the last stage's, at stride 32, behind their mean.
+        """Compute the features of a batch of normalised images: the last stage's map as tokens, after their mean.
 
         pixel_values: (B, 3, H, W), floating point, H and W from 32 on; cast to the model's dtype. Where a stage does
             not divide the size, its map leaves out the last rows and columns, as in every reference.
@@ -251,18 +254,18 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         return output if hidden_states is None else (*output, hidden_states)  # type: ignore[return-value]
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """What the first stage gets: (B, H/4, W/4, C1). Arguments and errors are those of `forward`."""
+        """Return the stem's map (B, H/4, W/4, C1), which enters the first stage. Errors as in `forward`."""
         self.check_images(pixel_values)
         return self.embed_patches(pixel_values).to(
             self.residual_dtype or torch.promote_types(self.dtype, torch.float32)
         )
 
     def embed_patches(self, pixel_values: Tensor) -> Tensor:
-        """The stem over valid images, cast to its dtype."""
+        """Cast valid images (B, 3, H, W) to the stem's dtype and run it on them: (B, H/4, W/4, C1)."""
         return self.stem(pixel_values.to(dtype_of(self.stem)))
 
     def run_stages(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
-        """Outputs (B, h, w, C) of the stages in `taps` (ascending indices). No stage after the last of them runs."""
+        """Run the stages up to the last in `taps` (ascending indices); return the maps (B, h, w, C) of those in it."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         return run_units(self.stages, x, taps, recompute)
 
@@ -284,9 +287,9 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
     def check_images(
         self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
-        """The grid (h, w) of the last stage's map, or ValueError unless these are images of 32 x 32 pixels and more.
+        """Return the grid (h, w) of the last stage's map; raise ValueError unless images have 32 x 32 pixels or more.
 
-        pixels: whether they may be whole numbers.
+        name: what errors call them. pixels: allow integer dtypes too.
         """
         check_kind(images, self.num_channels, name, dims, pixels)
         (H, W), least = images.shape[-2:], self.stride

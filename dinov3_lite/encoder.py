@@ -15,10 +15,10 @@ from .model import DINOv3ViT
 
 
 class PyramidEncoder(nn.Module):
-    """(B, 3, H, W) -> [F1, F2, F3, F4], patch tokens of the blocks at 1/4, 2/4, 3/4 and 4/4 of a ViT's depth as maps.
+    """(B, 3, H, W) -> [F1, F2, F3, F4]: feature maps of a ViT's blocks at 1/4, 2/4, 3/4 and 4/4 of its depth.
 
-    The maps are (B, C, H/s, W/s) for s in `strides`, before the final LayerNorm; a side shorter than s gives 1. Of a
-    ConvNeXt they are its four stages as they are, (B, c, H/s, W/s) for c in `channels`.
+    Each map is (B, C, H/s, W/s) for its s in `strides` (a side shorter than s gives 1): the patch tokens before the
+    final LayerNorm, resized. A ConvNeXt's maps are its four stages as they are: (B, c, H/s, W/s), c in `channels`.
     A frozen encoder computes no gradients, keeps no activations, and stays in evaluation mode whatever its parent does.
     """
 
@@ -60,17 +60,17 @@ def build_dinov3_encoder(
     simple: bool = False,
     **loading: Any,
 ) -> PyramidEncoder:
-    """A pretrained encoder whose four maps have strides 4, 8, 16 and 32 or, with `simple`, all 16 (at patch size 16).
+    """Load a pretrained encoder with four maps, at strides 4, 8, 16 and 32 or, with `simple`, all at the patch size.
 
     model_name: a hub id, used if there is no pretrained_path.
-    pretrained_path: whatever `dinov3_lite.load` reads: a ViT, or a ConvNeXt, of which nothing is resized and whose maps
-        have unequal `channels`.
-    freeze: no gradients, always in evaluation mode; False fine-tunes. Resizing is bilinear with align_corners=False.
+    pretrained_path: a file or folder that `dinov3_lite.load` reads, of a ViT or a ConvNeXt.
+    freeze: True computes no gradients and stays in evaluation mode; False is for fine-tuning.
+    simple: leave a ViT's maps on the patch grid. Otherwise they are resized bilinearly, with align_corners=False.
     loading: further arguments of `dinov3_lite.load`: dtype, device, attention, prefix, subfolder, revision, cache_dir,
         local_files_only.
 
-    Raises what `dinov3_lite.load` does, and ValueError if the model has fewer than four blocks, and for `simple` of a
-    ConvNeXt.
+    Raises what `dinov3_lite.load` does, and ValueError for a model of fewer than four blocks and for a ConvNeXt with
+    `simple`: its stages have strides of their own.
     """
     backbone = load(model_name if pretrained_path is None else pretrained_path, **loading)
     if backbone.depth < 4:

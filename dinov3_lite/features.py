@@ -17,7 +17,7 @@ from .config import DINOv3Config
 
 
 class Sizes(nn.Module):
-    """A model's sizes by the names that its users know, read off its modules: whoever changes those changes these."""
+    """A model's sizes as attributes. They are read off its modules: right whatever is dropped or added."""
 
     cls_token: nn.Parameter
     register_tokens: nn.Parameter
@@ -48,7 +48,7 @@ class Sizes(nn.Module):
 
     @property
     def num_heads(self) -> int:
-        """How many heads the first block's attention has."""
+        """How many attention heads a block has (read off the first)."""
         attn: Any = self.blocks[0].attn
         return attn.num_heads
 
@@ -72,7 +72,7 @@ class Sizes(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype, that of the final LayerNorm: what `forward` returns. Tokens may be wider."""
+        """The dtype of the weights, and of what `forward` returns. Under float16 some tokens are kept in float32."""
         return dtype_of(self.norm, self.blocks, self.patch_embed)
 
     @property

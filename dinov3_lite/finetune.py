@@ -31,14 +31,14 @@ def freeze_but_last(model: nn.Module, n: int) -> None:
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Return groups for a torch optimizer, of the parameters that train.
+    """Return parameter groups for a torch optimizer, with layer-wise decay of the learning rate.
 
     model: a DINOv3ViT, or any module with one inside: compiled, wrapped by peft or DistributedDataParallel, a detector.
 
     The learning rate is lr * layer_decay ** (depth + 1 - l) with l = 0 for embeddings and tokens, l = i + 1 for block
-    i, l = depth + 1 for the final LayerNorm (arXiv 1801.06146, section 3.1; 2106.08254 for ViTs). What lies outside of
-    the DINOv3ViT, a head, has the rate lr too, in groups of its own. Norms, biases, tokens and LayerScale get no weight
-    decay. Each group also has a `name`.
+    i, l = depth + 1 for the final LayerNorm (arXiv 1801.06146, section 3.1; 2106.08254 for ViTs). Parameters outside of
+    the DINOv3ViT, such as a head's, have the rate lr in groups of their own. Norms, biases, tokens and LayerScale get
+    no weight decay. Frozen parameters are left out. Each group also has a `name`.
 
     Raises ValueError for a layer_decay that is not above zero, and for a module without a DINOv3ViT.
     """

@@ -30,7 +30,7 @@ class BackboneOutput(NamedTuple):
 
 
 class DINOv3ViTBackbone(nn.Module):
-    """Feature maps of chosen stages, by the names of transformers' class of this name.
+    """Feature maps of chosen stages: the options and attributes of transformers' class of the same name.
 
     Stage 0 ("stem") is the embeddings, stage i ("stage{i}") the output of block i - 1. The last stage is always normed,
     the others where `apply_layernorm` is true. Nothing runs after the last stage asked for.
@@ -95,7 +95,7 @@ class DINOv3ViTBackbone(nn.Module):
         return cls(model, **{**said, **stages}).eval()
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
-        """pixel_values: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
+        """Maps of the chosen stages, of normalised images (B, 3, H, W). Raises ValueError as the model does."""
         model = self.model
         tokens, grid = model.embed(pixel_values)
         states = {0: tokens.x}
@@ -111,7 +111,7 @@ class DINOv3ViTBackbone(nn.Module):
 
 
 class DINOv3ConvNextBackbone(nn.Module):
-    """Feature maps of chosen stages, by the names of transformers' class of this name.
+    """Feature maps of chosen stages: the options and attributes of transformers' class of the same name.
 
     Stage 0 ("stem") is the images as given, stage i ("stage{i}") the map of the i-th stage before the final LayerNorm.
     Nothing runs after the last stage asked for.
@@ -153,7 +153,7 @@ class DINOv3ConvNextBackbone(nn.Module):
         return cls(DINOv3ConvNeXt.from_pretrained(source, dtype=dtype, device=device), **stages).eval()
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
-        """pixel_values: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
+        """Maps of the chosen stages, of normalised images (B, 3, H, W). Raises ValueError as the model does."""
         stages = [i - 1 for i in self.out_indices if i]
         maps = [
             convnext_features.to_map(self.model, state)
@@ -233,7 +233,7 @@ class FeaturesOnly(nn.Module):
 
     model: a DINOv3ViT or a DINOv3ConvNeXt.
     out_indices: blocks (stages of a ConvNeXt), as n of `get_intermediate_layers`.
-    norm: apply the final LayerNorm, which timm does not by default, and never of a ConvNeXt.
+    norm: apply the final LayerNorm to a ViT's maps; timm's default is not to. A ConvNeXt's maps never get it.
 
     `feature_info` has `channels()`, `reduction()` and `module_name()`.
     """
@@ -248,5 +248,5 @@ class FeaturesOnly(nn.Module):
         self.feature_info = FeatureInfo([model.feature_info[i] for i in self.out_indices])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x: (B, 3, H, W) normalised images. Raises ValueError as the model does."""
+        """Maps of the blocks asked for, of normalised images (B, 3, H, W). Raises ValueError as the model does."""
         return self.model.forward_intermediates(x, self.out_indices, norm=self.norm, intermediates_only=True)

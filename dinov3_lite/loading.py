@@ -31,10 +31,10 @@ def load(
 ) -> Backbone:
     """Load whichever DINOv3 backbone a checkpoint holds, as its class's `from_pretrained` does, in evaluation mode.
 
-    attention: of a vision transformer. The other arguments are those of `DINOv3ViT.from_pretrained`.
+    attention: for a vision transformer, see `DINOv3ViT`. The other arguments are those of `DINOv3ViT.from_pretrained`.
 
-    Raises FileNotFoundError and ValueError as `DINOv3ViT.from_pretrained`, and ValueError for an attention that is
-    asked of a ConvNeXt, which has none.
+    Returns a DINOv3ViT or a DINOv3ConvNeXt. Raises FileNotFoundError and ValueError as `DINOv3ViT.from_pretrained`, and
+    ValueError if `attention` is given for a ConvNeXt, which has none.
     """
     resolve_attention(attention)
     check_dtype(dtype)

@@ -18,7 +18,7 @@ SAMPLES = 16  # numbers of each parameter
 
 
 class Pretrained(nn.Module):
-    """What every model has that checkpoints are made of: the name of its weights, and a way to save them."""
+    """Base of both architectures: where the weights came from (`weights_id`), and `save_pretrained`."""
 
     config: Any
     card: Card | None = None
@@ -27,7 +27,7 @@ class Pretrained(nn.Module):
 
     @property
     def weights_id(self) -> str:
-        """Layout and digest of what was loaded, as in `transformers 3f9a1c2e`; "random" where nothing was.
+        """Which weights these are: layout and digest of their checkpoint (`transformers 3f9a1c2e`), or "random".
 
         Says "changed since it was loaded" in place of the digest once training, merging or anything else has written to
         a weight (a change of single numbers through `.data` may go unseen). Dtype and device don't count.
@@ -39,7 +39,7 @@ class Pretrained(nn.Module):
         self._origin = Origin(name, self)
 
     def forget_origin(self, name: str) -> None:
-        """Call the weights by that name from now on, whatever becomes of them."""
+        """Set `weights_id` to a name that later changes of the weights don't alter, and drop the checkpoint's card."""
         self._origin, self.card = Origin(name), None
 
     def extra_repr(self) -> str:

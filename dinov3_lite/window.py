@@ -23,7 +23,7 @@ def sliding_window_features(
     batch_size: int = 1,
     progress: bool = False,
 ) -> Tensor:
-    """One feature map (B, C, H / p, W / p) for patch size p, of as many forwards as windows.
+    """Dense features of large pictures: the model runs on overlapping windows, whose maps are blended into one.
 
     pixel_values: (B, 3, H, W) normalised images, on any device, which need not be the model's: windows are moved to the
         model one by one. The result lies where pixel_values do, in float32 or wider.
@@ -33,7 +33,8 @@ def sliding_window_features(
     block, norm: which block's output, and whether the final LayerNorm is applied.
     batch_size: windows in one forward. progress: show a bar.
 
-    Where windows overlap, each counts by its distance to its own border (a tent over rows times a tent over columns).
+    Returns (B, C, H / p, W / p), p the patch size. Where windows overlap, their features are averaged, each weighted by
+    the distance to its window's border (a tent over rows times a tent over columns).
     Memory is that of the result and of one batch of windows. A patch sees no further than its windows do, and RoPE
     coordinates span each window.
 

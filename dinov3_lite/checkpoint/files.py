@@ -6,7 +6,6 @@ import errno
 import glob
 import math
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -284,7 +283,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.{suffix}")
 
 
 def _remove_leftovers(path: Path) -> None:

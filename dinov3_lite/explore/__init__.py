@@ -56,7 +56,7 @@ def page_bytes(grids: Sequence[tuple[int, int]], dim: int, heads: int, blocks: i
 
 
 def blocks_that_fit(grids: Sequence[tuple[int, int]], model: DINOv3ViT) -> list[int]:
-    """As many blocks as a page of two megabytes holds, spread over the depth and ending with the last; at least one."""
+    """Indices of as many blocks as fit into a page of two megabytes: spread over the depth, the last among them."""
     fits = [n for n in range(1, model.depth + 1) if page_bytes(grids, model.embed_dim, model.num_heads, n) <= COMFORT]
     n = max(fits, default=1)
     return sorted({model.depth - 1 - (model.depth * i) // n for i in range(n)})
@@ -105,10 +105,10 @@ def explore(
     grids: Sequence[tuple[int, int]],
     blocks: Sequence[int],
 ) -> str:
-    """The page, as HTML.
+    """Compute the features of pictures and return one self-contained HTML page that shows them.
 
-    pictures: names and pictures (H, W, 3) uint8. grids: rows and columns of patches of each. blocks: indices,
-    ascending; their outputs are taken after the final norm.
+    pictures: (name, (H, W, 3) uint8). grids: (rows, columns) of patches for each. blocks: ascending block indices;
+        their outputs are shown after the final LayerNorm.
     """
     packed, error = [], 0.0
     for (name, pixels), (rows, columns) in zip(pictures, grids, strict=True):

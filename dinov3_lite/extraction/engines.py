@@ -61,13 +61,14 @@ def extract(
     workers: int | None = None,
     progress: bool | None = None,
 ) -> FeatureStore:
-    """Features of all pictures of `inputs`, in a folder of numpy files; called again, it goes on where it was.
+    """Compute the features of all pictures in `inputs` into a folder of numpy files; called again, it resumes.
 
     inputs: one or several of: a folder (recursively), a list of paths (.txt, one a line, relative to it), a picture;
         tar files (as webdataset's) or parquet files, patterns of them (`*`, `{000..099}`); URLs of all those.
     model: a checkpoint folder, a converted file or a hub id. output: the folder, made if need be.
     outputs: of "cls_token" (C,), "patch_mean" (C,), "patch_tokens" (h*w, C) and "register_tokens" (R, C), each after
-        the final LayerNorm. blocks: whose; several give each row a first axis of blocks. None is the last.
+        the final LayerNorm. blocks: indices of the blocks they are taken from; several put an axis of blocks first in
+        each row. None is the last block.
     size: pixels a side, (height, width), None for the checkpoint's, or "native": each picture in its own size,
         rounded to whole patches, and run as one sequence with others, without padding.
     dtype: of the weights, "float32", "bfloat16" or "float16"; None is the checkpoint's own. store: of the files,

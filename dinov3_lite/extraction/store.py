@@ -17,9 +17,9 @@ OPEN = 64  # files kept open of each output
 
 
 def open_features(folder: str | os.PathLike[str]) -> FeatureStore:
-    """The features in a folder that `extract` wrote, or is writing: those of the shards that are done.
+    """Open the features in a folder that `extract` wrote or is still writing: those of the finished shards.
 
-    Raises FileNotFoundError or ValueError if the folder is none of those.
+    Returns a FeatureStore. Raises FileNotFoundError if there is no such folder, ValueError if it is another kind.
     """
     return FeatureStore(folder)
 
@@ -32,7 +32,7 @@ class FeatureStore:
     len(store)              how many rows there are
     store.rejects           pictures without a row: dictionaries with key, reason, shard and picture (in the shard)
     store.missing           numbers of the shards that are not done
-    store.job               all that decides the numbers
+    store.job               the settings that decide the features: model, sizes, dtypes, outputs
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -64,7 +64,7 @@ class FeatureStore:
 
     @property
     def outputs(self) -> list[str]:
-        """Names of what is stored."""
+        """Names of the stored outputs, such as "cls_token"."""
         return list(self.job["outputs"])
 
     def __getitem__(self, output: str) -> Rows:
@@ -77,7 +77,7 @@ class FeatureStore:
 
     @cached_property
     def keys(self) -> Keys:
-        """What each row is of."""
+        """The key of each row's picture, a sequence of strings."""
         return Keys(self)
 
     @property

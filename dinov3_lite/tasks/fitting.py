@@ -34,15 +34,15 @@ def fit(
     report: Callable[[str], None] = print,
     workers: int = 0,
 ) -> Fitted:
-    """Fit a dense head to pictures and masks, and write the one that did best on a part held out to `output`.
+    """Fit a dense head to pictures and masks; write the head of the epoch that did best on held-out pictures.
 
     data: a folder of pictures and masks, or several (see `dinov3_lite.tasks.data`).
     backbone: stays frozen but for its last `unfreeze` blocks, which are fitted in place.
-    processor: whose mean and std pictures are normalised by; ImageNet's unless given.
-    classes: 1 for one foreground; else their number. Masks then hold 0 to classes - 1, and 255 for what counts nowhere.
-    held_out: the share of the pairs by which the best epoch is chosen.
+    processor: its mean and std normalise the pictures; ImageNet's unless given.
+    classes: 1 for foreground and background. Otherwise masks hold 0 to classes - 1, and 255 for pixels to ignore.
+    held_out: the share of the pairs that is not trained on and chooses the best epoch.
 
-    A run that is stopped leaves OUTPUT.resume, from which the same call goes on.
+    A run that is stopped leaves `output`.resume; the same call again goes on from there.
 
     Raises ValueError for masks that can't be read in one way, for sizes that the backbone does not take and for an
     unfinished run with other settings; FileExistsError where `output` is there already.

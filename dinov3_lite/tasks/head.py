@@ -32,7 +32,7 @@ class DenseHead(nn.Module):
     its edges are, at stride 4. Each map is projected to `width` channels, all are mixed at their own stride, and the
     result meets the stem's.
 
-    channels: of each map. classes: K, the number of logits a pixel.
+    channels: C of each map. classes: K, the number of logits per pixel.
     """
 
     def __init__(self, channels: Sequence[int], classes: int, width: int = 128) -> None:
@@ -76,9 +76,9 @@ class NormedQuarters(nn.Module):
 class Segmenter(nn.Module):
     """A backbone and a head: normalised pictures (B, 3, H, W) to logits (B, K, H/4, W/4).
 
-    unfreeze: how many of the last blocks train, and the final norm with them. The backbone stays in evaluation mode in
-    any case, so that its RoPE coordinates, and its features, are the same at each call. While none of it trains it
-    runs without a graph and, on a CPU, as `optimize_for_inference` prepares it.
+    unfreeze: how many of the last blocks train, together with the final norm; 0 freezes the backbone, which then runs
+    without gradients and, on a CPU, prepared by `optimize_for_inference`. The backbone stays in evaluation mode in any
+    case: training mode would rescale its RoPE coordinates, and so change its features at each call.
     """
 
     def __init__(self, backbone: DINOv3ViT, head: DenseHead, unfreeze: int = 0) -> None:
@@ -119,7 +119,7 @@ class Segmenter(nn.Module):
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What a head's file says of it."""
+    """What a head's file stores beside the weights: how pictures are prepared, which backbone it belongs to."""
 
     classes: int
     """1 for one foreground."""
@@ -136,8 +136,8 @@ class HeadSettings:
 
 
 def fingerprint(backbone: DINOv3ViT) -> str:
-    """Eight hex digits for the weights of a backbone: its checkpoint's, the same in each layout, or else a digest of
-    samples of what is in memory.
+    """Eight hex digits that name a backbone's weights: its checkpoint's digest, equal for every layout, or else one of
+    samples of its parameters.
     """
     found = re.search(r"\b[0-9a-f]{8}\b", backbone.weights_id)
     if found:
@@ -163,9 +163,9 @@ def save_head(network: Segmenter, settings: HeadSettings, path: Path, measures: 
 
 
 def load_head(path: str | os.PathLike[str], backbone: DINOv3ViT) -> tuple[Segmenter, HeadSettings]:
-    """The network of a head's file beside the backbone that it was fitted to, in evaluation mode.
+    """Load a head onto the backbone that it was fitted to: a Segmenter in evaluation mode.
 
-    Where blocks were fitted too, their weights are put into `backbone`.
+    If blocks of the backbone were fitted too, their weights replace those in `backbone`.
 
     Raises FileNotFoundError, and ValueError for a file that is no head or damaged, and for another backbone.
     """

@@ -98,7 +98,7 @@ def split(labelled: Labelled, share: float, seed: int) -> tuple[Labelled, Labell
 
 
 def few_shot(labelled: Labelled, shots: int, seed: int) -> np.ndarray:
-    """Indices of `shots` of each class, drawn with a seed. ValueError where a class has fewer."""
+    """Indices of `shots` random pictures of each class. Raises ValueError if a class has fewer."""
     rng = np.random.default_rng(seed)
     drawn = []
     for label, name in enumerate(labelled.classes):
@@ -140,9 +140,9 @@ class Probed:
 
 
 def probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray, seed: int = 0) -> Probed:
-    """k-NN and logistic regression on features (n, C), with labels (n,) int64.
+    """Accuracies of k-NN and logistic regression: features (n, C) and labels (n,) int64 to train on and to test on.
 
-    A k beyond the number of training features is left out, but for the smallest.
+    Each k larger than the number of training features is left out, except the smallest k.
     """
     train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
     ks = [k for k in KS if k <= len(train)] or [len(train)]
@@ -152,7 +152,7 @@ def probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np
 
 
 def nearest(train: Tensor, labels: np.ndarray, test: Tensor, k: int) -> np.ndarray:
-    """Classes by votes of the k nearest of unit features, each weighing exp(cosine / TEMPERATURE)."""
+    """Predict classes by k-NN on unit features: each of the k nearest votes with weight exp(cosine / TEMPERATURE)."""
     one_hot = F.one_hot(torch.from_numpy(labels))
     found = []
     for queries in test.split(1024):
@@ -163,7 +163,7 @@ def nearest(train: Tensor, labels: np.ndarray, test: Tensor, k: int) -> np.ndarr
 
 
 def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
-    """Classes by logistic regression, and the C that did best on the part held out; then fitted to all."""
+    """Predict classes by logistic regression; also return C, chosen on a held-out part before fitting to all."""
     try:
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import train_test_split

@@ -26,7 +26,7 @@ CHUNK = 2**26  # similarities in memory at a time
 def track(
     frames: Iterable[np.ndarray], mask: np.ndarray, features: Callable[[np.ndarray], Tensor]
 ) -> Iterator[np.ndarray]:
-    """Masks of all frames, one by one, the first as it was given: (H, W) uint8 with the values of `mask`.
+    """Yield the mask of each frame, (H, W) uint8 with the values of `mask`; the first is `mask` itself.
 
     frames: (H, W, 3) uint8, all of one size. mask: (H, W) uint8 of the first frame, 0 and one value an object.
     features: maps a frame to patch features (C, h, w).
@@ -168,7 +168,7 @@ def _border(mask: np.ndarray) -> np.ndarray:
 
 
 def j_and_f(found: Iterable[np.ndarray], truth: Iterable[np.ndarray]) -> dict[str, float]:
-    """DAVIS' J, F and their mean: over the objects of the first mask, of means over all frames but first and last."""
+    """DAVIS' J, F and their mean, each averaged over the first mask's objects and all frames but first and last."""
     pairs = list(zip(found, truth, strict=True))
     objects = [value for value in np.unique(pairs[0][1]) if value]
     inner = pairs[1:-1]
