@@ -35,13 +35,13 @@ from safetensors.torch import save_file
 import dinov3_lite.extraction.engines
 from dinov3_lite import DINOv3Config, DINOv3ViT
 from dinov3_lite.checkpoint.layouts import TRANSFORMERS, rename
-from dinov3_lite.extraction import commit, compute, folder, pipeline, plan, reading, writer
+from dinov3_lite.extraction import commit, compute, folder, pipeline, plan, reading, shard, writer
 
 SHARD, BATCH = 6, 4
 
 
-def write_input(root: Path, pictures: int) -> None:
-    """A model of two blocks and small pictures, every tenth of them damaged."""
+def write_input(root: Path, pictures: int, damaged: int = 10) -> None:
+    """A model of two blocks and small pictures, of which one of `damaged` is damaged; 0: none."""
     config = DINOv3Config(
         patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
@@ -56,7 +56,7 @@ def write_input(root: Path, pictures: int) -> None:
     for i in range(pictures):
         file = root / "in" / f"{i:04d}.jpg"
         Image.fromarray(noise.integers(0, 256, (40, 50, 3), np.uint8)).save(file)
-        if i % 10 == 3:
+        if damaged and i % damaged == 3:
             file.write_bytes(file.read_bytes()[:700])
 
 
@@ -75,9 +75,9 @@ def half_written(file: Any, data: Any) -> None:
 
 # Step: where it is called, by what name, and what is done of it before the kill.
 STEPS: dict[str, tuple[Any, str, Callable[..., object] | None]] = {
-    "planning": (plan._Hashed, "write", lambda self, data: half_written(self.file, data)),
+    "planning": (plan._Counted, "write", lambda self, data: half_written(self.file, data)),
     "plan renamed": (folder.Folder, "hand_over", None),
-    "shard begun": (folder.Folder, "sweep", None),
+    "shard begun": (shard, "_write_shard", None),
     "reading": (reading, "_read_local", None),
     "decoding": (pipeline, "decode", None),
     "forward": (compute.Network, "submit", None),

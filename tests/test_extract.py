@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from extracted import OUTPUTS
+from extracted import OUTPUTS, tree
 from helpers import TINY, relative_error, run_python, write_checkpoint
 from pictures import PREPROCESSING_48
 
 import dinov3_lite
 from dinov3_lite import DINOv3ViT, ImageProcessor
+from dinov3_lite.__main__ import main
 
 Image = pytest.importorskip("PIL.Image")
 ImageOps = pytest.importorskip("PIL.ImageOps")
@@ -148,3 +150,93 @@ def test_float16_files_and_half_precision(checkpoint, photos, complete, tmp_path
     assert bfloat16.job["dtype"] == "bfloat16"
     error = relative_error(torch.from_numpy(np.asarray(bfloat16["cls_token"])), torch.from_numpy(exact))
     assert 1e-4 < error < 3e-2
+
+
+# ---- models
+
+
+def test_a_model_object_is_the_checkpoint_that_it_was_loaded_from(checkpoint, photos, complete, tmp_path):
+    model, processor = DINOv3ViT.from_pretrained(checkpoint), ImageProcessor.from_pretrained(checkpoint)
+    same = {"outputs": OUTPUTS, "store": "float32", "batch_size": 3, "shard_size": 7}
+    store = dinov3_lite.extract(photos, model, tmp_path, processor=processor, part="1/2", **same)
+    assert store.missing == [0, 2]
+    dinov3_lite.extract(photos, checkpoint, tmp_path, **same)  # goes on
+    assert tree(tmp_path) == tree(complete.folder.path)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, DINOv3ViT.from_pretrained(checkpoint).blocks[0].mlp.fc1.weight)
+
+
+def test_a_model_object_that_was_trained_on_is_another_job(checkpoint, photos, names, tmp_path):
+    model, processor = DINOv3ViT.from_pretrained(checkpoint), ImageProcessor.from_pretrained(checkpoint)
+    store = dinov3_lite.extract(photos, model, tmp_path, processor=processor, store="float32")
+    with torch.no_grad():
+        model.blocks[1].attn.proj.weight[3, 5] += 0.5
+    with pytest.raises(ValueError, match=r"another job: model.weights is"):
+        dinov3_lite.extract(photos, model, tmp_path, processor=processor, store="float32")
+    changed = dinov3_lite.extract(photos, model, tmp_path / "2", processor=processor, store="float32")
+    with torch.no_grad():
+        expected = model(**processor(str(photos / names[2]))).cls_token[0]
+    assert relative_error(torch.from_numpy(changed["cls_token"][2]), expected) < 2e-6
+    assert relative_error(torch.from_numpy(store["cls_token"][2]), expected) > 1e-5
+
+
+def test_a_model_object_in_half_precision_with_another_processor(checkpoint, photos, names, tmp_path):
+    model = DINOv3ViT.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    processor = ImageProcessor(size=(32, 64), mean=0.5, std=0.25)
+    store = dinov3_lite.extract(photos, model, tmp_path, processor=processor, outputs="patch_tokens")
+    assert store.job["dtype"] == "bfloat16" and store["patch_tokens"].shape == (16, 32, 32)
+    with torch.no_grad():
+        expected = model(**processor(str(photos / names[7]))).patch_tokens[0]
+    assert relative_error(torch.from_numpy(store["patch_tokens"][7]), expected) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"processor": None}, "the model is an object, which knows no preprocessing: give a processor"),
+        ({"engine": "ray"}, "engine 'ray' loads the model in other processes: save it"),
+        ({"dtype": "bfloat16"}, r"dtype 'bfloat16', and the model's is float32: give model.to\(torch.bfloat16\)"),
+        ({"revision": "main"}, "revision: of a model that is loaded already"),
+        ({"device": "meta"}, "device 'meta', and the model is on cpu"),
+        ({"training": True}, "the model is in training mode"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_model_object_is_given_with(checkpoint, photos, tmp_path, options, message):
+    model = DINOv3ViT.from_pretrained(checkpoint).train(options.pop("training", False))
+    with pytest.raises(ValueError, match=message):
+        dinov3_lite.extract(photos, model, tmp_path / "out", **{"processor": ImageProcessor(48), **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_something_that_is_no_backbone(photos, tmp_path):
+    with pytest.raises(TypeError, match="model is a Linear: expected a checkpoint or a DINOv3ViT"):
+        dinov3_lite.extract(photos, torch.nn.Linear(2, 2), tmp_path / "out")
+
+
+def test_a_checkpoint_in_a_folder_and_a_processor_of_ones_own(checkpoint, photos, complete, tmp_path):
+    same = {"outputs": OUTPUTS, "store": "float32", "batch_size": 3, "shard_size": 7}
+    shutil.copytree(checkpoint, tmp_path / "repository" / "backbone")
+    dinov3_lite.extract(photos, tmp_path / "repository", tmp_path / "out", subfolder="backbone", **same)
+    assert tree(tmp_path / "out") == tree(complete.folder.path)
+    (tmp_path / "repository" / "backbone" / "preprocessor_config.json").unlink()
+    processor = ImageProcessor.from_pretrained(checkpoint)
+    dinov3_lite.extract(photos, tmp_path / "repository" / "backbone", tmp_path / "2", processor=processor, **same)
+    assert tree(tmp_path / "2") == tree(complete.folder.path)
+    words = ["extract", str(photos), "--model", str(tmp_path / "repository"), "--output", str(tmp_path / "3")]
+    assert main([*words, "--subfolder", "backbone"]) == 1  # has no preprocessing
+    assert main([*words, "--subfolder", "elsewhere"]) == 1
+
+
+def test_what_says_where_a_hub_id_lies_is_passed_on(checkpoint, photos, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo_id, **options):
+        asked.append((repo_id, options))
+        return checkpoint
+
+    monkeypatch.setattr("dinov3_lite.checkpoint.hub.download", download)
+    words = ["extract", str(photos), "--model", "owner/name", "--output", str(tmp_path / "out"), "--quiet"]
+    words += ["--revision", "v2", "--cache-dir", str(tmp_path / "cache"), "--local-files-only", "--subfolder", "inner"]
+    assert main(words) == 0
+    expected = {"subfolder": "inner", "revision": "v2", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    assert len(asked) >= 2 and all(one == ("owner/name", expected) for one in asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,3 +106,30 @@ def test_killed_at_every_step_and_gone_on_the_files_are_the_same(engine):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)["engines"][engine]
     assert sum(result["kills"].values()) >= 4 and result["most_shards_redone_a_kill"] <= 1
+
+
+def test_what_is_left_of_the_dead_goes_and_what_the_living_write_stays(checkpoint, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    write_pictures(tmp_path / "in", 5)
+    store = dinov3_lite.extract(tmp_path / "in", checkpoint, tmp_path / "out", shard_size=2)
+    (tmp_path / "out" / "index.json").unlink()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = socket.gethostname()
+    dead = [".index.json.0123abcd.tmp", "cls_token/.00000001.npy.0123abcd.tmp", f".plan.01234567.{gone.pid}.{host}.tmp"]
+    living = [
+        ".index.json.4567abcd.tmp",
+        "keys/.00000001.txt.4567abcd.tmp",
+        f".plan.89abcdef.{os.getppid()}.{host}.tmp",
+    ]
+    for name in (dead[2], living[2]):
+        (tmp_path / "out" / name).mkdir()
+        (tmp_path / "out" / name / "items.txt").write_text("")
+    locked = []
+    for name in (*dead[:2], *living[:2]):
+        locked.append((tmp_path / "out" / name).open("wb"))
+        if name in living:
+            fcntl.flock(locked[-1], fcntl.LOCK_EX)
+    dinov3_lite.extract(tmp_path / "in", checkpoint, tmp_path / "out", shard_size=2)
+    left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob(".*.tmp")}
+    assert left == set(living) and list(store.keys) == list(dinov3_lite.open_features(tmp_path / "out").keys)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from extracted import FLOAT32, same_rows
 from pictures import write_tar
 
 import dinov3_lite
+from dinov3_lite.extraction import doubled, tars
 
 pytest.importorskip("PIL")
 pytest_plugins = ["extracting"]
@@ -31,6 +33,70 @@ def test_tars_as_webdataset_writes_them(checkpoint, photos, names, complete, tmp
     assert store.keys[0] == f"a-08.tar/0000{names[0][names[0].rindex('.') :]}" and store.keys[6][:9] == "a-09.tar/"
     by_pattern = dinov3_lite.extract(str(tmp_path / "a-*.tar"), checkpoint, tmp_path / "out2", **FLOAT32)
     assert list(by_pattern.keys) == list(store.keys)
+
+
+def members(photos, names):
+    return [(name.replace("/", "_"), (photos / name).read_bytes()) for name in names]
+
+
+def test_a_long_tar_is_several_shards(checkpoint, photos, names, complete, tmp_path, monkeypatch):
+    captions = [("notes.json", b"{}"), ("a long name " * 12 + ".txt", b"no picture")]
+    write_tar(tmp_path / "a.tar", [*captions, *members(photos, names[:11]), *captions, *members(photos, names[11:])])
+    whole = dinov3_lite.extract(tmp_path / "a.tar", checkpoint, tmp_path / "whole", **FLOAT32)
+    cut = dinov3_lite.extract(tmp_path / "a.tar", checkpoint, tmp_path / "cut", shard_size=5, **FLOAT32)
+    assert whole.offsets.tolist() == [0, 16] and cut.offsets.tolist() == [0, 5, 10, 15, 16]
+    assert cut.job["plan"]["pictures"] == 16 and whole.job["plan"]["pictures"] is None
+    assert list(cut.keys) == list(whole.keys) and same_rows(cut, complete, names)
+    monkeypatch.setattr(tars, "CUT", (tmp_path / "a.tar").stat().st_size - 1)  # and without being asked, a huge one
+    monkeypatch.setattr("dinov3_lite.extraction.job.GLOBAL_SHARD", 6)
+    huge = dinov3_lite.extract(tmp_path / "a.tar", checkpoint, tmp_path / "huge", **FLOAT32)
+    assert huge.offsets.tolist() == [0, 6, 12, 16] and same_rows(huge, complete, names)
+
+
+def test_pieces_of_damaged_and_of_compressed_tars(checkpoint, photos, names, complete, tmp_path):
+    write_tar(tmp_path / "a.tar", members(photos, names))
+    write_tar(tmp_path / "b.tgz", members(photos, names[:3]))
+    write_tar(tmp_path / "c.tar", [])
+    data = (tmp_path / "a.tar").read_bytes()
+    damaged = data.index(names[9].replace("/", "_").encode())
+    (tmp_path / "d.tar").write_bytes(data[:damaged] + b"?" + data[damaged + 1 :])
+    (tmp_path / "e.tar").write_bytes(data[: damaged + 600])  # ends within a picture
+    files = [tmp_path / name for name in ("a.tar", "b.tgz", "c.tar", "d.tar", "e.tar")]
+    store = dinov3_lite.extract(files, checkpoint, tmp_path / "out", shard_size=4, **FLOAT32)
+    assert np.diff(store.offsets).tolist() == [4, 4, 4, 4, 3, 0, 4, 4, 1, 4, 4, 1]
+    assert same_rows(store, complete, [*names, *names[:3], *names[:9], *names[:9]])
+    assert [reject["key"] for reject in store.rejects] == ["d.tar", "e.tar"]
+    assert all("not a whole tar file" in reject["reason"] for reject in store.rejects)
+
+
+@pytest.mark.parametrize("shard_size", [2, 3, 100])
+def test_a_key_that_comes_twice_is_a_reject_wherever_it_does(shard_size, checkpoint, photos, names, complete, tmp_path):
+    again = [*names[:4], names[1], *names[4:7], names[0], names[1], names[6]]
+    lines = [str(photos / name) for name in again]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    write_tar(tmp_path / "a.tar", members(photos, again))
+    inputs = [tmp_path / "list.txt", tmp_path / "a.tar"]
+    store = dinov3_lite.extract(inputs, checkpoint, tmp_path / "out", shard_size=shard_size, **FLOAT32)
+    assert same_rows(store, complete, names[:7] * 2) and len(set(store.keys)) == 14
+    twice = [again[i] for i in (4, 8, 9, 10)]
+    expected = [f"{tmp_path}/list.txt/{photos / n}" for n in twice] + [f"a.tar/{n.replace('/', '_')}" for n in twice]
+    assert [reject["key"] for reject in store.rejects] == expected
+    assert {reject["reason"] for reject in store.rejects} == {"its key is that of an earlier picture"}
+    assert store.job["plan"]["doubled"] == 8
+
+
+def test_keys_that_come_twice_are_found_among_many():
+    rng = np.random.default_rng(0)
+    keys = [f"{i:06d}.jpg" for i in rng.integers(0, 40_000, 20_000)]
+    seen, expected = set(), []
+    for number, key in enumerate(keys):
+        if key in seen:
+            expected.append(number)
+        seen.add(key)
+    with doubled.Keys() as found:
+        for key in keys:
+            found.add(key)
+        assert found.doubled() == expected and len(expected) > 3000
 
 
 def test_a_parquet_column_of_bytes_of_hugging_face_or_of_paths(checkpoint, photos, names, complete, tmp_path):
@@ -91,7 +157,7 @@ def test_several_folders_and_pictures_by_name(checkpoint, photos, names, complet
         ({"outputs": ["cls"]}, "outputs 'cls': expected some of cls_token, patch_mean"),
         ({"outputs": ["cls_token"] * 2}, "each once"),
         ({"store": "bfloat16"}, "store 'bfloat16': expected one of float16, float32"),
-        ({"size": 50}, "size 50 x 50: expected multiples of the patch size 8"),
+        ({"size": 50}, "image height 50 and width 50 must be multiples of the patch size 8"),
         ({"blocks": [3]}, r"blocks \[3\]: expected indices from -3 to 2"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"batch_size": 0}, "batch_size is 0"),

@@ -101,6 +101,11 @@ def test_status_verify_and_another_job(bucket, checkpoint, photos, capsys):
     store.rm_file(path.replace("00000001", "00000002"))
     faults = dict(check.verify(bucket))
     assert faults[1].startswith("cls_token/00000001.npy has changed") and faults[2] == "cls_token/00000002.npy is gone"
+    items = bucket.removeprefix("memory:/") + "/plan/items.txt"
+    store.pipe_file(items, store.cat_file(items)[1:])
+    with pytest.raises(ValueError, match=f"{bucket}: its plan is not that of its job.json"):
+        dinov3_lite.extract(photos, checkpoint, bucket, **SAME)
+    store.pipe_file(items, b"i" + store.cat_file(items))
     with pytest.raises(ValueError, match=f"{bucket}: holds another job: batch_size is 3 there and 64 here"):
         dinov3_lite.extract(photos, checkpoint, bucket, **{**SAME, "batch_size": None})
     with pytest.raises(FileNotFoundError, match=f"{bucket}/other: no job.json"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.files import WholeFiles
+from ..checkpoint.files import WholeFiles, remove_leftover
 from .folder import Folder, to_json, to_line
 from .pipeline import Batch, ReadFailed
 from .writer import Hashed, Rows
@@ -121,7 +121,7 @@ def complete(folder: Folder, total: int) -> None:
     for place in (folder.attempts, folder.path / "failed"):
         for name in folder.names(place):
             folder.remove(place / name)
-    for left in folder.path.glob("*/.*.tmp"):
-        left.unlink(missing_ok=True)
-    for left in folder.path.glob(".*.tmp"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for left in [*folder.path.glob("*/.*.tmp"), *folder.path.glob(".*.json.*.tmp")]:
+        remove_leftover(left)
+    for left in folder.dead_plans():
+        shutil.rmtree(left, ignore_errors=True)

@@ -12,9 +12,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from ..image import ImageProcessor
-from ..model import DINOv3ViT
+from ..loading import Backbone
 from .commit import complete
+from .compute import device_of
 from .folder import Folder
 from .job import Request, prepare
 from .mesh import Team, parse_mesh
@@ -43,7 +46,7 @@ class Stopped(RuntimeError):
 
 def extract(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    model: str | os.PathLike[str] | DINOv3ViT,
+    model: str | os.PathLike[str] | Backbone,
     output: str | os.PathLike[str],
     *,
     outputs: Sequence[str] = ("cls_token",),
@@ -70,17 +73,19 @@ def extract(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> FeatureStore:
-    """Features of all pictures of `inputs`, in a folder of numpy files; called again, it goes on where it was.
+    """Compute the features of all pictures in `inputs` into a folder of numpy files; called again, it resumes.
 
     inputs: one or several of: a folder (recursively), a list of paths (.txt, one a line, relative to it), a picture;
         tar files (as webdataset's) or parquet files, patterns of them (`*`, `{000..099}`); URLs of all those.
-    model: a checkpoint folder, a converted file or a hub id; or a DINOv3ViT in evaluation mode, say one that you have
+    model: a checkpoint folder, a converted file or a hub id; or a model in evaluation mode, say one that you have
         trained. Of that the weights are compared when a job goes on; hooks and replaced modules can't be.
     output: the folder, made if need be, or a URL in an object store (s3://, gs://, az://, ...).
     outputs: of "cls_token" (C,), "patch_mean" (C,), "patch_tokens" (h*w, C) and "register_tokens" (R, C), each after
-        the final LayerNorm. blocks: whose; several give each row a first axis of blocks. None is the last.
+        the final LayerNorm. blocks: indices of the blocks they are taken from; several put an axis of blocks first in
+        each row. None is the last block. A ConvNeXt's blocks are its stages, one at a time, as their channels differ;
+        before the last they have no norm.
     size: pixels a side, (height, width), None for the checkpoint's, or "native": each picture in its own size,
-        rounded to whole patches, and run as one sequence with others, without padding.
+        rounded to whole patches, and run as one sequence with others, without padding (a ConvNeXt: one by one).
     dtype: of the weights, "float32", "bfloat16" or "float16"; None is the checkpoint's own. store: of the files,
         "float16" or "float32".
     batch_size: pictures a forward: 64, native 8. shard_size: pictures a shard: 4096, with patch tokens 1024. A tar is
@@ -99,24 +104,23 @@ def extract(
     processor: None is the checkpoint's own; a model that is an object needs one. `size` comes before its size.
     subfolder: of the checkpoint. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
-    Raises FileNotFoundError and ValueError for what can't be begun, ShardsFailed when all but some shards are done,
-    Stopped after SIGTERM, and OSError if the output can't be written.
+    Raises FileNotFoundError, TypeError and ValueError for what can't be begun, ShardsFailed when all but some shards
+    are done, Stopped after SIGTERM, and OSError if the output can't be written.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if not re.fullmatch(r"\d+%?|\d+\.\d+%", str(max_rejects)):
         raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
-    given = model if isinstance(model, DINOv3ViT) else None
-    if mesh and (engine != "local" or given is not None):
+    _check_model(model, engine, device)
+    source: str | Backbone = model if isinstance(model, Backbone) else os.fspath(model)
+    if mesh and (engine != "local" or not isinstance(source, str)):
         raise ValueError(f"mesh {mesh!r} loads a checkpoint in every process of torchrun's: give one, and no engine")
-    if given is not None and engine != "local":
-        raise ValueError(f"engine {engine!r} loads the model in other processes: save it, and give the checkpoint")
     hub = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = folder_at(output)
     request = Request(
         inputs=tuple(os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)),
-        model=given or os.fspath(model),
-        loading={name: os.fspath(value) if name == "cache_dir" else value for name, value in hub.items() if value},
+        model=source,
+        loading={name: str(value) if name == "cache_dir" else value for name, value in hub.items() if value},
         processor=processor,
         outputs=(outputs,) if isinstance(outputs, str) else tuple(outputs),
         blocks=None if blocks is None else (blocks,) if isinstance(blocks, int) else tuple(blocks),
@@ -141,7 +145,7 @@ def extract(
         job = prepare(folder, request)
         setup = Setup(
             folder=folder.address,
-            model="" if given is not None else os.path.abspath(model) if os.path.exists(model) else os.fspath(model),
+            model=_anywhere(source) if isinstance(source, str) else "",
             loading=request.loading,
             device=device or local_device(),
             decode_threads=decode_threads or local_threads() * request.tp,
@@ -155,11 +159,29 @@ def extract(
             elif engine == "ray":
                 failures = run_ray(setup, job, shards, bar, workers)
             else:
+                given = None if isinstance(source, str) else source
                 failures = run_local(Worker(setup, job["model"]["weights"], bar.add, given, team), shards, bar)
     complete(folder, total)
     if failures:
         raise ShardsFailed(setup.folder, failures, total)
     return open_features(output)
+
+
+def _anywhere(source: str) -> str:
+    """A path that other working directories know too; a hub id as it is."""
+    return os.path.abspath(source) if os.path.exists(source) else source
+
+
+def _check_model(model: Any, engine: str, device: str | None) -> None:
+    """Raises TypeError or ValueError for an object that is no model, or can't be run as is asked."""
+    if isinstance(model, (str, os.PathLike)):
+        return
+    if not isinstance(model, Backbone):
+        raise TypeError(f"model is a {type(model).__name__}: expected a checkpoint or a DINOv3ViT or DINOv3ConvNeXt")
+    if engine != "local":
+        raise ValueError(f"engine {engine!r} loads the model in other processes: save it, and give the checkpoint")
+    if device is not None and torch.device(device) != (found := device_of(model)):
+        raise ValueError(f"device {device!r}, and the model is on {found}: move it, model.to({device!r})")
 
 
 def _missing(folder: Folder, part: Part, total: int) -> list[int]:

@@ -13,6 +13,7 @@ index.json                when all is done: how many rows and rejects each shard
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -34,6 +35,8 @@ class Folder:
 
     look_every = 2.0
     """Seconds between two looks at how far others are."""
+    plan_appears_whole = True
+    """Whether of several processes that plan at once the first one's plan stays."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -164,10 +167,14 @@ class Folder:
                     found.setdefault(int(shard), []).append(self.attempts / name)
         return found
 
-    def sweep(self, shard: int) -> None:
-        """Remove what a process that died at work on this shard left half written."""
-        for file in self.path.glob(f"*/.{shard:08d}.*.tmp"):
-            file.unlink(missing_ok=True)
+    def new_plan(self) -> Path:
+        """A folder to write a plan in, which then becomes `plan`."""
+        return self.path / f".plan.{secrets.token_hex(4)}.{os.getpid()}.{socket.gethostname()}.tmp"
+
+    def dead_plans(self) -> list[Path]:
+        """Those that processes of this machine left half written."""
+        host = glob.escape(socket.gethostname())
+        return [left for left in self.path.glob(f".plan.*.{host}.tmp") if not _alive(int(left.name.split(".")[3]))]
 
 
 def _alive(pid: int) -> bool:

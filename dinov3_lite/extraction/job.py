@@ -12,12 +12,12 @@ from typing import Any
 from ..checkpoint import DTYPES, Checkpoint, open_checkpoint
 from ..checkpoint.hub import locate
 from ..image import ImageProcessor
-from ..model import DINOv3ViT
+from ..loading import Backbone, skeleton
 from .commit import GRID
 from .compute import OUTPUTS, STORES, weights_digest
 from .decode import decoders
 from .folder import FORMAT, Folder
-from .plan import write_plan
+from .plan import Plan, plan_digest, write_plan
 from .sources import find_sources, is_url
 
 GLOBAL_SHARD, DENSE_SHARD = 4096, 1024  # pictures; dense features are a hundred times as large
@@ -30,7 +30,7 @@ class Request:
     """What a user asks for: see `extract`."""
 
     inputs: tuple[str, ...]
-    model: str | DINOv3ViT
+    model: str | Backbone
     loading: dict[str, Any] = field(default_factory=dict)
     """How `locate` finds the model: subfolder, revision and so on."""
     processor: ImageProcessor | None = None
@@ -48,7 +48,7 @@ class Request:
     """How many processes share a model."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, DINOv3ViT):
+        if isinstance(self.model, Backbone):
             self._check_object(self.model)
         for name, known in (("outputs", OUTPUTS), ("store", STORES), ("resize", ("float32", "uint8"))):
             value = getattr(self, name)
@@ -70,7 +70,7 @@ class Request:
         if self.scaled_decoding and self.size == NATIVE:
             raise ValueError("scaled decoding makes pictures smaller, and their native size is asked for: choose one")
 
-    def _check_object(self, model: DINOv3ViT) -> None:
+    def _check_object(self, model: Backbone) -> None:
         if model.training:
             raise ValueError("the model is in training mode, where features are random: call model.eval() first")
         if self.loading:
@@ -95,12 +95,19 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.plan.is_dir():
             write_plan(
-                folder.plan, find_sources(list(request.inputs)), wanted["shard_size"], request.column,
+                folder, find_sources(list(request.inputs)), wanted["shard_size"], request.column,
                 wanted, cut=request.shard_size is not None,
             )  # fmt: skip
         folder.hand_over(sorted(folder.plan.iterdir()), keep=True)
         folder.put(folder.job, (folder.plan / "job.json").read_bytes())
     job = folder.read_job()
+    if not folder.plan_appears_whole:
+        plan = Plan(folder)
+        if plan_digest(plan.folder) != job["plan"]["sha256"]:
+            raise ValueError(
+                f"{folder}: its plan is not that of its job.json: two processes began at once, from inputs that "
+                "differ: delete it, and begin anew"
+            )
     if different := differences({k: v for k, v in job.items() if k != "plan"}, wanted):
         raise ValueError(
             f"{folder}: holds another job: {'; '.join(different)}: give another output folder, or ask for the same"
@@ -110,36 +117,36 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
 
 def describe(request: Request) -> dict[str, Any]:
     """The job of a request, but for its plan."""
-    if isinstance(request.model, DINOv3ViT):
-        model: DINOv3ViT | Checkpoint = request.model
-        weights = weights_digest(request.model.state_dict().items())
+    if isinstance(request.model, Backbone):
+        model, dtype = request.model, _dtype(request.model)
+        weights = weights_digest(sorted(request.model.state_dict().items()))
         processor = request.processor
     else:
-        model = open_checkpoint(path := locate(request.model, **request.loading))
-        weights = checkpoint_digest(model)
+        checkpoint = open_checkpoint(path := locate(request.model, **request.loading))
+        model, dtype = skeleton(checkpoint.config), request.dtype or _dtype(checkpoint)
+        weights = checkpoint_digest(checkpoint)
         processor = request.processor or ImageProcessor.from_pretrained(path)
     assert processor is not None
-    config = model.config
     if request.size == NATIVE:
         size = None
     else:
         size = request.size or processor.size
         if size is None:
             raise ValueError(f"the preprocessing does not resize: give a size, or {NATIVE!r}")
-        if any(n % config.patch_size for n in size):
-            raise ValueError(f"size {size[0]} x {size[1]}: expected multiples of the patch size {config.patch_size}")
-    blocks = _blocks(request.blocks, config.num_hidden_layers)
+        model.grid_of(*size)
+    blocks = _blocks(request.blocks, model.depth)
+    _check_outputs(request.outputs, model, blocks)
     dense = "patch_tokens" in request.outputs
     return {
         "format": FORMAT,
         "inputs": _inputs(request.inputs),
         "column": request.column,
         "model": {
-            "name": config.name,
+            "name": model.config.name,
             "weights": weights,
-            "config": asdict(config),
+            "config": json.loads(json.dumps(asdict(model.config))),
         },
-        "dtype": request.dtype or _dtype(model),
+        "dtype": dtype,
         "preprocessing": {
             **json.loads(json.dumps(asdict(processor))),
             "size": NATIVE if size is None else list(size),
@@ -147,7 +154,7 @@ def describe(request: Request) -> dict[str, Any]:
             "scaled_decoding": request.scaled_decoding,
         },
         "decoder": decoders(),
-        "outputs": _shapes(request, config, size, blocks),
+        "outputs": _shapes(request.outputs, model, size, blocks),
         "blocks": blocks,
         "store": request.store,
         "batch_size": request.batch_size or (NATIVE_BATCH if size is None else BATCH),
@@ -158,10 +165,10 @@ def describe(request: Request) -> dict[str, Any]:
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
     """`weights_digest` of a checkpoint."""
-    return weights_digest((name, checkpoint.tensor(name)) for name in checkpoint.names())
+    return weights_digest((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names()))
 
 
-def _dtype(model: DINOv3ViT | Checkpoint) -> str:
+def _dtype(model: Backbone | Checkpoint) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
@@ -181,18 +188,33 @@ def _blocks(blocks: tuple[int, ...] | None, depth: int) -> list[int] | None:
     return sorted({i % depth for i in blocks})
 
 
-def _shapes(request: Request, config: Any, size: Any, blocks: list[int] | None) -> dict[str, list[int | None]]:
+def _check_outputs(outputs: Sequence[str], model: Backbone, blocks: list[int] | None) -> None:
+    """Raise ValueError for what a ConvNeXt does not have: stages of one shape, register tokens."""
+    widths = [model.embed_dims[i] for i in blocks or ()]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"blocks {blocks}: are stages of {', '.join(map(str, widths))} channels, which make no one array: "
+            "extract them one at a time"
+        )
+    if "register_tokens" in outputs and not model.n_storage_tokens:
+        raise ValueError(f"outputs has register_tokens, and {model.config.name} has none: leave it out")
+
+
+def _shapes(
+    outputs: Sequence[str], model: Backbone, size: Any, blocks: list[int] | None
+) -> dict[str, list[int | None]]:
     """The shape of one row of each output; None where it differs from picture to picture."""
-    C = config.hidden_size
-    patches = None if size is None else (size[0] // config.patch_size) * (size[1] // config.patch_size)
+    last = -1 if blocks is None else blocks[-1]
+    C, s = model.embed_dims[last], model.strides[last]
+    patches = None if size is None else (size[0] // s) * (size[1] // s)
     of_block: dict[str, list[int | None]] = {
         "cls_token": [C],
         "patch_mean": [C],
         "patch_tokens": [patches, C],
-        "register_tokens": [config.num_register_tokens, C],
+        "register_tokens": [model.n_storage_tokens, C],
     }
     several = [len(blocks)] if blocks is not None and len(blocks) > 1 else []
-    shapes = {output: [*several, *of_block[output]] for output in request.outputs}
+    shapes = {output: [*several, *of_block[output]] for output in outputs}
     return {**shapes, GRID: [2]} if size is None else shapes
 
 

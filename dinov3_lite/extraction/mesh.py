@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..image import ImageProcessor
+from ..loading import Backbone
 from ..model import DINOv3ViT
 from .compute import Network
 from .parts import Part, local_device
@@ -117,11 +118,11 @@ class Team:
                 assert network is not None
                 self._waits = False
                 images = self._exchange([torch.empty(shape, dtype=dtype) for shape, dtype in content])
-                network.run(*images) if what == "run" else network.run_packed(images)
+                network.run(*images) if what == "run" else network.run_several(images)
                 self._waits = True
 
     def lead(self, what: str, compute: Callable[[list[Tensor]], Any], images: Sequence[Tensor]) -> Any:
-        """Have the others run `what` of their networks ("run", "run_packed") while this one computes: its result."""
+        """Have the others run `what` of their networks ("run", "run_several") while this one computes: its result."""
         self._waits = False
         try:
             self._tell(what, [(image.shape, image.dtype) for image in images])
@@ -151,10 +152,10 @@ class Team:
 class Shared(Network):
     """A network of a model in parts, which runs as it is: none of the stand-ins for whole blocks fits."""
 
-    def prepared(self, vit: DINOv3ViT, pixels: ImageProcessor | None) -> DINOv3ViT:
+    def prepared(self, model: Backbone, pixels: ImageProcessor | None) -> Backbone:
         """The model itself."""
         self.pixels = pixels
-        return vit
+        return model
 
     def _normalised(self, images: Tensor) -> Tensor:
         if self.pixels is None:
@@ -167,9 +168,9 @@ class Shared(Network):
         """As of a whole model."""
         return super().run(self._normalised(images))
 
-    def run_packed(self, images: Sequence[Tensor]) -> list[list[Any]]:
+    def run_several(self, images: Sequence[Tensor]) -> list[list[Any]]:
         """As of a whole model."""
-        return super().run_packed([self._normalised(image) for image in images])
+        return super().run_several([self._normalised(image) for image in images])
 
 
 class _Leading(Shared):
@@ -183,6 +184,6 @@ class _Leading(Shared):
         """As of a whole model."""
         return self.team.lead("run", lambda whole: super(_Leading, self).run(*whole), [images])
 
-    def run_packed(self, images: Sequence[Tensor]) -> list[list[Any]]:
+    def run_several(self, images: Sequence[Tensor]) -> list[list[Any]]:
         """As of a whole model."""
-        return self.team.lead("run_packed", super().run_packed, images)
+        return self.team.lead("run_several", super().run_several, images)

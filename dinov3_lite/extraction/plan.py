@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,14 +50,20 @@ class Plan:
 
 
 def write_plan(
-    folder: Path, sources: list[Source], shard_size: int, column: str | None, job: dict[str, Any], *, cut: bool = False
+    folder: Folder,
+    sources: list[Source],
+    shard_size: int,
+    column: str | None,
+    job: dict[str, Any],
+    *,
+    cut: bool = False,
 ) -> None:
     """Write the plan and, in it, the job that it is of, completed by a summary of the plan.
 
     cut: tars of any length into shards of this size.
     The folder appears when it is whole: of several processes that plan at once, the first one wins.
     """
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary = folder.new_plan()
     temporary.mkdir(parents=True)
     try:
         summary = _write(temporary, sources, shard_size, cut, column)
@@ -66,19 +71,19 @@ def write_plan(
             file.write(to_json({**job, "plan": summary}))
             os.fsync(file.fileno())
         try:
-            temporary.rename(folder)
+            temporary.rename(folder.plan)
         except OSError:
-            if not folder.is_dir():
+            if not folder.plan.is_dir():
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(folder: Path, sources: list[Source], shard_size: int, cut: bool, column: str | None) -> dict[str, Any]:
-    listing, sha = Listing(skip=os.path.abspath(folder.parent)), hashlib.sha256()
+    listing = Listing(skip=os.path.abspath(folder.parent))
     shards, total, known = 0, 0, True
     with Keys() as keys, (folder / ITEMS).open("wb") as items, (folder / SHARDS).open("w+b") as lines:
-        listed = _Listed(_Hashed(items, sha), keys, listing)
+        listed = _Listed(_Counted(items), keys, listing)
         for shard in _shards(sources, shard_size, cut, column, listed):
             lines.write(_line(shard))
             shards += 1
@@ -86,9 +91,6 @@ def _write(folder: Path, sources: list[Source], shard_size: int, cut: bool, colu
             total += shard["count"] or 0
         if doubled := keys.doubled():
             _mark(lines, doubled)
-        lines.seek(0)
-        while data := lines.read(1 << 20):
-            sha.update(data)
         for file in (items, lines):
             file.flush()
             os.fsync(file.fileno())
@@ -100,8 +102,18 @@ def _write(folder: Path, sources: list[Source], shard_size: int, cut: bool, colu
         "pictures": total if known else None,
         "doubled": len(doubled),
         "left_out": dict(sorted(listing.left_out.items())),
-        "sha256": sha.hexdigest(),
+        "sha256": plan_digest(folder),
     }
+
+
+def plan_digest(folder: Path) -> str:
+    """A SHA-256 of the listing and the shards."""
+    sha = hashlib.sha256()
+    for name in (ITEMS, SHARDS):
+        with (folder / name).open("rb") as file:
+            while data := file.read(1 << 20):
+                sha.update(data)
+    return sha.hexdigest()
 
 
 def _line(shard: dict[str, Any]) -> bytes:
@@ -129,21 +141,20 @@ def _mark(lines: IO[bytes], doubled: list[int]) -> None:
 class _Listed:
     """Where what is listed goes."""
 
-    items: _Hashed
+    items: _Counted
     keys: Keys
     """Of what may come twice: the lines of lists, and members of a tar that is cut."""
     listing: Listing
 
 
-class _Hashed:
-    """A file to write to, hashed as it is written."""
+class _Counted:
+    """A file to write to, and where in it."""
 
-    def __init__(self, file: IO[bytes], sha: Any) -> None:
-        self.file, self.sha, self.position = file, sha, 0
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.position = file, 0
 
     def write(self, data: bytes) -> None:
         self.file.write(data)
-        self.sha.update(data)
         self.position += len(data)
 
 

@@ -41,6 +41,7 @@ class RemoteFolder(Folder):
     """
 
     look_every = 30.0
+    plan_appears_whole = False
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")

@@ -24,7 +24,7 @@ import torch
 from ..checkpoint import open_checkpoint
 from ..checkpoint.hub import locate
 from ..image import ImageProcessor
-from ..model import DINOv3ViT
+from ..loading import Backbone, load
 from .commit import GRID, ShardFailed, ShardFiles
 from .compute import STORES, Network
 from .decode import Preparation
@@ -62,7 +62,7 @@ class Worker:
         setup: Setup,
         digest: str | None = None,
         on_pictures: Callable[[int], object] = int,
-        model: DINOv3ViT | None = None,
+        model: Backbone | None = None,
         team: Team | None = None,
     ) -> None:
         """digest: of the model's weights, where it is known. on_pictures: told how many more pictures are through.
@@ -91,13 +91,13 @@ class Worker:
             self.network = team.network(setup.model, setup.loading, dtype, *options)
         else:
             self.network = Network(
-                model or DINOv3ViT.from_pretrained(path, dtype=dtype, device=setup.device),  # type: ignore[arg-type]
+                model or load(path, dtype=dtype, device=setup.device),  # type: ignore[arg-type]
                 *options,
             )
         self.pipeline = Pipeline(
             setup.decode_threads,
             job["batch_size"],
-            Preparation(processor, self.network.vit.patch_size, rounded),
+            Preparation(processor, self.network.model.stride, rounded),
             scaled=preprocessing["scaled_decoding"],
             pin=self.network.device.type == "cuda",
         )
@@ -108,11 +108,11 @@ class Worker:
         if batch.images is not None:
             wait = self.network.submit(batch.images)
             return lambda: dict(zip(names, wait(), strict=True))
-        return self._submit_packed(batch, names)
+        return self._submit_several(batch, names)
 
-    def _submit_packed(self, batch: Batch, names: list[str]) -> Callable[[], Features]:
-        """The pictures of a batch in packs of bearable length."""
-        p, most = self.network.vit.patch_size, PACK * self.job["batch_size"]
+    def _submit_several(self, batch: Batch, names: list[str]) -> Callable[[], Features]:
+        """The pictures of a batch, which have sizes of their own, in packs of bearable length."""
+        p, most = self.network.model.strides[self.network.blocks[-1]], PACK * self.job["batch_size"]
         grids = [None if o.pixels is None else (o.pixels.shape[1] // p, o.pixels.shape[2] // p) for o in batch.outcomes]
         packs: list[list[int]] = []
         tokens = most
@@ -126,7 +126,7 @@ class Worker:
         found: dict[int, list[np.ndarray]] = {}
         for pack in packs:
             images = [pixels for i in pack if (pixels := batch.outcomes[i].pixels) is not None]
-            found.update(zip(pack, self.network.run_packed(images), strict=True))
+            found.update(zip(pack, self.network.run_several(images), strict=True))
         nothing = [np.empty(0)] * len(names)
         rows = [found.get(i, nothing) for i in range(len(grids))]
         features: Features = {name: [row[k] for row in rows] for k, name in enumerate(names)}
@@ -188,7 +188,6 @@ def _attempt(worker: Worker, shard: int) -> str | None:
     folder = worker.folder
     with folder.attempt(shard):
         for pause in (*PAUSES, None):
-            folder.sweep(shard)
             try:
                 _write_shard(worker, shard)
                 return None

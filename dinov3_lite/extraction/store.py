@@ -18,11 +18,11 @@ OPEN = 64  # files kept open of each output
 
 
 def open_features(folder: str | os.PathLike[str]) -> FeatureStore:
-    """The features in a folder that `extract` wrote, or is writing: those of the shards that are done.
+    """Open the features in a folder that `extract` wrote or is still writing: those of the finished shards.
 
     folder: of this machine, or the URL of one in an object store, whose files are fetched when rows of them are used.
 
-    Raises FileNotFoundError or ValueError if the folder is none of those.
+    Returns a FeatureStore. Raises FileNotFoundError if there is no such folder, ValueError if it is another kind.
     """
     return FeatureStore(folder)
 
@@ -35,7 +35,7 @@ class FeatureStore:
     len(store)              how many rows there are
     store.rejects           pictures without a row: dictionaries with key, reason, shard and picture (in the shard)
     store.missing           numbers of the shards that are not done
-    store.job               all that decides the numbers
+    store.job               the settings that decide the features: model, sizes, dtypes, outputs
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -68,7 +68,7 @@ class FeatureStore:
 
     @property
     def outputs(self) -> list[str]:
-        """Names of what is stored."""
+        """Names of the stored outputs, such as "cls_token"."""
         return list(self.job["outputs"])
 
     def __getitem__(self, output: str) -> Rows:
@@ -81,7 +81,7 @@ class FeatureStore:
 
     @cached_property
     def keys(self) -> Keys:
-        """What each row is of."""
+        """The key of each row's picture, a sequence of strings."""
         return Keys(self)
 
     @property

@@ -32,7 +32,7 @@ def members(file: IO[bytes], mode: Any) -> Iterator[tuple[tarfile.TarInfo, tarfi
     """
     with tarfile.open(fileobj=file, mode=mode, tarinfo=_Header) as tar:
         for member in tar:
-            tar.members = []  # which it would keep for all of a billion
+            tar.members = []  # type: ignore[attr-defined] # it would keep all of a billion
             yield member, tar
 
 
@@ -53,7 +53,7 @@ def cut(file: IO[bytes], pictures: int, is_picture: Any) -> Iterator[Piece]:
 
     Where a header is damaged, the last piece goes on to the end: reading it finds the damage.
     """
-    start, names = 0, []
+    start, names = 0, list[str]()
     try:
         for member, _ in members(file, "r:"):
             if not is_picture(member.name):
