@@ -207,13 +207,13 @@ def begun(settings: dict[str, Any]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Means and spreads over seeds, as markdown."""
-    lines = ["| way | S | wF | mean E | F | MAE | IoU | s an epoch | peak MB |", "|---|" + "---:|" * 8]
+    lines = ["| way | seeds | S | wF | mean E | F | MAE | IoU | s an epoch | peak MB |", "|---|" + "---:|" * 9]
     for way, runs in result["runs"].items():
         if not runs:
             continue
         cells = [_spread([r[name] for r in runs]) for name in ("S", "wF", "meanE", "F", "MAE", "IoU")]
         cells += [f"{statistics.median(r[n] for r in runs):.0f}" for n in ("seconds an epoch", "peak MB")]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
+        lines.append(f"| {way} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
