@@ -118,7 +118,9 @@ def build(way: str, checkpoint: Path, recipe: Recipe) -> tuple[nn.Module, list[d
         return E2NetLike(checkpoint), None
     backbone = DINOv3ViT.from_pretrained(checkpoint)
     if ", " in way:
-        return OnPeer(way.split(", ")[1], checkpoint, backbone.embed_dim), None
+        peer = OnPeer(way.split(", ")[1], checkpoint, backbone.embed_dim)
+        peer.head.to(memory_format=torch.channels_last)  # as in a Segmenter, lest rounding differ
+        return peer, None
     unfreeze = 2 if way == "last 2 blocks" else 0
     network = Segmenter(backbone, DenseHead((backbone.embed_dim,) * 4, 1), unfreeze)
     if not unfreeze:
