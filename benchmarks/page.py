@@ -22,6 +22,8 @@ from typing import Any
 import compare_tables
 import conversion
 import extract
+import extract_bad_files
+import extract_kills
 import extract_memory
 import extract_pixels
 import features
@@ -155,6 +157,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare-convnext": of("compare_convnext", compare_tables.time_table),
     "compare-convnext-memory": of("compare_convnext", compare_tables.memory_table),
     "extract": of("extract", extract.table),
+    "extract-bfloat16": of("extract_bfloat16", extract.table),
+    "extract-workers": of("extract_workers", extract.workers_table),
+    "extract-kills": of("extract_kills", extract_kills.table),
+    "extract-bad-files": of("extract_bad_files", extract_bad_files.table),
     "extract-memory": of("extract_memory", extract_memory.table),
     "extract-pixels": of("extract_pixels", extract_pixels.table),
     "segmentation": of("segmentation", segmentation.table),
@@ -168,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "conversion": of("conversion", conversion.table),
     "steps": of("steps", steps.table),
     "models-variants": models.variants_table,
+    "models-convnexts": models.convnexts_table,
     "models-forward": of("models", models.forward_table),
     "models-training": of("models", models.training_table),
     "models-choice": lambda: models.choice_table(result("models")),

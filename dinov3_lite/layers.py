@@ -51,11 +51,12 @@ class QKVProjection(nn.Linear):
     """Queries, keys and values by one matrix product: (B, N, C) -> (B, N, 3C). An nn.Linear to all who ask.
 
     `bias` is (3C,). A third of it that the config lacks (DINOv3's keys have none) is zero and stays zero: it gets no
-    gradient, and whatever else writes there is undone when `bias` is next read. A state dict holds the other thirds
-    alone, by the names q_bias, k_bias and v_bias, (C,) each.
+    gradient, and whatever else writes there is undone when `bias` is next read (but not what `.data` is written in
+    place, which PyTorch does not report). A state dict holds the other thirds alone, by the names q_bias, k_bias and
+    v_bias, (C,) each.
     """
 
-    _cleared_version = 0
+    _cleared = (0, 0)  # where the bias lay and which version it was, when its absent thirds were last made zero
 
     def __init__(self, config: DINOv3Config) -> None:
         present = (config.query_bias, config.key_bias, config.value_bias)
@@ -104,18 +105,16 @@ class QKVProjection(nn.Linear):
 
     @torch.no_grad()
     def _clear_absent_thirds(self, bias: nn.Parameter) -> None:
-        """Undo what an initialisation or an addition of noise wrote where the config has no bias."""
-        if (
-            bias.is_meta
-            or bias.is_inference()
-            or bias._version == self._cleared_version
-            or "has_bias" not in vars(self)
-        ):
+        """Undo what an initialisation, an addition of noise or another `.data` put where the config has no bias."""
+        if bias.is_meta or bias.is_inference() or "has_bias" not in vars(self):
             return
+        if (state := (bias.data_ptr(), bias._version)) == self._cleared:
+            return
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func forbids such writes
         for third, present in zip(bias.data.chunk(3), self.has_bias.values(), strict=True):
-            if not present:
+            if not present and (not transformed or third.any()):
                 third.zero_()  # through .data: for those who watch its version, nothing has changed
-        self._cleared_version = bias._version
+        self._cleared = state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

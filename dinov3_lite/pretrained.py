@@ -5,25 +5,82 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Card, Checkpoint, assign, open_checkpoint
+from .checkpoint.channels import with_channels
+from .checkpoint.hub import locate
+
 if TYPE_CHECKING:
-    from .checkpoint import Card
+    from typing_extensions import Self
 
 SAMPLES = 16  # numbers of each parameter
+
+
+class Opening(TypedDict, total=False):
+    """Which weights of a source are meant, and how they are come by: what every way to load a model takes."""
+
+    prefix: str | None
+    """What stands before the names of the backbone that is meant, of several (None: see `checkpoint.choose`)."""
+    num_channels: int | None
+    """Of the images, if others than the checkpoint's."""
+    channel_rule: str
+    """How the first projection is then adapted: "repeat" or "mean", see `dinov3_lite.checkpoint.channels`."""
+    subfolder: str | None
+    """Of the source."""
+    revision: str | None
+    """Of a hub id, as in huggingface_hub; so are the next two."""
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    *,
+    prefix: str | None = None,
+    num_channels: int | None = None,
+    channel_rule: str = "repeat",
+    **place: Any,
+) -> Checkpoint:
+    """The opened checkpoint of a folder, a file or a hub id; its arguments are those of `Opening`.
+
+    Raises FileNotFoundError and ValueError as `checkpoint.hub.locate` and `open_checkpoint` do.
+    """
+    return with_channels(open_checkpoint(locate(source, **place), prefix=prefix), num_channels, channel_rule)
 
 
 class Pretrained(nn.Module):
     """Base of both architectures: where the weights came from (`weights_id`), and `save_pretrained`."""
 
     config: Any
+    config_class: ClassVar[type]
     card: Card | None = None
     """What was said of the weights where they were loaded from: preprocessing, licence, a note."""
     _origin: Origin | None = None
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        opened: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **switches: Any,
+    ) -> Self:
+        """The model of an opened checkpoint, in evaluation mode: see `from_pretrained` of the class.
+
+        switches: the constructor's arguments beside the config. Raises ValueError if the checkpoint is another class's.
+        """
+        opened.check_family(cls.config_class)
+        with torch.device("meta"):
+            model = cls(opened.config, **switches)
+        assign(model, opened, dtype=dtype, device=device)
+        model.weights_id, model.card = opened.weights_id, opened.card
+        return model.eval()
 
     @property
     def weights_id(self) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import ROOT, run_python, run_reference
 
-from dinov3_lite import DINOv3Config
+from dinov3_lite.config import config_from_name
 
 FRONTS = ("README.md", "README.zh-CN.md")
 PAGES = {page.stem: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
@@ -177,15 +177,17 @@ def test_the_errors_on_the_page_of_the_kernels_are_the_committed_ones(name, scri
 
 def test_the_tables_of_models_name_what_loads(scripts):
     """Every hub id leads to the variant of its line, and every variant has one, but for the one without weights."""
-    rows = [line.split("|")[1:] for line in PAGES["models"].splitlines() if re.match(r"\| vit\w+.*`\w+/", line)]
+    rows = [
+        line.split("|")[1:] for line in PAGES["models"].splitlines() if re.match(r"\| (vit|convnext-)\w+.*`\w+/", line)
+    ]
     named = {
         (cells[0].split(",")[0].strip(), hub)
         for cells in rows
         for hub in re.findall("`((?:facebook|robbyant)/.+?)`", str(cells))
     }
-    assert {variant for variant, _ in named} == {*scripts("models").VARIANTS} - {"vitl16plus"} and len(named) == 15
+    assert {variant for variant, _ in named} == {*scripts("models").VARIANTS} - {"vitl16plus"} and len(named) == 22
     for variant, hub in named:
-        assert DINOv3Config.from_name(hub) == DINOv3Config.from_name(variant), hub
+        assert config_from_name(hub) == config_from_name(variant), hub
 
 
 # ---- links

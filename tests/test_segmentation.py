@@ -414,7 +414,7 @@ def test_several_classes(checkpoint, tmp_path):
 def test_bad_settings(checkpoint, data, tmp_path):
     model = DINOv3ViT.from_pretrained(checkpoint)
     output = tmp_path / "h.safetensors"
-    with pytest.raises(ValueError, match="size is 60 x 80: expected multiples of the patch size 16"):
+    with pytest.raises(ValueError, match="image height 60 and width 80 must be multiples of the patch size 16"):
         fit(data, model, output, recipe=replace(QUICK, size=(60, 80)))
     with pytest.raises(ValueError, match="classes is 300"):
         fit(data, model, output, recipe=QUICK, classes=300)

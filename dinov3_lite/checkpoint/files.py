@@ -287,15 +287,19 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of `path` that nobody holds a lock on."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{RANDOM}.tmp"):
-        with suppress(OSError):  # gone by now, or, where open files can't be removed, still being written
-            if fcntl is None:
-                left.unlink()
-                continue
-            with left.open("rb") as file:
-                if _lock(file.fileno(), wait=False):
-                    left.unlink()
+        remove_leftover(left)
+
+
+def remove_leftover(temporary: Path) -> None:
+    """Remove a temporary file, unless the process that writes it lives: that holds a lock on it."""
+    with suppress(OSError):  # gone by now, or, where open files can't be removed, still being written
+        if fcntl is None:
+            temporary.unlink()
+            return
+        with temporary.open("rb") as file:
+            if _lock(file.fileno(), wait=False):
+                temporary.unlink()
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..image import ImageProcessor
 from ..inference import optimize_for_inference
-from ..model import DINOv3ViT
+from ..loading import Backbone
 from .data import SUFFIXES
 
 KS = (10, 20, 100, 200)
@@ -113,7 +113,7 @@ def few_shot(labelled: Labelled, shots: int, seed: int) -> np.ndarray:
 @torch.no_grad()
 def embed(
     files: Sequence[str | os.PathLike[str]],
-    model: DINOv3ViT,
+    model: Backbone,
     processor: ImageProcessor,
     batch_size: int = 16,
     progress: Callable[[range], Iterable[int]] = iter,
