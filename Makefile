@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 REFERENCES := .venv/references
 OLD_TRANSFORMERS := $(REFERENCES)/transformers-4.57.6
 
-.PHONY: demo test lint types docs bench gpu pages clean
+.PHONY: demo test test-processors lint types docs bench gpu pages clean
 
 # The main job: make a checkpoint, convert it, features and picture of a photograph. Of trained weights, where there is a
 # network: make demo MODEL=robbyant/lingbot-vision-vit-small (or any other hub id, folder or file).
@@ -28,6 +28,18 @@ test: .venv/installed-dev
 	$(BIN)/pytest -n auto --dist loadfile
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest tests/test_parity.py tests/test_convnext_parity.py tests/test_checkpoint_layouts.py
 
+# The tests whose numbers depend on the processor's instructions, as on one without AMX, on one without AVX-512 either,
+# and with a torch that lacks oneDNN: each with a cache of inductor's own, since what was compiled for other instructions
+# gives NaN. Whatever else `make test` runs can be run so, too. docs/tried.md says what was run where.
+PROCESSOR_TESTS := $(wildcard tests/test_*parity*.py tests/test_inference*.py tests/test_prepared*.py) \
+	tests/test_graphs.py tests/test_modules.py tests/test_convnext_uses.py
+ON_PROCESSOR = TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/pytest -n auto --dist loadfile $(PROCESSOR_TESTS)
+test-processors: export OMP_NUM_THREADS = 1
+test-processors: .venv/installed-dev
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(ON_PROCESSOR)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(ON_PROCESSOR)
+	PYTHONPATH=tests/support $(ON_PROCESSOR) -p without_onednn
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -40,10 +52,11 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/installed-docs
 	$(BIN)/mkdocs build -q
 
-# Ours beside transformers, timm, onnxruntime and OpenVINO.
+# Ours beside transformers, timm, onnxruntime and OpenVINO: times, then the peaks of memory.
 bench: .venv/installed-dev
 	$(PIP) install -q -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/compare.py --again
+	$(BIN)/python benchmarks/compare.py --memory
 
 # The tables and charts of all pages, from the committed results.
 pages: .venv/installed-dev .venv/installed-demo

@@ -1,40 +1,63 @@
 """Ours beside what people would use instead: one command, one table.
 
     python benchmarks/compare.py [forward] [--variants vitb16] [--rows 224x1 224x8 512x1] [--dtypes float32]
-                                 [--rounds 7] [--peers NAME ...] [--device cpu|cuda] [--threads N] [--save NAME]
+                                 [--peers NAME ...] [--seconds 60] [--rounds 15] [--memory] [--folder FOLDER]
+                                 [--device cpu|cuda] [--threads N] [--save NAME] [--again]
+    python benchmarks/compare.py targets [the same options]
     python benchmarks/compare.py --compare old.json new.json
     python benchmarks/compare.py startup | conversion | features | parity | growth | rope_attention | layer_norm
                                  | swiglu [options of that script]
 
 A row is a variant (a ViT's, or convnext-tiny and its kin), a resolution times a batch, and a dtype, all peers on the
-same weights. Outputs are checked against transformers' before anything is timed; a peer that is missing or fails shows
-its reason. Rounds are interleaved in rotated order, ratios taken round by round. Writes benchmarks/results/NAME.json;
-page.py makes tables and charts of it.
+same weights and images. Each peer's error is against float64, and is taken before anything is timed; a peer that is
+missing, fails or computes something else shows its reason. Rounds are interleaved in rotated order, as many as fit into
+--seconds a row, at most --rounds, at least one; ratios are taken round by round.
+
+--memory measures no times but peaks, of each peer in a process of its own: a busy machine will do.
+--folder keeps checkpoints, files for other runtimes, and float64's features for the next call.
+`targets` is the table that the project holds itself to: ViT-S, B and L at 224, 512 and 1024 px, float32 and bfloat16.
+
+Every row goes into benchmarks/results/NAME.json as soon as it is measured, in place of the same row there; page.py
+makes tables and charts of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import runpy
-import statistics
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment, headline, peak_gflops, save
-from peers import PEERS, Features, Peer, write_checkpoint
-from timing import in_a_child, interleaved, median_ratio, process_mib, relative_difference, spread
+from compare_tables import absent, comparison, identity, table, warnings
+from environment import environment, headline, opened, peak_gflops, save
+from peers import PEERS, Features, Peer, ours, transformers_model, write_checkpoint
+from timing import in_a_child, interleaved, once, process_mib, relative_difference
+from torch import Tensor
 
-from dinov3_lite import DINOv3Config, DINOv3ConvNeXtConfig, load
+from dinov3_lite import DINOv3Config, DINOv3ConvNeXtConfig
 from dinov3_lite.config import config_from_name
 
 OTHERS = ("startup", "conversion", "features", "rope_attention", "layer_norm", "swiglu", "parity", "growth")
-REFERENCE = "transformers, sdpa"
-# How far outputs may lie from the reference's, relative: a few times what dtypes and other roundings explain.
+PACKAGES = ("timm", "onnxruntime", "openvino")
+# Errors that the dtype explains, relative to float64's features; above them something else is computed.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# A row whose round takes longer than these seconds gets one round, two calls of each peer: all rows take 20 minutes on
+# two cores after a call with --memory and the same --folder, a third of it the two largest.
+TARGETS = {
+    "variants": ["vits16", "vitb16", "vitl16"],
+    "rows": ["224x1", "224x8", "512x1", "1024x1"],
+    "dtypes": ["float32", "bfloat16"],
+    "peers": [p.name for p in PEERS if p.name not in ("ours, compiled", "transformers, eager attention")],
+    "seconds": 12.0,
+}
+
+Row = dict[str, Any]
 
 
 def main() -> None:
@@ -54,18 +77,26 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="forward", choices=["forward"])
+    parser.add_argument("command", nargs="?", default="forward", choices=["forward", "targets"])
     parser.add_argument("--variants", nargs="+", default=["vitb16"])
     parser.add_argument("--rows", nargs="+", default=["224x1", "224x8", "512x1"], metavar="PIXELSxBATCH")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--peers", nargs="+", default=[peer.name for peer in PEERS], metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a row's rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="the most that a row gets (default: %(default)s)")
+    parser.add_argument("--memory", action="store_true", help="peaks instead of times")
+    parser.add_argument("--folder", type=Path, help="where checkpoints and other files are kept (default: nowhere)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--save", default="compare", metavar="NAME", help="of the files under benchmarks/results/")
+    parser.add_argument("--save", default="compare", metavar="NAME", help="of the file under benchmarks/results/")
+    parser.add_argument("--again", action="store_true", help="drop the file's other rows, wherever they were measured")
     parser.add_argument("--compare", nargs=2, metavar="FILE", help="print the ratio of each time in two results")
     parser.add_argument("--memory-of", nargs=6, help=argparse.SUPPRESS)
+    if "targets" in sys.argv[1:]:
+        parser.set_defaults(**TARGETS)
     args = parser.parse_args()
+    if unknown := {*args.peers} - {peer.name for peer in PEERS}:
+        parser.error(f"no peer is called {' or '.join(map(repr, unknown))}: {', '.join(p.name for p in PEERS)}")
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
@@ -73,74 +104,101 @@ def arguments() -> argparse.Namespace:
 
 def forward(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
-    packages = ("timm", "onnxruntime", "openvino")
-    result: dict[str, Any] = {"rows": []}
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    result = opened(args.save, args.again)
+    rows = {identity(row): row for row in result["rows"]}
+    chosen = [peer for peer in PEERS if peer.name in args.peers and args.device in peer.devices]
+    shown = []
+    with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         for variant in args.variants:
-            checkpoint = write_checkpoint(Path(folder) / variant, variant)
-            for dtype in (getattr(torch, name) for name in args.dtypes):
-                peers = [p for p in PEERS if p.name in args.peers and args.device in p.devices and dtype in p.dtypes]
-                for pixels, batch in (map(int, row.split("x")) for row in args.rows):
-                    row = measure(peers, checkpoint, variant, pixels, batch, dtype, device, args.rounds)
-                    result["rows"].append(row)
-                    print(table({"rows": [row]}), absent({"rows": [row]}), sep="\n", flush=True)
-    result = {"environment": environment(*packages), **result}
-    save(args.save, result)
-    print("\n" + headline(result), table(result), absent(result), sep="\n\n")
+            checkpoint = write_checkpoint((args.folder or Path(temporary)) / variant, variant)
+            for pixels, batch in (map(int, row.split("x")) for row in args.rows):
+                for dtype in (getattr(torch, name) for name in args.dtypes):
+                    peers = [p for p in chosen if dtype in p.dtypes]
+                    row = described(variant, pixels, batch, dtype)
+                    if args.memory:
+                        row |= peaks(peers, checkpoint, row, device)
+                        if args.folder:  # so that the call for times finds all that needs no quiet machine
+                            float64_features(checkpoint, pixels, batch, device)
+                    else:
+                        row |= times(peers, checkpoint, row, device, args.seconds, args.rounds)
+                    row = rows[identity(row)] = rows.get(identity(row), {}) | row
+                    shown.append(row)
+                    result["environment"] |= environment(*PACKAGES)
+                    result["rows"] = list(rows.values())
+                    save(args.save, result)
+                    print(table({"rows": [row]}), absent([row]), warnings([row]), sep="\n", flush=True)
+    print("\n" + headline(result), table({"rows": shown}), absent(shown), warnings(shown), sep="\n\n")
 
 
-def measure(
-    peers: list[Peer],
-    checkpoint: Path,
-    variant: str,
-    pixels: int,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    rounds: int,
+def described(variant: str, pixels: int, batch: int, dtype: torch.dtype) -> Row:
+    work = batch * gflop(config_from_name(variant), pixels)
+    name = str(dtype).removeprefix("torch.")
+    return {"variant": variant, "pixels": pixels, "batch": batch, "dtype": name, "gflop": work}
+
+
+def times(
+    peers: list[Peer], checkpoint: Path, row: Row, device: torch.device, seconds: float, most_rounds: int
 ) -> dict[str, Any]:
-    """One row of the result: seconds a round of each peer, why others are missing, and the machine's peak meanwhile."""
-    images = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    """Each peer's error, its seconds in each round, and why others are missing.
+
+    The call whose features are compared is the one that goes before a timing, so that this makes a round of its own.
+    """
+    dtype = getattr(torch, row["dtype"])
+    images = made_images(row["pixels"], row["batch"]).to(device, dtype)
+    expected = float64_features(checkpoint, row["pixels"], row["batch"], device)
     calls: dict[str, Features] = {}
+    errors: dict[str, float] = {}
+    first: dict[str, float] = {}
     missing: dict[str, str] = {}
-    reference = reference_features(checkpoint, dtype, device)(images)
+    before = peak_gflops(dtype, device)
     for peer in peers:
         try:
             call = peer.build(checkpoint, dtype, device)
-            difference = relative_difference(call(images), reference)
-        except Exception as error:
-            missing[peer.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            error = relative_difference(call(images).cpu(), expected)
+            one = once(lambda call=call: call(images))
+        except Exception as reason:
+            missing[peer.name] = f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
             continue
-        if difference > AGREEMENT[dtype]:
-            missing[peer.name] = f"computes other features: relative difference {difference:.2g}"
+        if error > AGREEMENT[peer.least or dtype]:
+            missing[peer.name] = f"computes other features: {error:.2g} from float64's"
         else:
-            calls[peer.name] = call
-    before = peak_gflops(dtype, device)
-    seconds = interleaved({name: lambda call=call: call(images) for name, call in calls.items()}, rounds)
+            calls[peer.name], errors[peer.name], first[peer.name] = call, error, one
+    fitting = int(seconds / (2 * sum(first.values()))) if first else 0
+    more = interleaved(
+        {name: lambda call=call: call(images) for name, call in calls.items()}, min(fitting, most_rounds - 1)
+    )
     after = peak_gflops(dtype, device)
-    dtype_name = str(dtype).removeprefix("torch.")
+    calls.clear()
+    torch._dynamo.reset()  # compiled peers would stay
+    gc.collect()
     return {
-        "variant": variant,
-        "pixels": pixels,
-        "batch": batch,
-        "dtype": dtype_name,
-        "gflop": batch * gflop(config_from_name(variant), pixels),
+        "date": str(date.today()),
         "peak GFLOP/s": max(before, after),
-        "seconds": seconds,
-        "peak MiB": {name: peak_of(name, checkpoint, pixels, batch, dtype_name, device) for name in calls},
+        "seconds": {name: [one, *more[name]] for name, one in first.items()},
+        "error": errors,
         "missing": missing,
     }
 
 
-def reference_features(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Features:
-    """What outputs are compared with: transformers', or our own where transformers is not installed."""
-    try:
-        return next(peer for peer in PEERS if peer.name == REFERENCE).build(checkpoint, dtype, device)
-    except ImportError:
-        model = load(checkpoint, dtype=dtype).to(device)
-        if hasattr(model, "attention"):
-            model.attention = "eager"
-        return lambda images: model(images).last_hidden_state
+def made_images(pixels: int, batch: int) -> Tensor:
+    """Images that every dtype holds exactly: what a dtype costs is then the model's, not the images'."""
+    images = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
+    return images.bfloat16().half().float()
+
+
+def float64_features(checkpoint: Path, pixels: int, batch: int, device: torch.device) -> Tensor:
+    """last_hidden_state (batch, N, C) in float64: transformers', or our own where transformers is not installed."""
+    file = checkpoint / f"float64-{pixels}x{batch}.pt"
+    if not file.exists():
+        try:
+            model = transformers_model(checkpoint, torch.float64)
+        except ImportError:
+            model = ours(checkpoint, torch.float64)
+            if hasattr(model, "attention"):
+                model.attention = "eager"
+        images, model = made_images(pixels, batch).to(device, torch.float64), model.to(device)
+        torch.save(torch.cat([model(image).last_hidden_state.cpu() for image in images.split(1)]), file)
+    return torch.load(file)
 
 
 def gflop(config: DINOv3Config | DINOv3ConvNeXtConfig, pixels: int) -> float:
@@ -161,12 +219,18 @@ def gflop(config: DINOv3Config | DINOv3ConvNeXtConfig, pixels: int) -> float:
 # ---- memory, in a process of its own
 
 
-def peak_of(*words: object) -> float:
-    """Peak MiB above `import torch` of a process that loads and runs once; of the GPU, where it runs there."""
-    try:
-        return float(in_a_child(__file__, "--threads", torch.get_num_threads(), "--memory-of", *words))
-    except RuntimeError:
-        return float("nan")
+def peaks(peers: list[Peer], checkpoint: Path, row: Row, device: torch.device) -> dict[str, Any]:
+    """Each peer's peak MiB above its imports: of preparing, which is loading and all that follows, and one forward."""
+    found, missing = {}, {}
+    for peer in peers:
+        try:
+            peer.files(checkpoint, getattr(torch, row["dtype"]))  # what others wrote is not of its memory
+            words = (peer.name, checkpoint, row["pixels"], row["batch"], row["dtype"], device)
+            threads = ("--threads", torch.get_num_threads())
+            found[peer.name] = float(in_a_child(__file__, *threads, "--memory-of", *words))
+        except Exception as reason:
+            missing[peer.name] = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[-1]}"
+    return {"peak MiB": found, "missing": missing}
 
 
 def memory_of(name: str, folder: str, pixels: str, batch: str, dtype_name: str, device: str) -> float:
@@ -175,44 +239,6 @@ def memory_of(name: str, folder: str, pixels: str, batch: str, dtype_name: str, 
     with torch.no_grad():
         next(p for p in PEERS if p.name == name).build(Path(folder), dtype, torch.device(device))(images)
     return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else process_mib("VmHWM") - before
-
-
-# ---- tables
-
-
-def label(row: dict[str, Any]) -> str:
-    return f"{row['variant']}, {row['pixels']} px, batch {row['batch']}, {row['dtype']}"
-
-
-def table(result: dict[str, Any]) -> str:
-    """A line a row and peer."""
-    lines = ["| | ms (quartiles) | time, ratio to ours | of the matrix-product peak | peak MiB |", "|---" * 5 + "|"]
-    for row in result["rows"]:
-        medians = {name: statistics.median(seconds) for name, seconds in row["seconds"].items()}
-        for name, median in medians.items():
-            ratio = f"{median_ratio(row['seconds'][name], row['seconds']['ours']):.2f}" if "ours" in medians else ""
-            share = f"{row['gflop'] / median / row['peak GFLOP/s']:.0%}"
-            cells = [spread(row["seconds"][name]), ratio, share, f"{row['peak MiB'][name]:.0f}"]
-            lines.append(f"| {label(row)}: {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def absent(result: dict[str, Any]) -> str:
-    """A line for each row's peer that could not be run, with the reason: for whoever measures, not for the page."""
-    return "\n".join(f"{label(row)}: {name}: {why}" for row in result["rows"] for name, why in row["missing"].items())
-
-
-def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The time of each row and peer that both results have, new to old."""
-    lines = ["| | old ms | new ms | new / old |", "|---" * 4 + "|"]
-    rows = {label(row): row for row in old["rows"]}
-    for row in new["rows"]:
-        for name, seconds in row["seconds"].items():
-            before = rows.get(label(row), {"seconds": {}})["seconds"].get(name)
-            if before:
-                a, b = (1e3 * statistics.median(times) for times in (before, seconds))
-                lines.append(f"| {label(row)}: {name} | {a:.1f} | {b:.1f} | {b / a:.2f} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

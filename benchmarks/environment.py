@@ -42,6 +42,32 @@ def save(name: str, result: dict[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def opened(name: str, again: bool) -> dict[str, Any]:
+    """benchmarks/results/NAME.json to go on with, if it was measured here, else a new result. SystemExit if it was not.
+
+    again: begin anew, wherever it was measured.
+    """
+    now, file = environment(), RESULTS / f"{name}.json"
+    if again or not file.exists():
+        return {"environment": now, "rows": []}
+    result = json.loads(file.read_text())
+    for key in ("machine", "threads", "torch"):
+        if result["environment"][key] != now[key]:
+            raise SystemExit(
+                f"{file.name} was measured with {key} {result['environment'][key]}, this is {now[key]}: "
+                "give --save another name, or --again to measure all of it here"
+            )
+    return {**result, "environment": {**result["environment"], **now}}
+
+
+def processor(result: dict[str, Any]) -> str:
+    """What a result was measured on in a few words: `Intel Xeon Processor (AMX)`, `AMD EPYC (AVX-512 bfloat16)`."""
+    machine = result["environment"]["machine"].replace("(R)", "")
+    name, _, marks = machine.partition(" (")
+    strongest = [mark for mark in INSTRUCTIONS if mark in marks.partition(")")[0].split(", ")]
+    return f"{name} ({strongest[-1]})" if strongest else machine.split(",")[0]
+
+
 def machine() -> str:
     """The GPU if there is one, else the processor, what sets it apart, and its cores.
 

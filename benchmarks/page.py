@@ -19,24 +19,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import compare
+import compare_tables
 import conversion
 import extract
+import extract_bad_files
+import extract_kills
 import extract_memory
 import extract_pixels
 import features
+import fit_speed
+import golden_measures
 import growth
 import models
 import parity
+import segmentation
+import sharding
 import startup
 import steps
-from environment import RESULTS, headline
-from timing import median_ratio
+import training_memory
+from environment import RESULTS, headline, processor
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Result = dict[str, Any]
+Key = tuple[str, int, int, str]  # which row of a comparison: variant, pixels, batch, dtype
+FRONT_ROW = ("vitb16", 224, 1, "float32")
 
 
 def main() -> int:
@@ -74,7 +82,13 @@ def result(name: str) -> Result:
 
 def of(name: str, table: Callable[[Result], str]) -> Callable[[], str]:
     """A result's table with the line that says where it was measured."""
-    return lambda: f"{table(result(name))}\n\nMeasured on {headline(result(name))}."
+
+    def filling() -> str:
+        if not (RESULTS / f"{name}.json").exists():
+            return "Not measured yet."
+        return f"{table(result(name))}\n\nMeasured on {headline(result(name))}."
+
+    return filling
 
 
 def front(words: dict[str, str]) -> str:
@@ -95,32 +109,23 @@ def front(words: dict[str, str]) -> str:
         for w in ("ours", "timm")
     ]
     lines.append(f"| {words['layers']} | {cells[0]} | timm: {cells[1]} |")
-    for name in ("compare", "compare_amd"):
-        measured = result(name)
-        row = next(r for r in measured["rows"] if (r["pixels"], r["batch"], r["dtype"]) == (224, 1, "float32"))
-        medians = {who: 1e3 * statistics.median(seconds) for who, seconds in row["seconds"].items()}
-        other = min((who for who in medians if not who.startswith("ours")), key=medians.__getitem__)
-        label = words["forward"].format(machine=measured["environment"]["machine"].split(",")[0].replace("(R)", ""))
-        ours = words["prepared"].format(loaded=medians["ours"], prepared=medians["ours, prepacked"])
-        lines.append(f"| {label} | {ours} | {other}: {medians[other]:.0f} ms |")
+    for measured in processors():
+        row = find(measured, FRONT_ROW)
+        ms = compare_tables.medians(row)
+        other = min(compare_tables.others(row), key=ms.__getitem__)
+        label = words["forward"].format(processor=processor(measured))
+        ours = words["prepared"].format(loaded=ms[compare_tables.OURS], prepared=ms[compare_tables.PREPARED])
+        lines.append(f"| {label} | {ours} | {other}: {ms[other]:.0f} ms |")
     return "\n".join(lines)
 
 
-def standing() -> str:
-    """How many times as fast as each contender ours is, from the worst row to the best."""
-    others = ("transformers, sdpa", "transformers, compiled", "timm", "onnxruntime", "OpenVINO")
-    lines = [f"| | {' | '.join(others)} |", "|---" * (len(others) + 1) + "|"]
-    for name in ("compare", "compare_amd", "compare_bfloat16"):
-        found = result(name)
-        machine = found["environment"]["machine"].split(",")[0].replace("(R)", "")
-        for ours, way in (("ours", "as loaded"), ("ours, prepacked", "prepared")):
-            cells = []
-            for other in others:
-                rows = [row["seconds"] for row in found["rows"] if {ours, other} <= row["seconds"].keys()]
-                ratios = sorted(median_ratio(row[other], row[ours]) for row in rows)
-                cells.append(f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if ratios else "")
-            lines.append(f"| {machine}, {found['rows'][0]['dtype']}, {way} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def processors() -> list[Result]:
+    """A result of compare.py for each kind of processor."""
+    return [result("compare"), result("compare_amd")]
+
+
+def find(measured: Result, key: Key) -> Result:
+    return next(row for row in measured["rows"] if compare_tables.identity(row) == key)
 
 
 ENGLISH = {
@@ -128,7 +133,7 @@ ENGLISH = {
     "error": "Worst error of a ViT-B's hidden states against float64, {dtype}",
     "startup": "From a new process to the first features of a ViT-B",
     "layers": "Maps of blocks 2 and 5 of a ViT-B, four images",
-    "forward": "ViT-B, 224 px, one image, float32, {machine}",
+    "forward": "ViT-B, 224 px, one image, float32, {processor}",
     "prepared": "{prepared:.0f} ms prepared, {loaded:.0f} ms as loaded",
 }
 CHINESE = {
@@ -136,7 +141,7 @@ CHINESE = {
     "error": "ViT-B 各层 hidden state 相对 float64 的最大误差，{dtype}",
     "startup": "从新进程到得到 ViT-B 的第一份特征",
     "layers": "ViT-B 第 2、5 块的特征图，4 张图片",
-    "forward": "ViT-B，224 px，单张图片，float32，{machine}",
+    "forward": "ViT-B，224 px，单张图片，float32，{processor}",
     "prepared": "优化后 {prepared:.0f} ms，加载后直接运行 {loaded:.0f} ms",
 }
 
@@ -145,21 +150,36 @@ TABLES: dict[str, Callable[[], str]] = {
     "front-zh": lambda: front(CHINESE),
     "parity": of("parity", lambda found: parity.table(found["rows"])),
     "faces": of("parity", lambda found: parity.faces_table(found["faces"])),
-    "standing": standing,
-    "compare": of("compare", compare.table),
+    "standing": lambda: compare_tables.standing_table(processors()),
+    "sides": lambda: compare_tables.sides_table(processors()),
+    "compare": of("compare", compare_tables.time_table),
+    "compare-memory": of("compare", compare_tables.memory_table),
+    "compare-amd": of("compare_amd", compare_tables.time_table),
+    "compare-amd-memory": of("compare_amd", compare_tables.memory_table),
+    "compare-convnext": of("compare_convnext", compare_tables.time_table),
+    "compare-convnext-memory": of("compare_convnext", compare_tables.memory_table),
+    "training-memory": of("training_memory", training_memory.table),
     "extract": of("extract", extract.table),
+    "extract-bfloat16": of("extract_bfloat16", extract.table),
+    "extract-workers": of("extract_workers", extract.workers_table),
+    "extract-kills": of("extract_kills", extract_kills.table),
+    "extract-bad-files": of("extract_bad_files", extract_bad_files.table),
     "extract-memory": of("extract_memory", extract_memory.table),
     "extract-pixels": of("extract_pixels", extract_pixels.table),
-    "compare-amd": of("compare_amd", compare.table),
-    "compare-bfloat16": of("compare_bfloat16", compare.table),
+    "segmentation": of("segmentation", segmentation.table),
+    "fit-speed": of("fit_speed", fit_speed.table),
+    "golden-measures": of("golden_measures", golden_measures.table),
     "layers": of("features", lambda found: features.tables(found)["layers"]),
     "packed": of("features", lambda found: features.tables(found)["packed"]),
     "windows": of("features", lambda found: features.tables(found)["windows"]),
     "growth": of("growth", growth.table),
     "startup": of("startup", startup.table),
     "conversion": of("conversion", conversion.table),
+    "sharding": of("sharding", sharding.table),
+    "sharding-sparse": of("sharding", sharding.sparse_table),
     "steps": of("steps", steps.table),
     "models-variants": models.variants_table,
+    "models-convnexts": models.convnexts_table,
     "models-forward": of("models", models.forward_table),
     "models-training": of("models", models.training_table),
     "models-choice": lambda: models.choice_table(result("models")),
@@ -168,19 +188,19 @@ TABLES: dict[str, Callable[[], str]] = {
 # ---- charts
 
 IMAGES = ROOT / "docs" / "images"
-Panel = tuple[str, int]  # a result, and which of its rows
+Panel = tuple[str, Key]  # a result, and which of its rows
+FLOAT32_ROWS = [("vitb16", pixels, batch, "float32") for pixels, batch in ((224, 1), (512, 1), (224, 8))]
 CHARTS: dict[str, list[list[Panel]]] = {
-    "results": [[("compare", 0), ("compare_amd", 0)]],
-    "compare": [[(name, row) for row in range(3)] for name in ("compare", "compare_amd")],
-    "compare-bfloat16": [[("compare_bfloat16", row) for row in range(2)]],
+    "results": [[("compare", FRONT_ROW), ("compare_amd", FRONT_ROW)]],
+    "compare": [[(name, row) for row in FLOAT32_ROWS] for name in ("compare", "compare_amd")],
+    "compare-bfloat16": [[("compare", ("vitb16", pixels, 1, "bfloat16")) for pixels in (224, 512)]],
 }
 
 
 def digest(panels: list[list[Panel]]) -> str:
     """Of what a chart shows: which rows, and all that was measured in them."""
-    shown = [
-        [(result(name)["environment"]["machine"], result(name)["rows"][row]) for name, row in line] for line in panels
-    ]
+    rows = [[(result(name), key) for name, key in line] for line in panels]
+    shown = [[(found["environment"]["machine"], find(found, key)) for found, key in line] for line in rows]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
@@ -195,18 +215,18 @@ def draw(name: str) -> None:
     import matplotlib.pyplot as plt
 
     panels = CHARTS[name]
-    shape, bars = (len(panels), len(panels[0])), max(len(result(n)["rows"][row]["seconds"]) for n, row in panels[0])
+    shape, bars = (len(panels), len(panels[0])), max(len(find(result(of), key)["seconds"]) for of, key in panels[0])
     size = (4.1 * shape[1], (0.3 * bars + 1.1) * shape[0])
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     for line, places in zip(panels, axes, strict=True):
-        for (of, index), axis in zip(line, places, strict=True):
-            row, machine = result(of)["rows"][index], result(of)["environment"]["machine"]
-            medians = {who: 1e3 * statistics.median(seconds) for who, seconds in row["seconds"].items()}
+        for (of, key), axis in zip(line, places, strict=True):
+            row = find(result(of), key)
+            medians = compare_tables.medians(row)
             shown = list(medians)[::-1]
             colours = ["#c44e52" if who.startswith("ours") else "#8c8c8c" for who in shown]
             axis.barh(shown, [medians[who] for who in shown], color=colours)
             axis.bar_label(axis.containers[0], fmt="%.0f", padding=3)
-            axis.set_title(f"{compare.label(row)}\n{machine}", fontsize=10)
+            axis.set_title(f"{compare_tables.label(row)}\n{processor(result(of))}", fontsize=10)
             axis.set_xlabel("ms, median: shorter is better")
             axis.margins(x=0.15)
             axis.spines[["top", "right"]].set_visible(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -13,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from environment import version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +27,7 @@ REFERENCES = Path(sys.prefix) / "references" / "torchvision"
 
 Features = Callable[[Tensor], Tensor]  # (B, 3, H, W) -> last_hidden_state (B, N, C)
 Builder = Callable[[Path, torch.dtype, torch.device], Features]
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}  # in OpenVINO's words
 
 
 def write_checkpoint(folder: Path, variant: str) -> Path:
@@ -41,12 +42,18 @@ def write_checkpoint(folder: Path, variant: str) -> Path:
 
 @dataclass(frozen=True)
 class Peer:
-    """One way of computing features: its name, on which devices and dtypes it is shown, and how it is made."""
+    """One way of computing features: its name, how it is made, and on which devices and dtypes it is shown.
+
+    least: the lowest precision that it may choose to compute in; None where that is the dtype asked for.
+    files: writes the files that `build` reads, where they are not there yet.
+    """
 
     name: str
     build: Builder
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    least: torch.dtype | None = None
+    files: Callable[[Path, torch.dtype], object] = lambda folder, dtype: None
 
 
 def of_module(load: Callable[..., Any], features: Callable[[Any, Tensor], Tensor], compiled: bool = False) -> Builder:
@@ -95,12 +102,16 @@ def transformers_eager(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return transformers_model(folder, dtype, attn_implementation="eager")
 
 
-def timm_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A timm model with these weights. ImportError where there is no timm."""
-    timm = import_timm()
+def timm_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     written = folder / "timm"
     if not written.exists():
         convert(folder, written, to="timm", allow_loss=True)
+    return written
+
+
+def timm_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A timm model with these weights. ImportError where there is no timm."""
+    timm, written = import_timm(), timm_folder(folder)
     architecture = json.loads((written / "config.json").read_text())["architecture"]
     options = {} if is_convnext(folder) else {"dynamic_img_size": True}
     model = timm.create_model(architecture, pretrained=False, num_classes=0, **options)
@@ -120,42 +131,53 @@ def timm_features(model: Any, images: Tensor) -> Tensor:
 
 def import_timm() -> ModuleType:
     """An installed timm, or the one that `make` puts beside the environment."""
-    if version("timm") == "-" and REFERENCES.exists():
+    find_references("timm")
+    import timm
+
+    return timm
+
+
+def find_references(package: str) -> None:
+    """Where a package is missing, look for it among what `make` put beside the environment: timm and torchvision."""
+    if importlib.util.find_spec(package) is None and REFERENCES.exists():
         import transformers.models.dinov3_vit.modeling_dinov3_vit  # noqa: F401  before it can see that torchvision
 
         sys.path += [str(REFERENCES), str(Path(__file__).parent.parent / "tests" / "support")]
         import torchvision_shim  # noqa: F401
-    import timm
 
-    return timm
+
+def meta_file(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    if not (folder / "meta").exists():
+        convert(folder, folder / "meta", to="meta")
+    (file,) = (folder / "meta").glob("*.pth")
+    return file
 
 
 def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Meta's own model from the clone of its repository that DINOV3_REPO names. ImportError without."""
     if "DINOV3_REPO" not in os.environ:
         raise ImportError("DINOV3_REPO does not name a clone of facebookresearch/dinov3")
-    written = folder / "meta"
-    if not written.exists():
-        convert(folder, written, to="meta")
-    (file,) = written.glob("*.pth")
+    find_references("torchvision")
     name = f"dinov3_{config_of(folder).name}".replace("-", "_")
     model = torch.hub.load(os.environ["DINOV3_REPO"], name, source="local", pretrained=False)
-    model.load_state_dict(torch.load(file))
+    model.load_state_dict(torch.load(meta_file(folder)))
     return model.to(dtype).eval()
 
 
 def meta_features(model: Any, images: Tensor) -> Tensor:
+    """Its last_hidden_state; a ConvNeXt of Meta's has no storage tokens."""
     out = model.forward_features(images)
-    return torch.cat((out["x_norm_clstoken"].unsqueeze(1), out["x_storage_tokens"], out["x_norm_patchtokens"]), dim=1)
+    tokens = [out["x_norm_clstoken"].unsqueeze(1), out.get("x_storage_tokens"), out["x_norm_patchtokens"]]
+    return torch.cat([part for part in tokens if part is not None], dim=1)
 
 
-def onnx_file(folder: Path) -> Path:
-    """Our model as an ONNX file: what both runtimes get."""
+def onnx_file(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Our model as an ONNX file: what both runtimes get. ValueError for a dtype that onnxruntime lacks."""
     from dinov3_lite.export import export
 
-    file = folder / "model.onnx"
+    file = folder / f"model.{PRECISIONS[dtype]}.onnx"
     if not file.exists():
-        export(ours(folder), file, "onnx")
+        export(ours(folder, dtype), file, "onnx")
     return file
 
 
@@ -164,30 +186,41 @@ def onnxruntime_session(folder: Path, dtype: torch.dtype, device: torch.device) 
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(onnx_file(folder), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx_file(folder, dtype), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(["last_hidden_state"], {name: images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(["last_hidden_state"], {name: images.float().numpy()})[0])
 
 
-def openvino_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
-    import openvino
+def openvino_model(hinted: bool) -> Builder:
+    """The float32 file, compiled for one shape: to run in the dtype asked for, or in what OpenVINO takes by itself."""
 
-    config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    def build(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
+        import openvino
 
-    @functools.cache
-    def compiled(shape: torch.Size) -> Any:
-        core = openvino.Core()
-        model = core.read_model(onnx_file(folder))
-        model.reshape(list(shape))  # a few percent faster than for all sizes
-        return core.compile_model(model, "CPU", config)
+        config = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        config |= {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype]} if hinted else {}
 
-    return lambda images: torch.from_numpy(compiled(images.shape)(images.numpy())["last_hidden_state"])
+        @functools.cache
+        def compiled(shape: torch.Size) -> Any:
+            core = openvino.Core()
+            model = core.read_model(onnx_file(folder))
+            model.reshape(list(shape))  # a few percent faster than for all sizes
+            return core.compile_model(model, "CPU", config)
+
+        return lambda images: torch.from_numpy(compiled(images.shape)(images.float().numpy())["last_hidden_state"])
+
+    return build
+
+
+def float32_onnx_file(folder: Path, dtype: torch.dtype) -> Path:
+    return onnx_file(folder)
 
 
 def last_hidden_state(model: Any, images: Tensor) -> Tensor:
     return model(images).last_hidden_state
 
 
+OPENVINO_BY_ITSELF = "OpenVINO, its own precision"  # bfloat16 where the processor multiplies that, unasked
 PEERS = [
     Peer("ours", of_module(ours, last_hidden_state)),
     Peer("ours, prepacked", ours_prepared("prepacked"), devices=("cpu",)),
@@ -195,8 +228,16 @@ PEERS = [
     Peer("transformers, sdpa", of_module(transformers_model, last_hidden_state)),
     Peer("transformers, eager attention", of_module(transformers_eager, last_hidden_state)),
     Peer("transformers, compiled", of_module(transformers_model, last_hidden_state, compiled=True)),
-    Peer("timm", of_module(timm_model, timm_features)),
-    Peer("Meta", of_module(meta_model, meta_features)),
-    Peer("onnxruntime", onnxruntime_session, devices=("cpu",), dtypes=(torch.float32,)),
-    Peer("OpenVINO", openvino_model, devices=("cpu",), dtypes=(torch.float32,)),
+    Peer("timm", of_module(timm_model, timm_features), files=timm_folder),
+    Peer("Meta", of_module(meta_model, meta_features), files=meta_file),
+    Peer("onnxruntime", onnxruntime_session, devices=("cpu",), files=onnx_file),
+    Peer("OpenVINO", openvino_model(hinted=True), devices=("cpu",), files=float32_onnx_file),
+    Peer(
+        OPENVINO_BY_ITSELF,
+        openvino_model(hinted=False),
+        devices=("cpu",),
+        dtypes=(torch.float32,),
+        least=torch.bfloat16,
+        files=float32_onnx_file,
+    ),
 ]

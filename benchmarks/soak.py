@@ -1,9 +1,10 @@
 """A server's days in minutes: threads, modes, sizes and processes on one model; what must stay equal, and flat.
 
-    python benchmarks/soak.py [--minutes M] [--model vits16] [--backend auto|prepacked|inductor]
+    python benchmarks/soak.py [--minutes M] [--model vits16] [--backend auto|prepacked|inductor] [--save soak]
 
 Prints a table: for each trial how many calls, how many gave other bits than the first of their kind, errors, and how
-many MiB the process grew by. Exits with 1 if anything differed, failed, or grew beyond `ALLOWED_MIB`.
+many MiB the process grew by. Writes benchmarks/results/soak.json, or what --save names. Exits with 1 if anything
+differed, failed, or grew beyond `ALLOWED_MIB`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.request import urlopen
 
-import psutil
 import torch
+from environment import environment, headline, save
 from torch import Tensor
 
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, FeaturesOnly, optimize_for_inference, sliding_window_features
@@ -184,33 +186,57 @@ def main() -> int:
     parser.add_argument("--model", default="vits16")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--save", default="soak", metavar="NAME")
     args = parser.parse_args()
     torch.manual_seed(0)
     model = DINOv3ViT.from_name(args.model, num_hidden_layers=args.layers).eval()
-    models = {"eager": model, "prepared": optimize_for_inference(model, backend=args.backend)}
+    models = {"eager": model, f"prepared, {args.backend}": optimize_for_inference(model, backend=args.backend)}
     seconds = 60 * args.minutes / (len(models) * len(TRIALS))
-    print("| model | trial | calls | other bits | errors | grew by, MiB |\n|---|---|---|---|---|---|")
-    failed = False
-    for model_name, tried in models.items():
-        for name, run in TRIALS.items():
-            trial = Trial(kinds(tried))
-            trial.model = tried  # type: ignore[attr-defined]
-            run(trial, min(seconds, 1.0))
-            before = resident()
-            run(trial, seconds)
-            grown = resident() - before
-            print(
-                f"| {model_name} | {name} | {trial.count} | {trial.different} | {len(trial.errors)} | {grown:.0f} |",
-                flush=True,
-            )
-            for error in sorted(set(trial.errors))[:3]:
-                print(f"    {error}"[:200], file=sys.stderr)
-            failed |= bool(trial.different or trial.errors) or grown > ALLOWED_MIB
-    return int(failed)
+    result: dict[str, Any] = {
+        "environment": environment(),
+        "minutes": args.minutes,
+        "model": f"{args.model}, {args.layers} blocks",
+        "rows": [],
+    }
+    for name, tried in models.items():
+        for trial, run in TRIALS.items():
+            row = {"model": name, "trial": trial, **soak(tried, run, seconds)}
+            print(row, flush=True)
+            result["rows"].append(row)
+    save(args.save, result)
+    print(f"\n{table(result)}\n\n{headline(result)}")
+    rows = result["rows"]
+    return int(any(row["different"] or row["errors"] or row["grown MiB"] > ALLOWED_MIB for row in rows))
+
+
+def soak(model: DINOv3ViT, run: Callable[[Trial, float], None], seconds: float) -> dict[str, Any]:
+    """One trial of one model: what was counted. A second of it comes first, which may make what is kept for good."""
+    trial = Trial(kinds(model))
+    trial.model = model  # type: ignore[attr-defined]
+    run(trial, min(seconds, 1.0))
+    before = resident()
+    run(trial, seconds)
+    return {
+        "calls": trial.count,
+        "different": trial.different,
+        "errors": len(trial.errors),
+        "messages": sorted({error[:200] for error in trial.errors})[:3],
+        "grown MiB": round(resident() - before),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """A line a trial."""
+    columns = ("model", "trial", "calls", "different", "errors", "grown MiB")
+    lines = ["| model | trial | calls | other bits | errors | grew by, MiB |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in result["rows"]]
+    return "\n".join(lines)
 
 
 def resident() -> float:
     """MiB of this process that lie in memory."""
+    import psutil
+
     gc.collect()
     return psutil.Process().memory_info().rss / 2**20
 

@@ -58,9 +58,22 @@ def median_ratio(seconds: list[float], others: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
+def quartiles(seconds: list[float]) -> list[float]:
+    """The lower quartile, the median, the upper one; of fewer than three times the least, the median, the most."""
+    if len(seconds) < 3:
+        return [min(seconds), statistics.median(seconds), max(seconds)]
+    return statistics.quantiles(seconds, n=4)
+
+
+def uneven(seconds: list[float], most: float = 0.15) -> bool:
+    """Whether a quartile lies further from the median than this share of it: the machine was not quiet."""
+    low, median, high = quartiles(seconds)
+    return max(median - low, high - median) > most * median
+
+
 def spread(seconds: list[float]) -> str:
     """Milliseconds: median (quartiles)."""
-    low, median, high = (1e3 * t for t in statistics.quantiles(seconds, n=4))
+    low, median, high = (1e3 * t for t in quartiles(seconds))
     return f"{median:.0f} ({low:.0f} to {high:.0f})" if median >= 10 else f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 

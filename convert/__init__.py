@@ -1,4 +1,4 @@
-"""The converter behind `python -m convert`: any checkpoint layout to any other, bytes for bytes.
+"""The converter behind `python -m convert`: from any checkpoint layout to any other, without changing a number.
 
 A conversion is a value, a `Plan` of the files to be written: `make_plan` -> `check` -> `write`, and `verify` if asked.
 """
@@ -43,13 +43,13 @@ def convert(
     dtype: of the weights, as torch.bfloat16 or "bfloat16"; None keeps the source's.
     force: replace existing output, and remove what readers would mix with the new one: of a folder that is written,
         other weights called model.safetensors or model-00001-of-00002.safetensors, an index of them, preprocessing.
-    allow_loss: go on where the layout can't hold something of the source.
-    max_shard_size: of one file of transformers' layout, in bytes or as "5GB". progress: show a bar of bytes.
-    prefix, subfolder, revision, cache_dir, local_files_only: which model of the source, as `DINOv3ViT.from_pretrained`
-        takes them.
+    allow_loss: leave out what the layout can't hold (a mask token, other RoPE periods); otherwise that is an error.
+    max_shard_size: of one file of transformers' layout, in bytes or as "5GB". progress: show a progress bar.
+    prefix, subfolder, revision, cache_dir, local_files_only: as in `DINOv3ViT.from_pretrained`.
 
     Files appear under their names only when all are whole: a failure leaves what was there before.
-    Raises FileNotFoundError, FileExistsError or ValueError in one sentence.
+    Raises FileNotFoundError if there is no such source, FileExistsError if the output is there already, ValueError if
+    the source is damaged or ambiguous or the layout can't hold it.
     """
     parse_layout(to), parse_dtype(dtype), parse_size(max_shard_size)  # refused before anything is downloaded
     path = locate(

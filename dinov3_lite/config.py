@@ -67,16 +67,17 @@ class DINOv3Config:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one attention head: hidden_size / num_attention_heads."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The CLS token and the register tokens, which stand before the patch tokens and are not rotated."""
+        """1 + num_register_tokens: CLS and registers, which stand before the patch tokens and get no RoPE."""
         return 1 + self.num_register_tokens
 
     @property
     def name(self) -> str:
-        """The released variant with these tensors (`vitb16`), or the sizes where there is none (`vit-c96-d2-h4`)."""
+        """The released variant whose tensors have these sizes (`vitb16`), else the sizes (`vit-c96-d2-h4`)."""
         for name, variant in VARIANTS.items():
             if all(getattr(self, key) == getattr(variant, key) for key in _ARCHITECTURE):
                 return name
@@ -151,7 +152,7 @@ class DINOv3ConvNeXtConfig:
 
     @property
     def name(self) -> str:
-        """The released variant with these tensors (`convnext-tiny`), or the sizes where there is none
+        """The released variant whose tensors have these sizes (`convnext-tiny`), else the sizes
         (`convnext-c8-16-24-32-d1-1-2-1`).
         """
         for name, variant in CONVNEXTS.items():

@@ -18,20 +18,21 @@ import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import convnext_features as features
-from .checkpoint import Checkpoint, assign, open_checkpoint
-from .checkpoint.hub import locate
 from .checks import BATCH, check_dtype, check_kind
 from .config import DINOv3ConvNeXtConfig
 from .features import dtype_of
 from .layers import OURS, DropPath, LayerNorm, LayerScale, Mlp
 from .model import DINOv3Output
-from .pretrained import Pretrained
+from .pretrained import Opening, Pretrained, open_source
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Stem(nn.Module):
@@ -143,6 +144,9 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
             traffic, and their error.
     """
 
+    config_class = DINOv3ConvNeXtConfig
+    _no_split_modules = ("ConvNeXtBlock",)  # what accelerate leaves whole
+
     def __init__(self, config: DINOv3ConvNeXtConfig, patch_size: int | None = None) -> None:
         super().__init__()
         self.config = config
@@ -190,33 +194,18 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         patch_size: int | None = None,
-        prefix: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
+        **opening: Unpack[Opening],
     ) -> DINOv3ConvNeXt:
-        """Load a checkpoint as `DINOv3ViT.from_pretrained` does, in evaluation mode. patch_size: see the class.
+        """Load a checkpoint, in evaluation mode: every tensor comes from it, or an error names those that don't.
 
-        Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
-        does not fit its config.
+        patch_size: see the class. The other arguments are those of `DINOv3ViT.from_pretrained`: prefix, num_channels,
+            channel_rule, subfolder, revision, cache_dir, local_files_only.
+
+        Raises FileNotFoundError if there is no such source, ValueError if it is damaged or of another architecture.
         """
         check_dtype(dtype)
-        path = locate(
-            source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        opened = open_checkpoint(path, prefix=prefix)
+        opened = open_source(source, **opening)
         return cls.from_checkpoint(opened, dtype=dtype, device=device, patch_size=patch_size)
-
-    @classmethod
-    def from_checkpoint(cls, opened: Checkpoint, patch_size: int | None = None, **options: Any) -> DINOv3ConvNeXt:
-        """The model of an opened checkpoint: see `from_pretrained`. Raises ValueError if that is a ViT's."""
-        opened.check_family(DINOv3ConvNeXtConfig)
-        with torch.device("meta"):
-            model = cls(opened.config, patch_size)
-        assign(model, opened, **options)  # dtype, device
-        model.weights_id, model.card = opened.weights_id, opened.card
-        return model.eval()
 
     def forward(
         self,
@@ -226,7 +215,7 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         return_dict: bool = True,
         keep_indices: Tensor | None = None,
     ) -> DINOv3Output | tuple[Tensor, ...]:
-        """Features of a batch of normalised images: the last stage's, at stride 32, behind their mean.
+        """Compute the features of a batch of normalised images: the last stage's map as tokens, after their mean.
 
         pixel_values: (B, 3, H, W), floating point, H and W from 32 on; cast to the model's dtype. Where a stage does
             not divide the size, its map leaves out the last rows and columns, as in every reference.
@@ -251,18 +240,18 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         return output if hidden_states is None else (*output, hidden_states)  # type: ignore[return-value]
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """What the first stage gets: (B, H/4, W/4, C1). Arguments and errors are those of `forward`."""
+        """Return the stem's map (B, H/4, W/4, C1), which enters the first stage. Errors as in `forward`."""
         self.check_images(pixel_values)
         return self.embed_patches(pixel_values).to(
             self.residual_dtype or torch.promote_types(self.dtype, torch.float32)
         )
 
     def embed_patches(self, pixel_values: Tensor) -> Tensor:
-        """The stem over valid images, cast to its dtype."""
+        """Cast valid images (B, 3, H, W) to the stem's dtype and run it on them: (B, H/4, W/4, C1)."""
         return self.stem(pixel_values.to(dtype_of(self.stem)))
 
     def run_stages(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
-        """Outputs (B, h, w, C) of the stages in `taps` (ascending indices). No stage after the last of them runs."""
+        """Run the stages up to the last in `taps` (ascending indices); return the maps (B, h, w, C) of those in it."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         return run_units(self.stages, x, taps, recompute)
 
@@ -284,15 +273,13 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
     def check_images(
         self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
-        """The grid (h, w) of the last stage's map, or ValueError unless these are images of 32 x 32 pixels and more.
+        """Return the grid (h, w) of the last stage's map; raise ValueError unless images have 32 x 32 pixels or more.
 
-        pixels: whether they may be whole numbers.
+        name: what errors call them. pixels: allow integer dtypes too.
         """
         check_kind(images, self.num_channels, name, dims, pixels)
-        (H, W), least = images.shape[-2:], self.stride
-        if least > H or least > W:
-            raise ValueError(f"image height {H} and width {W} must be at least {least}, the stride of the last stage")
-        return H // least, W // least
+        height, width = images.shape[-2:]
+        return self.grid_of(height, width)
 
 
 def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *options: Any) -> list[Tensor]:

@@ -19,7 +19,7 @@ from .features import as_output, block_indices, dtype_of
 
 
 class Sizes(nn.Module):
-    """A model's sizes by the names that its users know, read off its modules: whoever changes those changes these."""
+    """A model's sizes as attributes. They are read off its modules, and so stay right when those are changed."""
 
     stem: nn.Module
     stages: nn.ModuleList
@@ -46,6 +46,25 @@ class Sizes(nn.Module):
         """How many pixels a patch token stands for, along one side: the last of `strides`."""
         return self.strides[-1]
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns (h, w) of the last stage's map for an image of this size. Raises ValueError if too small."""
+        least = self.stride
+        if least > height or least > width:
+            raise ValueError(
+                f"image height {height} and width {width} must be at least {least}, the stride of the last stage"
+            )
+        return height // least, width // least
+
+    @property
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        """What fine-tuning counts, first to last: the blocks of all stages, a step down with the block behind it."""
+        stages: Any = self.stages
+        return [
+            (stage.downsample, block) if i == 0 else (block,)
+            for stage in stages
+            for i, block in enumerate(stage.blocks)
+        ]
+
     @property
     def embed_dim(self) -> int:
         """C, the channels of the last stage's map and the width of a token."""
@@ -60,6 +79,9 @@ class Sizes(nn.Module):
     num_features = embed_dim
     n_storage_tokens = 0
     num_prefix_tokens = 1
+    num_heads = 0
+    packs = False
+    """Whether images of different sizes can run as one sequence."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,9 +111,9 @@ def get_intermediate_layers(
     patch_size: resizes each map to (H // patch_size, W // patch_size), a ViT's grid, by bilinear interpolation with
         antialiasing; None is the model's own `patch_size`.
 
-    Each is the map's pixels (B, h*w, C), or (B, C, h, w) with `reshape`. With `return_class_token` and
-    `return_extra_tokens` each becomes a tuple that goes on with the mean of the stage's map (B, C) and the
-    register tokens, which a ConvNeXt has none of (B, 0, C).
+    Each output is the stage's map as tokens (B, h*w, C), or (B, C, h, w) with `reshape`. With `return_class_token` or
+    `return_extra_tokens` it is a tuple that continues with the map's mean (B, C) and with a ConvNeXt's register
+    tokens, of which there are none: (B, 0, C).
 
     Raises ValueError for a count or an index that the model does not have and for a patch size that is not
     positive or larger than the image.
@@ -145,12 +167,12 @@ def forward_intermediates(
     output_fmt: str = "NCHW",
     intermediates_only: bool = False,
 ) -> Any:
-    """The last map and a list of stages' maps (B, C, h, w), or the list alone: timm's method.
+    """Return the last map and a list of stages' maps (B, C, h, w), or the list alone: timm's method.
 
-    indices: as n of `get_intermediate_layers`; None is every stage. norm: changes nothing, as in timm, whose final
-    LayerNorm comes after pooling: every map is before it. With `intermediates_only` the stages stop at the last
-    one wanted, which timm does on `stop_early`; without, `stop_early` makes the first result that of the last
-    stage run.
+    indices: as n of `get_intermediate_layers`; None is every stage.
+    norm: without effect, as in timm: the final LayerNorm comes after pooling, and all maps are before it.
+    stop_early: run no stage after the last one asked for; the first result is then that stage's map.
+    intermediates_only: return the list alone, and run no stage after the last one asked for.
 
     Raises ValueError for an index that the model does not have and for another output_fmt.
     """

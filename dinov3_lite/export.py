@@ -40,19 +40,19 @@ Runtime = Callable[[Tensor], dict[str, Tensor]]
 def export(
     model: Backbone, path: str | os.PathLike[str], format: str, size: tuple[int, int] | None = None
 ) -> dict[tuple[int, ...], float]:
-    """Write `model` as a file of its own, which gets its name only once it was run and gave what the model gives.
+    """Export `model` to one file, which appears under its name only after it was run and its outputs compared.
 
     format: "onnx", "pt2" (a torch.export program) or "aoti" (compiled by AOTInductor for the device the model is on).
-    size: a fixed height and width in pixels; None leaves both free: multiples of the patch size, from two patches up;
-        of a ConvNeXt, any from 64 pixels up. The batch is free in any case.
+    size: a fixed (height, width) in pixels. None leaves both free: multiples of the patch size from two patches on, for
+        a ConvNeXt any from 64 pixels on. The batch is free in any case.
 
-    Returns the relative error ||file - model|| / ||model||, the larger of both outputs, by shape of the images tried:
-    none of them, and a UserWarning, where onnxruntime is missing. ONNX above 1.5 GiB has its weights in a second file,
-    `path` + ".data".
+    Returns a dict from the shape of each batch tried to the relative error ||file - model|| / ||model||, the larger of
+    both outputs'. It is empty, with a UserWarning, where onnxruntime is missing. ONNX above 1.5 GiB keeps its weights
+    in a second file, `path` + ".data".
 
-    Raises ValueError for another format, suffix or size, for a model in training mode, and for ONNX in a dtype that
-    onnxruntime lacks on the CPU; FileExistsError; ImportError if onnx or onnxscript is missing; RuntimeError if an
-    error is above `BOUNDS`.
+    Raises ValueError for an unknown format, another suffix or size, a model in training mode, and a dtype that
+    onnxruntime can't run on a CPU; FileExistsError if `path` is there; ImportError if onnx or onnxscript is missing;
+    RuntimeError if an error is above `BOUNDS`.
     """
     path = Path(path)
     _check(model, path, format, size)
@@ -87,7 +87,7 @@ def trace(model: Backbone, size: tuple[int, int] | None = None) -> ExportedProgr
 
 
 def describe(model: Backbone) -> dict[str, str]:
-    """What a file's reader needs to know of its model: written into it, as text."""
+    """Name, weights and geometry of the model, as the metadata that is written into the file."""
     return {
         "model": model.config.name,
         "weights": model.weights_id,

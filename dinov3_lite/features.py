@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import patch_grid
 from .config import DINOv3Config
 
 
 class Sizes(nn.Module):
-    """A model's sizes by the names that its users know, read off its modules: whoever changes those changes these."""
+    """A model's sizes as attributes. They are read off its modules: right whatever is dropped or added."""
 
     cls_token: nn.Parameter
     register_tokens: nn.Parameter
@@ -37,6 +38,11 @@ class Sizes(nn.Module):
         return self.cls_token.shape[-1]
 
     @property
+    def embed_dims(self) -> tuple[int, ...]:
+        """The width of each block's tokens: all alike."""
+        return (self.embed_dim,) * self.depth
+
+    @property
     def n_storage_tokens(self) -> int:
         """R, how many register tokens there are."""
         return self.register_tokens.shape[1]
@@ -48,7 +54,7 @@ class Sizes(nn.Module):
 
     @property
     def num_heads(self) -> int:
-        """How many heads the first block's attention has."""
+        """How many attention heads a block has (read off the first)."""
         attn: Any = self.blocks[0].attn
         return attn.num_heads
 
@@ -63,16 +69,32 @@ class Sizes(nn.Module):
         return self.patch_size
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """The stride of each block's patch tokens: all alike."""
+        return (self.stride,) * self.depth
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns (h, w) of patch tokens for an image of this size. Raises ValueError for one not taken."""
+        return patch_grid(height, width, self.patch_size)
+
+    @property
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        """What fine-tuning counts, first to last: the blocks."""
+        return [(block,) for block in self.blocks]
+
+    @property
     def num_channels(self) -> int:
         """The channels of an image."""
         return getattr(self.patch_embed, "num_channels", self.config.num_channels)
 
     n_blocks = depth
     num_features = embed_dim
+    packs = True
+    """Whether images of different sizes can run as one sequence."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype, that of the final LayerNorm: what `forward` returns. Tokens may be wider."""
+        """The dtype of the weights, and of what `forward` returns. Under float16 some tokens are kept in float32."""
         return dtype_of(self.norm, self.blocks, self.patch_embed)
 
     @property

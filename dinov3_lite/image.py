@@ -32,13 +32,13 @@ class ImageProcessor:
 
     size: (height, width) in pixels, each a multiple of the model's patch size, whatever the picture's aspect; one
         number for a square; None keeps the picture's own size.
-    mean, std: of values in [0, 1], one number a channel, as a tuple, list, array or tensor. As many as they are, so
-        many channels have the images; a number alone counts for all of them (for three, if both are alone).
+    mean, std: of values in [0, 1], one number a channel, as a tuple, list, array or tensor. Images must have that many
+        channels. A single number serves every channel (three of them, if both are single).
     rescale_factor: what pixel values of 0 to 255 are multiplied by.
     exif: turn photographs as their EXIF orientation says. transformers does not: give False for its pixels.
 
-    Processors are equal, and have equal hashes, if they process alike, whatever kind of sequence they were made of.
-    Raises ValueError for values that are none of these.
+    Two processors of the same values are equal and hash alike, whether given as tuples, lists, arrays or tensors.
+    Raises ValueError for any other value.
     """
 
     size: tuple[int, int] | None = (224, 224)
@@ -81,8 +81,8 @@ class ImageProcessor:
     ) -> ImageProcessor:
         """The processor of a checkpoint: from its preprocessor_config.json, or from what a converted file keeps of it.
 
-        num_channels, channel_rule: as of `DINOv3ViT.from_pretrained`: new channels get the statistics of those that the
-            rule repeats, or the mean of all.
+        num_channels, channel_rule: those given to `DINOv3ViT.from_pretrained`. "repeat" repeats the means and stds of
+            the checkpoint's channels in turn; "mean" keeps them and gives each further channel their average.
 
         Warns if a satellite model (sat493m) comes with ImageNet's statistics. Raises FileNotFoundError if the
         checkpoint has no such file, ValueError if it asks for something else than rescale, bilinear resize and

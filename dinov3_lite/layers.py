@@ -51,11 +51,12 @@ class QKVProjection(nn.Linear):
     """Queries, keys and values by one matrix product: (B, N, C) -> (B, N, 3C). An nn.Linear to all who ask.
 
     `bias` is (3C,). A third of it that the config lacks (DINOv3's keys have none) is zero and stays zero: it gets no
-    gradient, and whatever else writes there is undone when `bias` is next read. A state dict holds the other thirds
-    alone, by the names q_bias, k_bias and v_bias, (C,) each.
+    gradient, and whatever else writes there is undone when `bias` is next read (but not what `.data` is written in
+    place, which PyTorch does not report). A state dict holds the other thirds alone, by the names q_bias, k_bias and
+    v_bias, (C,) each.
     """
 
-    _cleared_version = 0
+    _cleared = (0, 0)  # where the bias lay and which version it was, when its absent thirds were last made zero
 
     def __init__(self, config: DINOv3Config) -> None:
         present = (config.query_bias, config.key_bias, config.value_bias)
@@ -104,30 +105,34 @@ class QKVProjection(nn.Linear):
 
     @torch.no_grad()
     def _clear_absent_thirds(self, bias: nn.Parameter) -> None:
-        """Undo what an initialisation or an addition of noise wrote where the config has no bias."""
-        if (
-            bias.is_meta
-            or bias.is_inference()
-            or bias._version == self._cleared_version
-            or "has_bias" not in vars(self)
-        ):
+        """Undo what an initialisation, an addition of noise or another `.data` put where the config has no bias."""
+        if bias.is_meta or bias.is_inference() or "has_bias" not in vars(self):
             return
+        if (state := (bias.data_ptr(), bias._version)) == self._cleared:
+            return
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func forbids such writes
         for third, present in zip(bias.data.chunk(3), self.has_bias.values(), strict=True):
-            if not present:
+            if not present and (not transformed or third.any()):
                 third.zero_()  # through .data: for those who watch its version, nothing has changed
-        self._cleared_version = bias._version
+        self._cleared = state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (bias := destination.pop(f"{prefix}bias", None)) is not None:
             thirds = zip(self.has_bias.items(), bias.chunk(3), strict=True)
-            destination.update({f"{prefix}{name}": third for (name, present), third in thirds if present})
+            destination.update({f"{prefix}{name}": _with_own_storage(t) for (name, present), t in thirds if present})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
     ) -> None:
-        """Also takes `bias` whole, as `named_parameters` names it."""
+        """Also takes `bias` whole, as `named_parameters` names it.
+
+        Where all thirds are there, they count: `torch.distributed.checkpoint.state_dict` and accelerate put the
+        parameter as it is beside what they were given.
+        """
         names = [f"{prefix}{name}" for name, present in self.has_bias.items() if present]
+        if names and all(name in state_dict for name in names):
+            state_dict.pop(f"{prefix}bias", None)
         if names and f"{prefix}bias" not in state_dict:
             absent = [name for name in names if name not in state_dict]
             missing.extend(absent if strict else [])
@@ -146,22 +151,28 @@ class QKVProjection(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
 
 
+def _with_own_storage(view: Tensor) -> Tensor:
+    """The same memory, as a tensor that shares its storage with none: accelerate and safetensors save only such."""
+    is_plain = type(view) is Tensor and view.device.type in ("cpu", "cuda") and not view.requires_grad
+    return torch.from_dlpack(view) if is_plain and not torch.compiler.is_compiling() else view
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with RoPE on queries and keys: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.qkv = QKVProjection(config)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (B, N, heads, D) each
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (B, N, heads, D) each
         return self.proj(attention(q, k, v, cos, sin).flatten(-2))
 
     def cls_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The weights softmax(scale q k^T) of the CLS token's query: (B, heads, N), in the tables' dtype."""
-        q, k, _ = self.qkv(x).to(cos.dtype).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        q, k, _ = self.qkv(x).to(cos.dtype).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], apply_rope(k, cos, sin))  # a prefix token is not rotated
             return (scores * q.shape[-1] ** -0.5).softmax(dim=-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,20 @@ from torch.utils import _pytree
 
 from . import features
 from .attention import AttentionFn, resolve_attention
-from .checkpoint import Checkpoint, assign, open_checkpoint
-from .checkpoint.channels import with_channels
-from .checkpoint.hub import locate
 from .checks import BATCH, SINGLE, check_dtype, check_images, check_keep_indices, check_mask, check_patches
 from .config import FLOAT32_UNDER_HALF, DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
 from .packing import PackedAttention, Tokens, pack, unpack
-from .pretrained import Pretrained
+from .pretrained import Opening, Pretrained, open_source
 from .rope import RotaryEmbedding2D, rope_periods
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
 
 
 class DINOv3Output(NamedTuple):
-    """What a forward returns. Tokens are ordered CLS, registers, patches row by row."""
+    """What a forward returns. The tokens' order is CLS, the R registers, then the patches row by row."""
 
     last_hidden_state: Tensor
     """(B, 1 + R + h*w, C), after the final LayerNorm."""
@@ -88,6 +89,9 @@ class DINOv3ViT(features.Sizes, Pretrained):
     features then change from call to call, as in both references.
     """
 
+    config_class = DINOv3Config
+    _no_split_modules = ("Block",)  # what accelerate leaves whole: x flows around its parts
+
     def __init__(self, config: DINOv3Config, attention: str = "auto") -> None:
         super().__init__()
         resolve_attention(attention)
@@ -140,42 +144,26 @@ class DINOv3ViT(features.Sizes, Pretrained):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         attention: str = "auto",
-        prefix: str | None = None,
-        subfolder: str | None = None,
-        num_channels: int | None = None,
-        channel_rule: str = "repeat",
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
+        mesh: DeviceMesh | None = None,
+        **opening: Unpack[Opening],
     ) -> DINOv3ViT:
         """Load a checkpoint, in evaluation mode: every tensor comes from it, or an error names those that don't.
 
         source: a checkpoint folder or a file, in the layout of transformers, Meta, timm or our own, or a hub id. A
             converted file on the CPU is memory-mapped: pages load when first used, and training never writes to it.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
-        device: to load to; None is the CPU. attention: see the class.
-        prefix: before the names of the backbone that is meant, of several (None: see `checkpoint.choose`).
-        num_channels: of the images, if others; channel_rule: "repeat" or "mean", see `dinov3_lite.checkpoint.channels`.
-        subfolder: of the source. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
+        device: to load to; None is the CPU. attention: see the class. mesh: to shard over, see `dinov3_lite.sharding`.
+        opening: any of these.
+            prefix: how the names of the wanted backbone begin, if a file holds several (None: see `checkpoint.choose`).
+            num_channels: other than the checkpoint's; channel_rule: "repeat" or "mean", see `checkpoint.channels`.
+            subfolder: within the source. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged or of another architecture.
         """
         resolve_attention(attention)
         check_dtype(dtype)
-        on_hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        path = locate(source, subfolder=subfolder, **on_hub)  # type: ignore[arg-type]
-        opened = with_channels(open_checkpoint(path, prefix=prefix), num_channels, channel_rule)
-        return cls.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)
-
-    @classmethod
-    def from_checkpoint(cls, opened: Checkpoint, attention: str = "auto", **options: Any) -> DINOv3ViT:
-        """The model of an opened checkpoint: see `from_pretrained`. Raises ValueError if that is a ConvNeXt's."""
-        opened.check_family(DINOv3Config)
-        with torch.device("meta"):
-            model = cls(opened.config, attention)
-        assign(model, opened, **options)  # dtype, device
-        model.weights_id, model.card = opened.weights_id, opened.card
-        return model.eval()
+        opened = open_source(source, **opening)
+        return cls.from_checkpoint(opened, dtype=dtype, device=device, mesh=mesh, attention=attention)
 
     def forward(
         self,
@@ -189,7 +177,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
 
         pixel_values: (B, 3, H, W), floating point, H and W multiples of the patch size; cast to the model's dtype.
         bool_masked_pos: (B, h*w) bool, True where a patch is replaced by the mask token.
-        return_dict: False returns a plain tuple: last_hidden_state, pooler_output and, if asked for, hidden_states.
+        output_hidden_states: return these too. return_dict: False returns the first two or three fields as a tuple.
         keep_indices: (B, K) int64, the patches of each image to run on (counted row by row): the others are left out,
             and those that stay keep their RoPE positions. The patch tokens are then the K kept, in this order.
 
@@ -211,7 +199,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
     def embed(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, keep_indices: Tensor | None = None
     ) -> tuple[Tokens, tuple[int, int]]:
-        """Return what the first block gets, and the patch grid (h, w). Arguments and errors are those of `forward`."""
+        """Return the tokens that enter the first block, and the patch grid (h, w). Arguments, errors: see `forward`."""
         grid = self.check_images(pixel_values)
         dtype = self.residual_dtype or torch.promote_types(self.dtype, torch.float32)
         patches = self.embed_patches(pixel_values).to(dtype)  # (B, P, C)
@@ -233,11 +221,11 @@ class DINOv3ViT(features.Sizes, Pretrained):
         return Tokens(x, cos, sin), grid
 
     def embed_patches(self, pixel_values: Tensor) -> Tensor:
-        """Project the patches of valid images (B, 3, H, W), cast to the projection's dtype: (B, P, C)."""
+        """Cast valid images (B, 3, H, W) to the projection's dtype and project their patches: (B, h*w, C)."""
         return self.patch_embed(pixel_values.to(features.dtype_of(self.patch_embed)))
 
     def run_blocks(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
-        """Return the outputs of the blocks in `taps` (ascending), each like tokens.x. No block after those runs."""
+        """Run the blocks up to the last in `taps` (ascending indices); return the outputs (B, N, C) of those in it."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         return run_stack(list(self.blocks), tokens, taps, attention_of(tokens, self.attention), recompute)
 
@@ -263,7 +251,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
         return [outputs[i] for i in range(len(images))]
 
     def run_packed(self, batches: Sequence[Tokens], taps: Sequence[int]) -> list[list[Tensor]]:
-        """Return, for each tap, what `run_blocks` gives for each of the batches, which run as one pack."""
+        """Run several batches as one packed sequence: result[t][b] is batch b's output (B, N, C) of block taps[t]."""
         if len(batches) == 1:
             return [[state] for state in self.run_blocks(batches[0], taps)]
         if self.training and self.config.drop_path_rate:
@@ -278,8 +266,8 @@ class DINOv3ViT(features.Sizes, Pretrained):
     def attention_maps(self, pixel_values: Tensor, block: int = -1) -> Tensor:
         """How much the CLS token attends to each patch in one block, per head: (B, heads, h, w), float32 or wider.
 
-        The softmax runs over all tokens: a map's sum is what CLS and registers leave of 1. Only this block's weights
-        are computed, for one query, and no later block runs.
+        The softmax is over all tokens, so that a map sums to less than 1: CLS and registers get the rest. The weights
+        are computed in this block only, for the CLS query only, and no later block runs.
 
         Raises ValueError for a block that the model does not have.
         """
@@ -300,7 +288,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
     def check_images(
         self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
-        """Return the patch grid (h, w) of images that `embed` takes, whole numbers with `pixels`, else ValueError."""
+        """Return the patch grid (h, w), or raise ValueError if `forward` refuses these. pixels: integers pass."""
         return check_images(images, self.num_channels, self.patch_size, name, dims, pixels)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DINOv3ViT:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
 from array import array
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 OF_A_FILE = 1 << 61  # Documentation/admin-guide/mm/pagemap.rst
 MADV_DONTNEED = 4
+LARGE = 1 << 17  # bytes, as of the C library's own mappings
 
 
 def give_back(tensor: Tensor) -> bool:
@@ -43,13 +46,13 @@ def give_back(tensor: Tensor) -> bool:
     )
 
 
-def rows_in_order(weight: Tensor, order: Tensor) -> Tensor:
-    """weight[order], in memory of its own, which the system has back with the last reference.
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of the CPU whose memory the system has back with the last reference.
 
     What the C library's heap has back lies between what came later, and fits nothing of another size.
     """
-    if weight.device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return weight[order]
-    memory = mmap.mmap(-1, max(1, weight.nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    copied = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel()).view(weight.shape)
-    return torch.index_select(weight, 0, order, out=copied)
+    count = math.prod(shape)
+    if not hasattr(mmap, "MAP_ANONYMOUS") or count * dtype.itemsize < LARGE:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(shape))

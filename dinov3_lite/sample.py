@@ -63,7 +63,7 @@ def write_sample(folder: Path, variant: str = "vits16") -> None:
 
 
 def made_weights(config: DINOv3Config | DINOv3ConvNeXtConfig) -> dict[str, Tensor]:
-    """A state dict of the model of that config, the same at each call."""
+    """A state dict for a model of that config: made weights, the same at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if isinstance(config, DINOv3ConvNeXtConfig):

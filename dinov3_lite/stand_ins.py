@@ -27,7 +27,7 @@ from .folding import copy_sharing_weights
 from .layers import Block, GatedMlp, LayerNorm, Mlp
 from .lent import Lent
 from .packing import Tokens, unpack
-from .pages import rows_in_order
+from .pages import empty
 from .prepacked import PRODUCTS, Product, ways_of_products
 from .rope import apply_rope
 from .stopwatch import Calls
@@ -75,11 +75,15 @@ class Projection(nn.Module):
             if product is None or held_for != rows:
                 weight = self.lent.plain()
                 made = PRODUCTS[way_of_product(self.choices, weight, self.act, rows)]
-                ordered = weight if self.order is None else rows_in_order(weight, self.order)
+                ordered = weight if self.order is None else _ordered(weight, self.order)
                 product = made(ordered, self.bias, self.act, rows)
                 self.held = rows, product
                 self.lent.lend(partial(_in_order, product.unpack, self.order))
             return product
+
+
+def _ordered(weight: Tensor, order: Tensor) -> Tensor:
+    return torch.index_select(weight, 0, order, out=empty(weight.shape, weight.dtype))
 
 
 def _in_order(unpack: Callable[[], Tensor], order: Tensor | None) -> Tensor:

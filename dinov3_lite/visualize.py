@@ -16,9 +16,9 @@ NEAREST = 0  # Pillow's number for it
 
 
 def pca_colours(feature_maps: Tensor) -> Tensor:
-    """The first three principal components of all patch tokens, each stretched to [0, 1]: (B, C, h, w) -> (B, h, w, 3).
+    """Colours from patch tokens: their first three principal components, each stretched to [0, 1].
 
-    One basis serves the whole batch, so that colours mean the same in all of its pictures.
+    (B, C, h, w) -> (B, h, w, 3). One basis serves the whole batch: a colour means the same in all of its pictures.
     """
     tokens = feature_maps.float().permute(0, 2, 3, 1)  # (B, h, w, C)
     flat = tokens.flatten(0, 2)
@@ -33,8 +33,8 @@ def foreground_pca(feature_maps: Tensor) -> Tensor:
     """Principal components of the foreground alone, on black: (B, C, h, w) -> (B, h, w, 3), in [0, 1].
 
     The recipe behind the paper's pictures: three components fitted to the foreground's patches, whitened, times two,
-    through a sigmoid. What is foreground is told without labels: patches fall into two parts by the first component of
-    all of them, at Otsu's threshold, and the part that meets the pictures' borders less is the foreground.
+    through a sigmoid. The foreground is found without labels: Otsu's threshold on the first component of all patches
+    makes two parts, and the one that touches the pictures' borders less is the foreground.
     """
     tokens = feature_maps.float().permute(0, 2, 3, 1)  # (B, h, w, C)
     B, h, w, _ = tokens.shape

@@ -25,8 +25,8 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """x_new = x + gamma * branch and normed = LayerNorm(x_new) * weight + bias, in one pass.
 
-    x: (..., C), the residual stream. branch: (..., C), the same shape; its dtype may be another: under half precision
-        the stream may be float32. Both are contiguous, C is at most 4096.
+    x: (..., C), the residual stream, contiguous, C at most 4096. branch: (..., C), contiguous; its dtype may be half
+        precision where x is float32.
     gamma (LayerScale), weight, bias: (C,), float32, float16 or bfloat16 like x and branch; bias has weight's dtype.
 
     Returns x_new (..., C) in x's dtype and normed (..., C) in weight's. Statistics are float32, of x_new as it is

@@ -53,13 +53,13 @@ def rope_attention_packed(
     max_seqlen: int,
     scale: float | None = None,
 ) -> Tensor:
-    """`rope_attention` of sequences that lie one behind the other, each attending to itself alone: no padding.
+    """`rope_attention` of several sequences, concatenated without padding; each attends only to itself.
 
     q, k, v: (T, heads, D), T the tokens of all sequences, otherwise as in `rope_attention`.
     cos, sin: (T, D/2) float32, contiguous, a row a token; prefix tokens have the identity, cos 1 and sin 0.
     cu_seqlens: (S + 1,) int32 on q's device, ascending from 0 to T: sequence s is the tokens cu_seqlens[s] up to
         cu_seqlens[s + 1]. The values stay on the device and are not checked.
-    max_seqlen: the length of the longest sequence, or more. Tokens beyond it, or in no sequence, get anything.
+    max_seqlen: the length of the longest sequence, or more. Tokens beyond it, or in no sequence, get undefined output.
 
     Returns (T, heads, D). Gradients are the same bit for bit every time. Raises as `rope_attention` does.
     """

@@ -93,3 +93,23 @@ def test_unknown_name_at_any_door(tmp_path):
     model.attention = "flash"
     with pytest.raises(ValueError, match=message):
         model(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "attention, on_gpu, dtype, fused",
+    [
+        ("triton", False, torch.float32, True),
+        ("triton", True, torch.float64, False),
+        ("auto", True, torch.bfloat16, True),
+        ("auto", True, torch.float32, True),
+        ("auto", False, torch.bfloat16, False),
+        ("sdpa", True, torch.bfloat16, False),
+        ("eager", True, torch.bfloat16, False),
+    ],
+)
+def test_where_a_blocks_rows_are_our_kernels_too(monkeypatch, attention, on_gpu, dtype, fused):
+    """Beside auto on a GPU alone: on a CPU they would be right, under the interpreter, and a thousand times as slow."""
+    monkeypatch.setattr(attention_module, "_on_gpu", lambda x: on_gpu)
+    x = torch.empty(1, 6, 32, dtype=dtype)
+    for function in (ATTENTION[attention], SimpleNamespace(within=ATTENTION[attention])):  # of a pack
+        assert attention_module.fuses_rows(function, x) == fused

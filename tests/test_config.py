@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dinov3_lite import DINOv3Config
-from dinov3_lite.config import VARIANTS
+from dinov3_lite.config import VARIANTS, DINOv3ConvNeXtConfig
 
 # Parameters in transformers' layout: of Meta's seven counted on transformers' own models, of the others given by their
 # publishers (the giant) or by arithmetic (12 blocks of 12 C^2 + 14 C, and 151 thousand outside of them).
@@ -130,3 +130,68 @@ def test_defaults_are_transformers_defaults():
     assert {v.layer_norm_eps for v in VARIANTS.values()} == {1e-5} and {v.rope_theta for v in VARIANTS.values()} == {
         100.0
     }
+
+
+# ---- each field by itself
+
+POSITIVE = [
+    "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps", "rope_theta",
+    "image_size", "num_channels", "pos_embed_jitter", "pos_embed_rescale",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", POSITIVE)
+def test_what_zero_means_nothing_for(field):
+    """The logarithm of a jitter, a division by a theta: not in some later call."""
+    for zero in (0, 0.0) if field.startswith(("pos_", "rope_", "layer_norm")) else (0,):
+        with pytest.raises(ValueError, match=f"{field} is {zero}: expected more than zero"):
+            DINOv3Config(**{field: zero})
+
+
+def test_what_may_be_zero():
+    zeros = {"num_register_tokens": 0, "drop_path_rate": 0, "initializer_range": 0, "layerscale_value": 0}
+    config = DINOv3Config(**zeros, attention_dropout=0, pos_embed_shift=0)
+    assert config.pos_embed_shift == 0.0 and config.layerscale_value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": float("inf")}, "rope_theta is inf: expected float"),
+        ({"layerscale_value": 1e31}, "layerscale_value is 1e.31: expected float"),
+        ({"num_hidden_layers": 1001}, "num_hidden_layers is 1001: expected at most 1000"),
+        ({"intermediate_size": 2**20 + 1}, "intermediate_size is 1048577: expected at most 1048576"),
+        ({"num_register_tokens": 2**40}, "num_register_tokens is 1099511627776: expected at most 1048576"),
+    ],
+)
+def test_sizes_that_no_memory_holds(change, message):
+    """A damaged config.json must not ask for a thousand gigabytes."""
+    with pytest.raises(ValueError, match=message):
+        DINOv3Config(**change)
+    assert DINOv3Config(num_hidden_layers=1000, intermediate_size=2**20).num_hidden_layers == 1000
+
+
+@pytest.mark.parametrize("field", ["hidden_sizes", "depths"])
+def test_each_stage_of_a_convnext_has_its_limits(field):
+    for value, message in ((0, "is 0: expected more than zero"), (2**20 + 1, "is 1048577: expected at most ")):
+        with pytest.raises(ValueError, match=f"{field} {message}"):
+            DINOv3ConvNeXtConfig(**{field: (8, 8, value, 8)})
+    with pytest.raises(ValueError, match="depths is 1001: expected at most 1000"):
+        DINOv3ConvNeXtConfig(depths=(1, 1, 1001, 1))
+
+
+@pytest.mark.parametrize("change", [
+    {"patch_size": 14}, {"hidden_size": 768}, {"intermediate_size": 1024}, {"num_hidden_layers": 11}, {"num_attention_heads": 3},
+    {"num_channels": 4}, {"use_gated_mlp": True}, {"hidden_act": "silu"}, {"num_register_tokens": 0}, {"query_bias": False},
+    {"key_bias": True}, {"value_bias": False}, {"proj_bias": False}, {"mlp_bias": False},
+], ids=str)  # fmt: skip
+def test_other_tensors_are_no_released_variant(change):
+    """Its name stands on model cards and in file names: what has other tensors or computes otherwise must not bear it."""
+    config = dataclasses.replace(VARIANTS["vits16"], **change)
+    sizes = f"vit-c{config.hidden_size}-d{config.num_hidden_layers}-h{config.num_attention_heads}"
+    assert VARIANTS["vits16"].name == "vits16" and config.name == sizes
+
+
+def test_other_settings_keep_the_name_of_a_released_variant():
+    config = dataclasses.replace(VARIANTS["vitb16"], image_size=512, drop_path_rate=0.1, pos_embed_rescale=None)
+    assert config.name == "vitb16"

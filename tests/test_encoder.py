@@ -86,3 +86,16 @@ def test_a_fine_tuned_encoder_keeps_nothing_under_no_grad(folder):
     encoder = build_dinov3_encoder(pretrained_path=folder, freeze=False)
     with torch.no_grad():
         assert not any(m.requires_grad for m in encoder(torch.randn(1, 3, 32, 32)))
+
+
+def test_strides_are_of_the_patch_size(tmp_path):
+    """A patch of 8 pixels: a quarter and half of it, itself and twice; no released model has another than 16."""
+    encoder = build_dinov3_encoder(pretrained_path=write_checkpoint(tmp_path, replace(CONFIG, patch_size=8)))
+    maps = encoder(torch.randn(1, 3, 32, 48))
+    assert encoder.strides == (2, 4, 8, 16)
+    assert [tuple(m.shape[2:]) for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+
+
+def test_how_it_is_loaded_is_passed_on(folder):
+    backbone = build_dinov3_encoder(pretrained_path=folder, dtype=torch.bfloat16, attention="eager").backbone
+    assert (backbone.dtype, backbone.attention) == (torch.bfloat16, "eager")

@@ -17,6 +17,7 @@ from dinov3_lite.kernels import (
     add_layer_norm_reference,
     first_use,
     layer_norm,
+    plain,
     rope_attention,
     rope_attention_launch,
     rope_attention_packed,
@@ -284,3 +285,17 @@ def test_auto_takes_sdpa_once_a_kernel_was_found_wrong(spoil, monkeypatch):
     with pytest.warns(RuntimeWarning):
         attention.auto_attention(*other.unbind(2), cos, sin)
     assert taken == ["sdpa"]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["images", "pack"])
+def test_the_plain_form_of_attention_is_the_same_a_few_rows_at_a_time(packed, monkeypatch):
+    """As it takes more scores than memory should hold: no test has so many."""
+    kind = (torch.device("cpu"), torch.float32, 32, "ieee")
+    arguments = rope_attention_launch._forward_sample(*kind, False, True, packed)
+    backward = rope_attention_launch._backward_sample(*kind, packed)
+    whole = (*plain.attention(*arguments), *plain.attention_gradients(*backward))
+    monkeypatch.setattr(plain, "SCORES", 5000)  # of 532 a row
+    for piecewise, expected in zip(
+        (*plain.attention(*arguments), *plain.attention_gradients(*backward)), whole, strict=True
+    ):
+        assert relative_error(piecewise, expected) < 1e-6

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 from dinov3_lite.kernels import availability, tuning
+from dinov3_lite.kernels.measured import Measured, Tiles
 
 pytest.importorskip("triton")
 
@@ -96,3 +98,57 @@ def test_why_the_kernels_cannot_run(monkeypatch, installed, cuda, capability, re
     assert availability.unavailable_reason.__wrapped__() == reason
     monkeypatch.setattr(availability, "unavailable_reason", lambda: reason)
     assert availability.is_available() == (reason is None)
+
+
+ENTRY = Measured(
+    where="Some GPU", when="one day", torch="2", triton=importlib.metadata.version("triton"),
+    tiles={kernel: {64: Tiles(16, 32, 1, 5)} for kernel in tuning.TABLES},
+    fused_up_to=123, sdpa_beyond={64: 700}, layer_norm_warps={384: 7}, swiglu=(512, 2),
+)  # fmt: skip
+
+
+@pytest.fixture
+def device(monkeypatch) -> torch.device:
+    """A GPU of capability 9.0, for which an entry can be made."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(major=9, minor=0))
+    for name in ("architecture", "is_measured"):
+        monkeypatch.setattr(tuning, name, getattr(tuning, name).__wrapped__)
+    return torch.device("cuda", 0)
+
+
+def test_pytorchs_attention_takes_over_beyond_a_number_of_tokens(device, monkeypatch):
+    for head_dim, most in ((16, 600), (64, 600), (80, 450), (128, 450)):
+        assert [tuning.prefers_sdpa(most + i, head_dim, device) for i in (0, 1)] == [False, True]
+    monkeypatch.setattr(tuning, "MEASURED", {90: ENTRY})
+    for head_dim, most in ((64, 700), (128, 450)):  # of the other head dim nothing was measured
+        assert [tuning.prefers_sdpa(most + i, head_dim, device) for i in (0, 1)] == [False, True]
+
+
+def test_what_was_measured_comes_first(device, monkeypatch):
+    before = tuning.attention_launch("forward", 90, 128, 2), tuning.attention_launch("forward", 90, 64, 4)
+    monkeypatch.setattr(tuning, "MEASURED", {90: ENTRY})
+    launch = tuning.attention_launch("forward", 90, 64, 2)
+    assert [launch[key] for key in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")] == [16, 32, 1, 5]
+    assert (tuning.attention_launch("forward", 90, 128, 2), tuning.attention_launch("forward", 90, 64, 4)) == before
+    assert tuning.tiles("forward", 80, 64, 2) == tuning.TABLES["forward"]["mma"][64]
+    assert tuning.fused_up_to(device) == 123
+    assert [tuning.layer_norm_launch(90, C)["num_warps"] for C in (384, 1280)] == [7, 8]
+    assert tuning.swiglu_launch(90, 5120)["BLOCK_F"] == 512 and tuning.swiglu_launch(80, 5120)["BLOCK_F"] == 1024
+
+
+def test_only_what_was_measured_here_is_taken_unchecked(device, monkeypatch):
+    """On this architecture, with this triton, in half precision, and at this width."""
+    monkeypatch.setattr(tuning, "MEASURED", {90: ENTRY})
+    half = torch.bfloat16
+    assert tuning.is_measured("rope_attention", device, half, 64)
+    assert tuning.is_measured("add_layer_norm_backward", device, half, 384)
+    assert tuning.is_measured("swiglu", device, half, 5120)
+    assert not tuning.is_measured("rope_attention", device, half, 80)
+    assert not tuning.is_measured("add_layer_norm", device, half, 768)
+    for operation in ("rope_attention", "add_layer_norm", "swiglu"):
+        assert not tuning.is_measured(operation, device, torch.float32, 64)
+        assert not tuning.is_measured(operation, torch.device("cpu"), half, 64)
+    monkeypatch.setattr(tuning, "MEASURED", {90: ENTRY._replace(triton="0.1")})
+    assert not tuning.is_measured("swiglu", device, half, 5120)
+    monkeypatch.setattr(tuning, "MEASURED", {80: ENTRY})
+    assert not tuning.is_measured("swiglu", device, half, 5120)

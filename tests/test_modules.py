@@ -25,9 +25,22 @@ def model(request, tmp_path) -> DINOv3ViT:
     return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, CONFIGS[request.param]))
 
 
+@pytest.fixture(params=CONFIGS)
+def shallow(request, tmp_path) -> DINOv3ViT:
+    """Of two blocks, and so of the fewest programs for triton's interpreter: what is watched lies in the second."""
+    config = replace(CONFIGS[request.param], num_hidden_layers=2)
+    return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, config))
+
+
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(1, 3, 16, 24)
+
+
+@pytest.fixture
+def strip() -> torch.Tensor:
+    """The fewest patches that attend to each other."""
+    return torch.randn(1, 3, 8, 16)
 
 
 def on_path(model: DINOv3ViT, path: str) -> DINOv3ViT:
@@ -46,24 +59,24 @@ def inside_blocks(model: DINOv3ViT, path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_hooks_see_what_plain_execution_shows(model, images, path):
+def test_hooks_see_what_plain_execution_shows(shallow, strip, path):
     """Each module's, put on before or after preparation; what they kept is not overwritten later."""
     seen: dict[str, list[torch.Tensor]] = {}
 
     def watch(module: nn.Module, name: str):
         return module.register_forward_hook(lambda _, args, out: seen.setdefault(name, []).append(out))
 
-    names = inside_blocks(model, path)
+    names = inside_blocks(shallow, path)
     for name in names:
-        handle = watch(model.get_submodule(name), name)
-        model(images)  # with gradients: nothing is in place
-        before = on_path(model, path)
+        handle = watch(shallow.get_submodule(name), name)
+        shallow(strip)  # with gradients: nothing is in place
+        before = on_path(shallow, path)
         handle.remove()
-        after = on_path(model, path)
+        after = on_path(shallow, path)
         handle = watch(after.get_submodule(name), name)
         with torch.no_grad():
-            before(images)
-            after(images)
+            before(strip)
+            after(strip)
         calls = len(seen[name]) // 3  # drop_path has two in a forward
         assert len(seen[name]) == 3 * calls > 0, name
         for i, output in enumerate(seen[name]):
@@ -72,31 +85,31 @@ def test_hooks_see_what_plain_execution_shows(model, images, path):
 
 @pytest.mark.parametrize("path", PATHS)
 @torch.no_grad()
-def test_hooks_that_change_something_change_it(model, images, path):
-    for name in inside_blocks(model, path):
-        changed = copy.deepcopy(model)
+def test_hooks_that_change_something_change_it(shallow, strip, path):
+    for name in inside_blocks(shallow, path):
+        changed = copy.deepcopy(shallow)
         changed.get_submodule(name).register_forward_hook(lambda _, args, out: 0.5 * out)
-        expected = changed(images).last_hidden_state
-        assert relative_error(on_path(changed, path)(images).last_hidden_state, expected) < 2e-6, name
-        after = on_path(model, path)
+        expected = changed(strip).last_hidden_state
+        assert relative_error(on_path(changed, path)(strip).last_hidden_state, expected) < 2e-6, name
+        after = on_path(shallow, path)
         after.get_submodule(name).register_forward_pre_hook(lambda _, args: (0.5 * args[0], *args[1:]))
-        changed = copy.deepcopy(model)
+        changed = copy.deepcopy(shallow)
         changed.get_submodule(name).register_forward_pre_hook(lambda _, args: (0.5 * args[0], *args[1:]))
-        assert relative_error(after(images).last_hidden_state, changed(images).last_hidden_state) < 2e-6, name
+        assert relative_error(after(strip).last_hidden_state, changed(strip).last_hidden_state) < 2e-6, name
 
 
 @pytest.mark.parametrize("path", PATHS)
 @torch.no_grad()
-def test_observers_of_everything_see_everything(model, images, path):
-    prepared = on_path(model, path)
+def test_observers_of_everything_see_everything(shallow, strip, path):
+    prepared = on_path(shallow, path)
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
     try:
-        prepared(images)
+        prepared(strip)
     finally:
         handle.remove()
-    for kind in {type(module) for module in model.blocks.modules()} - {nn.ModuleList}:
-        expected = sum(type(module) is kind for module in model.modules())
+    for kind in {type(module) for module in shallow.blocks.modules()} - {nn.ModuleList}:
+        expected = sum(type(module) is kind for module in shallow.modules())
         assert seen.count(kind) == (2 * expected if kind is DropPath else expected), kind
 
     class Watch(TorchDispatchMode):
@@ -109,9 +122,9 @@ def test_observers_of_everything_see_everything(model, images, path):
             return func(*args, **(kwargs or {}))
 
     with Watch() as watch:
-        prepared(images)
+        prepared(strip)
     products = ("aten.addmm.default", "aten.mm.default")
-    assert sum(name in products for name in watch.names) == 4 * TINY.num_hidden_layers
+    assert sum(name in products for name in watch.names) == 4 * shallow.depth
     assert not any(name.startswith("mkl") or name.endswith(("gelu_.default", "silu_.default")) for name in watch.names)
 
 
@@ -165,9 +178,9 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("path", PATHS)
 @torch.no_grad()
-def test_replaced_parts_of_a_block_are_run(model, images, path):
+def test_replaced_parts_of_a_block_are_run(shallow, strip, path):
     """Before or after preparation."""
-    for name in inside_blocks(model, path)[1:]:
+    for name in inside_blocks(shallow, path)[1:]:
         parent, _, child = name.rpartition(".")
 
         def change(model, parent=parent, child=child):
@@ -175,14 +188,14 @@ def test_replaced_parts_of_a_block_are_run(model, images, path):
             replacement = Halved if child in ("ls1", "ls2") else Wrapped
             setattr(module, child, replacement(getattr(module, child)))
 
-        expected = copy.deepcopy(model)
+        expected = copy.deepcopy(shallow)
         change(expected)
-        truth = expected(images).last_hidden_state
-        assert relative_error(truth, model(images).last_hidden_state) > 1e-3, name
-        after = on_path(model, path)
+        truth = expected(strip).last_hidden_state
+        assert relative_error(truth, shallow(strip).last_hidden_state) > 1e-3, name
+        after = on_path(shallow, path)
         change(after)
         for changed in (on_path(expected, path), after):
-            assert relative_error(changed(images).last_hidden_state, truth) < 2e-6, name
+            assert relative_error(changed(strip).last_hidden_state, truth) < 2e-6, name
 
 
 @pytest.mark.parametrize("path", ["eager", "prepacked"])

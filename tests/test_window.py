@@ -77,9 +77,9 @@ def test_no_window_sees_more_than_itself(model):
 @pytest.mark.parametrize(
     ("size", "window", "stride", "message"),
     [
-        ((41, 24), 32, None, "image height is 41: expected a multiple of the patch size 8"),
-        ((40, 24), 30, None, "window height is 30: expected a multiple of the patch size 8"),
-        ((40, 24), 32, (8, 4), "stride width is 4: expected a multiple of the patch size 8"),
+        ((41, 24), 32, None, "image height is 41: expected a multiple of 8, the pixels of a patch"),
+        ((40, 24), 30, None, "window height is 30: expected a multiple of 8, the pixels of a patch"),
+        ((40, 24), 32, (8, 4), "stride width is 4: expected a multiple of 8, the pixels of a patch"),
         ((40, 24), 16, 24, "stride height is 24 and the window's 16: patches between windows would be left out"),
         ((40, 24), 0, 8, "window height is 0"),
     ],
@@ -93,3 +93,12 @@ def test_sizes_that_do_not_fit(model, size, window, stride, message):
 def test_batch_sizes_that_are_none(model, batch_size):
     with pytest.raises(ValueError, match=f"batch_size is {batch_size}: expected a whole number from 1 up"):
         sliding_window_features(model, torch.randn(1, 3, 16, 16), 16, batch_size=batch_size)
+
+
+def test_a_float64_model_gives_float64_features():
+    double = DINOv3ViT(TINY).double().eval()
+    images = torch.randn(1, 3, 8, 48)
+    maps = sliding_window_features(double, images, (8, 32), (8, 16))
+    left, right = (double(images[..., x : x + 32]).feature_map for x in (0, 16))
+    middle = (2 * left[..., 2] + right[..., 0]) / 3
+    assert maps.dtype == torch.float64 and relative_error(maps[..., 2], middle) < 1e-14

@@ -59,6 +59,7 @@ MODELS, LAUNCHES, ODD = "benchmarks/whole_models.py", "benchmarks/launch_overhea
 ROPE, NORM, GATE = (f"benchmarks/{name}.py" for name in ("rope_attention", "layer_norm", "swiglu"))
 TUNING = ("tools/tune.py", "--minutes", "5", "--write", "--json", str(RESULTS / "tuning_cuda.json"))
 PEERS = ("--variants", "vits16", "vitb16", "vitl16", "--rows", "224x1", "224x64", "512x16", "--dtypes", "bfloat16")
+PEERS = ("benchmarks/compare.py", *PEERS, "--seconds", "10", "--save", "compare_cuda")
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", sys.executable, *script(ODD))
 # in the order of their value
 STEPS = [
@@ -78,7 +79,8 @@ STEPS = [
     Step("swiglu", 60, script(GATE), script(GATE, "--small")),
     Step("odd shapes", 60, script(ODD), script(ODD, "--small")),
     Step("sanitizer", 150, SANITIZER, needs="compute-sanitizer"),
-    Step("peers", 300, script("benchmarks/compare.py", *PEERS, "--save", "compare_cuda")),
+    Step("peers", 300, script(*PEERS, "--again")),
+    Step("peers' memory", 240, script(*PEERS, "--memory")),
     Step("all tests", 600, (*PYTEST, *KERNEL_TESTS)),
 ]
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pages import give_back
+from ..pages import empty, give_back
 from .choose import choose, without_wrappers
 from .containers import cast, read_headers
 from .files import Span, StoredTensor, cut, few
@@ -77,12 +77,15 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """The model's tensor `name`: memory-mapped where the layout stores it whole."""
+        shape = model_tensors(self.config)[name][0]
         parts = [span.read() for span in self.spans[name]]
-        flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype)
-        if len(parts) > 1:
-            for part in parts:
-                give_back(part)
-        return flat.view(model_tensors(self.config)[name][0])
+        if len(parts) == 1:
+            return parts[0].view(shape)
+        whole = empty((numel(shape),), parts[0].dtype if parts else self.dtype)
+        for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            place.copy_(part)
+            give_back(part)
+        return whole.view(shape)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,7 +14,7 @@ Two of the same kind, such as a backbone for colours and one for depths, are for
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 EMA = {
     *("ema", "ema_model", "model_ema", "ema_backbone", "ema_module", "module_ema", "ema_weights", "params_ema"),
@@ -32,22 +32,21 @@ def without_wrappers(name: str) -> str:
     return WRAPPERS.sub("", name)
 
 
-def prefixes(names: Iterable[str], anchors: Collection[str], blocks: Collection[str]) -> list[str]:
+def prefixes(names: Collection[str], anchors: Collection[str], blocks: Collection[str]) -> list[str]:
     """What stands before the names of each backbone among `names`, sorted.
 
     anchors: names of a tensor that every backbone has, one for each way of naming. blocks: how the names of tensors in
         blocks begin. A prefix needs one of each: a decoder has a `cls_token` too.
     """
-    found = set()
-    with_blocks = set()
-    for name in names:
-        for anchor in anchors:
-            if name.endswith(anchor) and name[: -len(anchor)][-1:] in ("", "."):
-                found.add(name[: -len(anchor)])
-        for block in blocks:
-            for match in re.finditer(rf"(?<![^.]){re.escape(block)}", name):
-                with_blocks.add(name[: match.start()])
+    found, with_blocks = (
+        {name[: place.start()] for name in names for place in re.finditer(rf"(?<![^.])(?={pattern})", name)}
+        for pattern in (_any_of(anchors) + r"\Z", _any_of(blocks))
+    )
     return sorted(found & with_blocks)
+
+
+def _any_of(words: Collection[str]) -> str:
+    return f"(?:{'|'.join(map(re.escape, words))})"
 
 
 def choose(found: Collection[str], wanted: str | None = None) -> str:

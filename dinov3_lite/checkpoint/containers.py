@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import zipfile
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..pages import empty
 from .files import Shape, Span, StoredTensor, not_whole, read_into
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,7 +53,8 @@ class Container(NamedTuple):
 
 def cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype`. Raises ValueError if a finite value leaves its range."""
-    result = tensor.to(dtype)
+    same = tensor.dtype == dtype or tensor.device.type != "cpu"
+    result = tensor.to(dtype) if same else empty(tensor.shape, dtype).copy_(tensor)
     if dtype == torch.float16 and tensor.dtype != dtype and not torch.equal(result.isfinite(), tensor.isfinite()):
         raise ValueError(
             f"tensor {name!r} reaches {tensor.abs().max().item():.4g}, beyond float16's 65504: use bfloat16 or float32"
@@ -83,7 +86,8 @@ def read_headers(files: Sequence[Path]) -> tuple[dict[str, StoredTensor], dict[s
 
 def _read_safetensors(file: Path) -> Headers:
     try:
-        handle = safe_open(file, framework="pt")  # checks header, offsets and size
+        # checks header, offsets and size; for PyTorch it would map the file at once, which needs memory for all of it
+        handle = safe_open(file, framework="np")
         metadata = handle.metadata() or {}
         header, start = _header(file)
     except UnicodeEncodeError as error:
@@ -92,6 +96,7 @@ def _read_safetensors(file: Path) -> Headers:
         raise ValueError(f"{file}: {not_whole(file, 'safetensors', error)}") from error
     except OSError as error:  # a path or memory, nothing in the file
         raise error if error.filename else OSError(f"{file}: can't be opened: {error}") from error
+    mapped = functools.cache(lambda: safe_open(file, framework="pt"))
     tensors = []
     for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
         entry = header[name]
@@ -102,7 +107,7 @@ def _read_safetensors(file: Path) -> Headers:
             continue
 
         def read(name: str = name) -> Tensor:
-            return handle.get_tensor(name)
+            return mapped().get_tensor(name)
 
         offset = start + entry["data_offsets"][0]
         tensors.append(StoredTensor(name, dtype, tuple(entry["shape"]), read, file, offset))

@@ -6,7 +6,6 @@ import errno
 import glob
 import math
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,6 +78,10 @@ class Span(NamedTuple):
     def load(self) -> Tensor:
         """The elements, (stop - start,), read into memory of their own, which is freed with the tensor."""
         return self._load([(self.start, self.stop)])
+
+    def load_parts(self, parts: Sequence[tuple[int, int]]) -> Tensor:
+        """The elements of each of these parts, flat, one after the other, read into memory of their own."""
+        return self._load([(self.start + start, self.start + stop) for start, stop in parts])
 
     def sample(self) -> Tensor:
         """64 elements at each of five places, read into memory of their own."""
@@ -284,19 +287,23 @@ def _is_file(path: Path) -> bool:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.{suffix}")
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of `path` that nobody holds a lock on."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{RANDOM}.tmp"):
-        with suppress(OSError):  # gone by now, or, where open files can't be removed, still being written
-            if fcntl is None:
-                left.unlink()
-                continue
-            with left.open("rb") as file:
-                if _lock(file.fileno(), wait=False):
-                    left.unlink()
+        remove_leftover(left)
+
+
+def remove_leftover(temporary: Path) -> None:
+    """Remove a temporary file, unless the process that writes it lives: that holds a lock on it."""
+    with suppress(OSError):  # gone by now, or, where open files can't be removed, still being written
+        if fcntl is None:
+            temporary.unlink()
+            return
+        with temporary.open("rb") as file:
+            if _lock(file.fileno(), wait=False):
+                temporary.unlink()
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:

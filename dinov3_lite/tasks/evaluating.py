@@ -37,14 +37,15 @@ def evaluate(
     report: Callable[[str], None] = print,
     progress: Progress = iter,
 ) -> Table:
-    """The measures of each data set, by its name.
+    """Measure predictions against masks: a dict from each data set's name to its measures.
 
     predictions: a folder of 8-bit pictures named as the masks are, or one with a folder for each data set.
     truth: a folder of masks; a data set, with such a folder in it; or a folder of data sets.
-    report: called with a line for names without a partner, and for predictions of another size than their mask, which
-        are resized in memory. progress: wraps the names that are gone through.
+    report: called with one line of text about predictions or masks without a partner, and about predictions of
+        another size than their mask, which are resized in memory.
+    progress: wraps the iterable of names, as tqdm does.
 
-    Raises ValueError where nothing matches, and for masks and predictions that are none (see `dinov3_lite.tasks.data`).
+    Raises ValueError if no prediction has a mask, and for files that are no masks (see `dinov3_lite.tasks.data`).
     """
     table: Table = {}
     for data_set in data_sets(Path(predictions), Path(truth), report):

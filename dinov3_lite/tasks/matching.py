@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Match(NamedTuple):
-    """Patches of two pictures that are each other's nearest."""
+    """A patch in each of two pictures: of the other picture's patches, each is the most similar to its partner."""
 
     first: tuple[int, int]
     """(row, column) in the first picture."""
@@ -20,10 +20,10 @@ class Match(NamedTuple):
 
 
 def match(first: Tensor, second: Tensor, count: int | None = None, spacing: float = 0.0) -> list[Match]:
-    """Mutual nearest neighbours of two feature maps (C, h, w), by falling cosine similarity.
+    """Mutual nearest neighbours among the patches of two feature maps (C, h, w), the most similar (cosine) first.
 
-    count: at most so many. spacing: matches lie at least so many patches apart in both pictures (the most similar of a
-    crowd stays), which spreads them over the pictures.
+    count: the most to return. spacing: least distance between two matches, in patches, in both pictures: of matches
+        that lie closer, the most similar is kept.
 
     Raises ValueError for maps of other shapes and of different numbers of channels.
     """

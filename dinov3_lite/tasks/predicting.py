@@ -37,10 +37,11 @@ def pictures_of(inputs: Sequence[Path]) -> dict[str, Path]:
 
 @torch.no_grad()
 def predict(network: nn.Module, pixels: np.ndarray, settings: HeadSettings, *, sliding: bool = False) -> np.ndarray:
-    """The prediction of a picture (H, W, 3) uint8 at its own size: (H, W) uint8.
+    """Predict the mask of a picture (H, W, 3) uint8, at the picture's own size: (H, W) uint8.
 
-    With one foreground 255 times its probability, else the classes' numbers. sliding: instead of shrinking a picture
-    that is larger than those in training, slide a window of their size over it at full resolution.
+    With one class, 255 times the foreground's probability; with several, the number of the likeliest class.
+    sliding: keep a picture larger than the training size at full resolution and slide a window of that size over it,
+        instead of shrinking it.
     """
     device = next(network.parameters()).device
     normalise = Normalise(settings.mean, settings.std).to(device)

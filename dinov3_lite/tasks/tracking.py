@@ -1,8 +1,10 @@
 """`track`: the masks of a first frame carried through a video, from patch to similar patch.
 
-Label propagation with the constants of Meta's notebook on segmentation tracking, after arXiv 1906.05918 and DINO (arXiv
-2104.14294, section 4.2.2): each patch takes the labels of the 5 most similar patches of the first frame and of the 7
-frames before it, among those within 12 patches of its own place, weighted by a softmax of cosines at temperature 0.2.
+Label propagation (arXiv 2006.14613) with the constants of Meta's notebooks/segmentation_tracking.ipynb: each patch
+takes the labels of the 5 most similar patches of the first frame and of the 7 frames before it, among those within 12
+patches of its own place, weighted by a softmax of cosines at temperature 0.2. The notebook gives a patch of the first
+frame one label, and each pixel the label of its patch, after stretching each object's to its own minimum and maximum;
+here a patch has the shares of what lies in it, and pixels take the likeliest of shares interpolated between patches.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ CHUNK = 2**26  # similarities in memory at a time
 def track(
     frames: Iterable[np.ndarray], mask: np.ndarray, features: Callable[[np.ndarray], Tensor]
 ) -> Iterator[np.ndarray]:
-    """Masks of all frames, one by one, the first as it was given: (H, W) uint8 with the values of `mask`.
+    """Yield the mask of each frame, (H, W) uint8 with the values of `mask`; the first is `mask` itself.
 
     frames: (H, W, 3) uint8, all of one size. mask: (H, W) uint8 of the first frame, 0 and one value an object.
     features: maps a frame to patch features (C, h, w).
@@ -168,7 +170,7 @@ def _border(mask: np.ndarray) -> np.ndarray:
 
 
 def j_and_f(found: Iterable[np.ndarray], truth: Iterable[np.ndarray]) -> dict[str, float]:
-    """DAVIS' J, F and their mean: over the objects of the first mask, of means over all frames but first and last."""
+    """DAVIS' J, F and their mean, each averaged over the first mask's objects and all frames but first and last."""
     pairs = list(zip(found, truth, strict=True))
     objects = [value for value in np.unique(pairs[0][1]) if value]
     inner = pairs[1:-1]

@@ -1,0 +1,94 @@
+"""Half precision, autocast, and the residual stream's dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import TINY, relative_error, write_checkpoint
+
+from dinov3_lite import DINOv3ViT
+from dinov3_lite.attention import eager_attention
+
+
+@pytest.fixture
+def model(tmp_path) -> DINOv3ViT:
+    return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY))
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 40, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_outputs(tmp_path, dtype):
+    model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY), dtype=dtype)
+    out = model(torch.randn(1, 3, 16, 16), output_hidden_states=True)
+    assert out.last_hidden_state.dtype == out.pooler_output.dtype == dtype
+    assert all(s.dtype == (torch.float32 if dtype == torch.float16 else dtype) for s in out.hidden_states)
+
+
+def test_the_residual_stream_of_half_precision_weights_is_float32_unless_told_otherwise(tmp_path):
+    folder = write_checkpoint(tmp_path, TINY)
+    model = DINOv3ViT.from_pretrained(folder, dtype=torch.bfloat16)
+    images = torch.randn(4, 3, 40, 24)
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    truth = DINOv3ViT.from_pretrained(folder, dtype=torch.float64)(images).last_hidden_state
+    wide = relative_error(model(images).last_hidden_state, truth)
+    model.residual_dtype = torch.bfloat16
+    narrow = relative_error(model(images).last_hidden_state, truth)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert wide < narrow
+
+
+def test_tokens_stay_float32_under_float16_only():
+    model = DINOv3ViT(TINY)
+    with torch.no_grad():
+        model.register_tokens[0, 0, 0] = 1e5
+    model.half()
+    assert model.register_tokens.dtype == torch.float32 and model.register_tokens[0, 0, 0] == 1e5
+    assert model.blocks[0].ls1.gamma.dtype == torch.float16
+    assert DINOv3ViT(TINY).bfloat16().register_tokens.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_stream_in_float32(model, images, dtype):
+    exact = model(images).last_hidden_state
+    with torch.autocast("cpu", dtype):
+        out = model(images, output_hidden_states=True)
+    assert all(s.dtype == torch.float32 for s in out.hidden_states)
+    assert 0 < relative_error(out.last_hidden_state, exact) < 10 * torch.finfo(dtype).eps
+
+
+def test_a_gradient_survives_half():
+    model = DINOv3ViT(TINY)
+    model(torch.randn(1, 3, 16, 16)).last_hidden_state.sum().backward()
+    model.half()
+    assert model.register_tokens.grad.dtype == torch.float32
+    torch.optim.AdamW(model.parameters()).step()
+
+
+def test_the_residual_stream_keeps_the_dtype_it_was_told(images):
+    model = DINOv3ViT(TINY)
+    model.residual_dtype = torch.bfloat16
+    seen = []
+    model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    assert model(images).last_hidden_state.dtype == torch.float32 and seen == [torch.bfloat16]
+
+
+def test_eager_attention_is_exact_under_autocast(model, images):
+    model.attention = "eager"
+    qkv = [torch.randn(1, 20, 2, 16) for _ in range(3)]
+    tables = model.rope_embed(5, 3, 5, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = eager_attention(*qkv, *tables)
+    assert torch.equal(inside, eager_attention(*qkv, *tables))
+
+
+def test_attention_maps_keep_their_dtype_under_autocast(model, images):
+    exact = model.attention_maps(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = model.attention_maps(images)
+    assert maps.dtype == torch.float32 and 0 < relative_error(maps, exact) < 0.05
+    assert (maps.sum(dim=(-2, -1)) < 1).all()
