@@ -8,6 +8,7 @@ tries them, since a later torch may rename or drop them.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class PackedByOneDNN(Product):
         super().__init__(weight, bias, act)
         self.dtype = weight.dtype
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self.within = (act, [], "none") if act == "gelu" else ("none", [], "")
+        self.within: tuple[str, list[Any], str] = (act, [], "none") if act == "gelu" else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.within)
@@ -103,34 +104,30 @@ PRODUCTS: dict[str, type[Product]] = {"onednn": PackedByOneDNN, "mkl": PackedByM
 
 def ways_of_products(dtype: torch.dtype, for_any_rows: bool) -> list[str]:
     """The names of those ways that work on this CPU for weights of this dtype; the first wins where they are level."""
-    return [
-        name
-        for name, product in PRODUCTS.items()
-        if works(product, dtype) and not (for_any_rows and product is PackedByMKL)
-    ]
+    return [way for way in PRODUCTS if works(way, dtype) and not (for_any_rows and way == "mkl")]
 
 
 def available(weight: Tensor) -> bool:
     """Whether oneDNN multiplies by weights of this tensor's dtype, on the CPU it lies on: found out by trying."""
-    return weight.device.type == "cpu" and works(PackedByOneDNN, weight.dtype)
+    return weight.device.type == "cpu" and works("onednn", weight.dtype)
 
 
 @cache
 @torch.no_grad()
-def works(product: type[Product], dtype: torch.dtype) -> bool:
+def works(way: str, dtype: torch.dtype) -> bool:
     """Whether a product by 16 x 16 whole numbers is what it should be, exactly, and unpacks to them."""
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if dtype not in (torch.float32, *supported):
         return False
     try:
-        if product is PackedByOneDNN and not torch.backends.mkldnn.is_available():
+        if way == "onednn" and not torch.backends.mkldnn.is_available():
             return False
-        if product is PackedByOneDNN and dtype in supported and not getattr(torch.ops.mkldnn, supported[dtype])():
+        if way == "onednn" and dtype in supported and not getattr(torch.ops.mkldnn, supported[dtype])():
             return False
-        if product is PackedByMKL and not (torch.backends.mkl.is_available() and dtype == torch.float32):
+        if way == "mkl" and not (torch.backends.mkl.is_available() and dtype == torch.float32):
             return False
         weight = (torch.arange(256) % 5 - 2).to(dtype).view(16, 16)
-        made = product(weight, weight[0].clone(), rows=16)
+        made = PRODUCTS[way](weight, weight[0].clone(), rows=16)
         expected = (weight.double().t() @ weight.double().t() + weight[0]).to(dtype)
         return torch.equal(made(weight.t()), expected) and torch.equal(made.unpack(), weight)
     except (AttributeError, RuntimeError, TypeError, ValueError):

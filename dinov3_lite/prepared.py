@@ -126,8 +126,8 @@ class Twin(NamedTuple):
 def _parts(module: nn.Module) -> tuple[list[Any], list[int]]:
     """A module's own children and weights, and how often each weight was written to."""
     parameters = vars(module)["_parameters"]
-    weights = parameters.watched() if isinstance(parameters, Lent) else parameters.values()
-    weights = [weight for weight in weights if weight is not None]
+    held = parameters.watched() if isinstance(parameters, Lent) else parameters.values()
+    weights: list[Tensor] = [weight for weight in held if weight is not None]
     return [*vars(module)["_modules"].values(), *weights], list(map(version, weights))
 
 
@@ -264,7 +264,8 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
 
 
 def _run_tokens(blocks: Sequence[nn.Module], tensors: Tensors, taps: Sequence[int], attention: str) -> list[Tensor]:
-    return run_stack(blocks, Tokens(*tensors), taps, resolve_attention(attention))
+    x, cos, sin = tensors
+    return run_stack(blocks, Tokens(x, cos, sin), taps, resolve_attention(attention))
 
 
 def _example_tokens(tensors: Tensors, dynamic: bool) -> Tensors:
