@@ -11,13 +11,11 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Card, Checkpoint, assign, open_checkpoint
-from .checkpoint.channels import with_channels
-from .checkpoint.hub import locate
-
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
+
+    from .checkpoint import Card, Checkpoint
 
 SAMPLES = 16  # numbers of each parameter
 
@@ -51,6 +49,10 @@ def open_source(
 
     Raises FileNotFoundError and ValueError as `checkpoint.hub.locate` and `open_checkpoint` do.
     """
+    from .checkpoint import open_checkpoint  # files and names are read when something is loaded, not with the network
+    from .checkpoint.channels import with_channels
+    from .checkpoint.hub import locate
+
     return with_channels(open_checkpoint(locate(source, **place), prefix=prefix), num_channels, channel_rule)
 
 
@@ -77,6 +79,8 @@ class Pretrained(nn.Module):
 
         switches: the constructor's arguments beside the config. Raises ValueError if the checkpoint is another class's.
         """
+        from .checkpoint import assign
+
         opened.check_family(cls.config_class)
         with torch.device("meta"):
             model = cls(opened.config, **switches)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_map
 
 METHODS = (
     *("forward_features", "forward_intermediates", "forward_packed", "get_intermediate_layers", "attention_maps"),
@@ -70,6 +71,21 @@ def _register(model: Any) -> None:
 
     for name in METHODS:
         plain = getattr(model, name)
+        setattr(model, name, _without_views(plain))
         register_fsdp_forward_method(model, name)
         setattr(model, name, outermost(getattr(model, name), plain))
-    model.forward = outermost(model.forward, model.forward)  # whose hooks FSDP has put on
+    model.forward = outermost(_without_views(model.forward), model.forward)  # whose hooks FSDP has put on
+
+
+def _without_views(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, with copies in place of views of other tensors: writing to one would undo FSDP's hook on it."""
+
+    def copied(output: Any) -> Any:
+        is_view = isinstance(output, Tensor) and output.requires_grad and output._is_view()
+        return output.clone() if is_view else output
+
+    @functools.wraps(method)
+    def without_views(*args: Any, **kwargs: Any) -> Any:
+        return tree_map(copied, method(*args, **kwargs))
+
+    return without_views
