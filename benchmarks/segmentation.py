@@ -118,7 +118,9 @@ def build(way: str, checkpoint: Path, recipe: Recipe) -> tuple[nn.Module, list[d
         return E2NetLike(checkpoint), None
     backbone = DINOv3ViT.from_pretrained(checkpoint)
     if ", " in way:
-        return OnPeer(way.split(", ")[1], checkpoint, backbone.embed_dim), None
+        peer = OnPeer(way.split(", ")[1], checkpoint, backbone.embed_dim)
+        peer.head.to(memory_format=torch.channels_last)  # as in a Segmenter, lest rounding differ
+        return peer, None
     unfreeze = 2 if way == "last 2 blocks" else 0
     network = Segmenter(backbone, DenseHead((backbone.embed_dim,) * 4, 1), unfreeze)
     if not unfreeze:
@@ -207,13 +209,13 @@ def begun(settings: dict[str, Any]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Means and spreads over seeds, as markdown."""
-    lines = ["| way | S | wF | mean E | F | MAE | IoU | s an epoch | peak MB |", "|---|" + "---:|" * 8]
+    lines = ["| way | seeds | S | wF | mean E | F | MAE | IoU | s an epoch | peak MB |", "|---|" + "---:|" * 9]
     for way, runs in result["runs"].items():
         if not runs:
             continue
         cells = [_spread([r[name] for r in runs]) for name in ("S", "wF", "meanE", "F", "MAE", "IoU")]
         cells += [f"{statistics.median(r[n] for r in runs):.0f}" for n in ("seconds an epoch", "peak MB")]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
+        lines.append(f"| {way} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
