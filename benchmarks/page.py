@@ -33,8 +33,10 @@ import growth
 import models
 import parity
 import segmentation
+import sharding
 import startup
 import steps
+import training_memory
 from environment import RESULTS, headline, processor
 
 ROOT = Path(__file__).parent.parent
@@ -156,6 +158,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare-amd-memory": of("compare_amd", compare_tables.memory_table),
     "compare-convnext": of("compare_convnext", compare_tables.time_table),
     "compare-convnext-memory": of("compare_convnext", compare_tables.memory_table),
+    "training-memory": of("training_memory", training_memory.table),
     "extract": of("extract", extract.table),
     "extract-bfloat16": of("extract_bfloat16", extract.table),
     "extract-workers": of("extract_workers", extract.workers_table),
@@ -172,6 +175,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth": of("growth", growth.table),
     "startup": of("startup", startup.table),
     "conversion": of("conversion", conversion.table),
+    "sharding": of("sharding", sharding.table),
+    "sharding-sparse": of("sharding", sharding.sparse_table),
     "steps": of("steps", steps.table),
     "models-variants": models.variants_table,
     "models-convnexts": models.convnexts_table,

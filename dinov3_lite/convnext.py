@@ -145,6 +145,7 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
     """
 
     config_class = DINOv3ConvNeXtConfig
+    _no_split_modules = ("ConvNeXtBlock",)  # what accelerate leaves whole
 
     def __init__(self, config: DINOv3ConvNeXtConfig, patch_size: int | None = None) -> None:
         super().__init__()

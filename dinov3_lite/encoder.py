@@ -65,7 +65,7 @@ def build_dinov3_encoder(
     simple: leave a ViT's maps on the patch grid. Otherwise they are resized bilinearly, with align_corners=False; a
         ConvNeXt's are its four stages as they are, with unequal `channels`.
     loading: further arguments of `dinov3_lite.load`: dtype, device, attention, prefix, num_channels, channel_rule,
-        subfolder, revision, cache_dir, local_files_only.
+        subfolder, mesh, revision, cache_dir, local_files_only.
 
     Raises what `dinov3_lite.load` does, and ValueError for a model of fewer than four blocks and for a ConvNeXt with
     `simple`: its stages have strides of their own.

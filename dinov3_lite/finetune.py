@@ -60,7 +60,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         layer_name, following = places.get(parameter, ("head", 0))
-        decays = parameter.ndim > 1 and not name.endswith(("token", "tokens"))
+        decays = parameter.ndim > 1 and not name.endswith(("token", "tokens", "bias"))  # stacked, in tensor parallelism
         key = f"{layer_name}, {'decay' if decays else 'no decay'}"
         group = {"name": key, "lr": lr * layer_decay**following, "params": []}
         group["weight_decay"] = weight_decay if decays else 0.0

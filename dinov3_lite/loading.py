@@ -14,6 +14,7 @@ from .model import DINOv3ViT
 from .pretrained import Opening, open_source
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
 
 Backbone = DINOv3ViT | DINOv3ConvNeXt
@@ -28,24 +29,29 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     attention: str = "auto",
+    mesh: DeviceMesh | None = None,
     **opening: Unpack[Opening],
 ) -> Backbone:
     """Load whichever DINOv3 backbone a checkpoint holds, as its class's `from_pretrained` does, in evaluation mode.
 
-    attention: for a vision transformer, see `DINOv3ViT`. The other arguments are those of `DINOv3ViT.from_pretrained`:
+    attention, mesh: for a vision transformer, see `DINOv3ViT`. The other arguments are those of its `from_pretrained`:
         prefix, num_channels, channel_rule, subfolder, revision, cache_dir, local_files_only.
 
     Returns a DINOv3ViT or a DINOv3ConvNeXt. Raises FileNotFoundError and ValueError as `DINOv3ViT.from_pretrained`, and
-    ValueError if `attention` is given for a ConvNeXt, which has none.
+    ValueError if `attention` or `mesh` is given for a ConvNeXt, which has none.
     """
     resolve_attention(attention)
     check_dtype(dtype)
     opened = open_source(source, **opening)
     model_class = CLASSES[type(opened.config)]
     if model_class is DINOv3ViT:
-        return DINOv3ViT.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)
+        return DINOv3ViT.from_checkpoint(opened, dtype=dtype, device=device, mesh=mesh, attention=attention)
     if attention != "auto":
         raise ValueError(f"attention is {attention!r} and {opened.path} holds a ConvNeXt, which has none: leave it out")
+    if mesh is not None:
+        raise ValueError(
+            f"mesh is given and {opened.path} holds a ConvNeXt, of 0.2 billion parameters at most: leave it out"
+        )
     return model_class.from_checkpoint(opened, dtype=dtype, device=device)
 
 

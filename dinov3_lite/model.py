@@ -25,6 +25,7 @@ from .pretrained import Opening, Pretrained, open_source
 from .rope import RotaryEmbedding2D, rope_periods
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
 
 
@@ -89,6 +90,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
     """
 
     config_class = DINOv3Config
+    _no_split_modules = ("Block",)  # what accelerate leaves whole: x flows around its parts
 
     def __init__(self, config: DINOv3Config, attention: str = "auto") -> None:
         super().__init__()
@@ -142,6 +144,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         attention: str = "auto",
+        mesh: DeviceMesh | None = None,
         **opening: Unpack[Opening],
     ) -> DINOv3ViT:
         """Load a checkpoint, in evaluation mode: every tensor comes from it, or an error names those that don't.
@@ -149,7 +152,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
         source: a checkpoint folder or a file, in the layout of transformers, Meta, timm or our own, or a hub id. A
             converted file on the CPU is memory-mapped: pages load when first used, and training never writes to it.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
-        device: to load to; None is the CPU. attention: see the class.
+        device: to load to; None is the CPU. attention: see the class. mesh: to shard over, see `dinov3_lite.sharding`.
         opening: any of these.
             prefix: how the names of the wanted backbone begin, if a file holds several (None: see `checkpoint.choose`).
             num_channels: other than the checkpoint's; channel_rule: "repeat" or "mean", see `checkpoint.channels`.
@@ -160,7 +163,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
         resolve_attention(attention)
         check_dtype(dtype)
         opened = open_source(source, **opening)
-        return cls.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)
+        return cls.from_checkpoint(opened, dtype=dtype, device=device, mesh=mesh, attention=attention)
 
     def forward(
         self,

@@ -72,6 +72,8 @@ def test_a_page_runs(page, folder, monkeypatch):
         pytest.importorskip("peft")
     for name in re.findall("^import (faiss|duckdb)", PAGES[page], re.MULTILINE):
         pytest.importorskip(name)
+    if "import accelerate" in PAGES[page]:
+        pytest.importorskip("accelerate")
     if "dinov3_lite.tasks" in PAGES[page]:
         pytest.importorskip("py_sod_metrics")
     monkeypatch.chdir(folder)

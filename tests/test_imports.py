@@ -82,7 +82,14 @@ EDGES = {
         *("checkpoint.json_files", "checkpoint.layouts.others", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit"),
     },
-    "dinov3_lite/pretrained.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "checkpoint.saving"},
+    "dinov3_lite/pretrained.py": {
+        *("checkpoint", "checkpoint.channels", "checkpoint.hub", "checkpoint.saving"),
+        *("sharding.loading", "sharding.parameters", "sharding.saving"),
+    },
+    "dinov3_lite/sharding/*": {
+        *("dinov3_lite/sharding/*", "checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.hub"),
+        *("checkpoint.layouts", "checkpoint.saving", "config", "layers"),
+    },
     "dinov3_lite/checkpoint/channels.py": {"checkpoint", "checkpoint.files"},
     "dinov3_lite/checkpoint/saving.py": {
         *("checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.matching", "console"),
@@ -120,7 +127,7 @@ EDGES = {
     },
     "dinov3_lite/__init__.py": {
         *("config", "convnext", "encoder", "finetune", "image", "inference", "interfaces", "loading"),
-        *("model", "window"),
+        *("model", "sharding.loading", "window"),
         *("extraction.engines", "extraction.store"),
     },
     "dinov3_lite/explore/*": {"image", "loading"},
@@ -159,15 +166,19 @@ EDGES = {
             ),
             (
                 "shard",
-                ("commit", "compute", "decode", "folder", "job", "pipeline", "plan", "reading", "remote"),
+                ("commit", "compute", "decode", "folder", "job", "mesh", "pipeline", "plan", "reading", "remote"),
                 {"checkpoint", "checkpoint.hub", "image", "loading"},
             ),
+            ("mesh", ("compute", "parts"), {"image", "loading", "model"}),
             ("check", ("folder", "plan", "remote"), set()),
             ("parts", (), set()),
             ("progress", ("folder",), set()),
             (
                 "engines",
-                ("commit", "compute", "folder", "job", "parts", "plan", "progress", "remote", "shard", "store"),
+                (
+                    *("commit", "compute", "folder", "job", "mesh", "parts", "plan", "progress", "remote", "shard"),
+                    "store",
+                ),
                 {"image", "loading"},
             ),
             ("formats", ("store",), {"checkpoint.files"}),

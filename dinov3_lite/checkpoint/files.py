@@ -79,6 +79,10 @@ class Span(NamedTuple):
         """The elements, (stop - start,), read into memory of their own, which is freed with the tensor."""
         return self._load([(self.start, self.stop)])
 
+    def load_parts(self, parts: Sequence[tuple[int, int]]) -> Tensor:
+        """The elements of each of these parts, flat, one after the other, read into memory of their own."""
+        return self._load([(self.start + start, self.start + stop) for start, stop in parts])
+
     def sample(self) -> Tensor:
         """64 elements at each of five places, read into memory of their own."""
         quarters = (self.size * quarter // 4 for quarter in range(4))

@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--part", metavar="I/N", help="do one part of N (default: as torchrun, SLURM or Kubernetes tell it)"
     )
+    how.add_argument(
+        "--mesh", metavar="tp=N", help="under torchrun: N processes share one model, which is too large for one"
+    )
     how.add_argument("--engine", default="local", help="local (the default) or ray")
     how.add_argument("--workers", type=int, metavar="N", help="Ray's actors (default: one a GPU, or a core)")
     how.add_argument("--quiet", action="store_true", help="no bar")
@@ -96,8 +99,8 @@ def _extract(args: argparse.Namespace) -> int:
             args.input, args.model, args.output, outputs=args.outputs, blocks=args.blocks, size=args.size,
             dtype=args.dtype, store=args.store, batch_size=args.batch_size, shard_size=args.shard_size,
             resize=args.resize, scaled_decoding=args.scaled_decoding, column=args.column, device=args.device,
-            decode_threads=args.decode_threads, max_rejects=args.max_rejects, part=args.part, engine=args.engine,
-            workers=args.workers, progress=False if args.quiet else None, subfolder=args.subfolder,
+            decode_threads=args.decode_threads, max_rejects=args.max_rejects, part=args.part, mesh=args.mesh,
+            engine=args.engine, workers=args.workers, progress=False if args.quiet else None, subfolder=args.subfolder,
             revision=args.revision, cache_dir=args.cache_dir, local_files_only=args.local_files_only,
         )  # fmt: skip
     except ShardsFailed as error:

@@ -44,10 +44,14 @@ class Network:
         pixels: ImageProcessor | None,
     ) -> None:
         """outputs: names in OUTPUTS. blocks: ascending indices. pixels: makes the model take uint8 images."""
-        self.model = optimize_for_inference(model, pixels)
+        self.model = self.prepared(model, pixels)
         self.outputs, self.store, self.device = tuple(outputs), store, device_of(model)
         self.blocks = [model.depth - 1] if blocks is None else list(blocks)
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def prepared(self, model: Backbone, pixels: ImageProcessor | None) -> Backbone:
+        """The model that runs."""
+        return optimize_for_inference(model, pixels)
 
     def run(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, h, w) -> for each output (B, ..) or, of K > 1 blocks, (B, K, ..), in the dtype of the files."""

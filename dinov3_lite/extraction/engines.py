@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +20,7 @@ from .commit import complete
 from .compute import device_of
 from .folder import Folder
 from .job import Request, prepare
+from .mesh import Team, parse_mesh
 from .parts import Part, local_device, local_threads, parse_part, part_from_environment
 from .plan import Plan
 from .progress import Bar
@@ -62,6 +63,7 @@ def extract(
     decode_threads: int | None = None,
     max_rejects: str | int = "50%",
     part: str | None = None,
+    mesh: str | None = None,
     engine: str = "local",
     workers: int | None = None,
     progress: bool | None = None,
@@ -95,6 +97,8 @@ def extract(
     device: "cpu", "cuda", "cuda:1"; None is a GPU if there is one. decode_threads: None is one a core.
     max_rejects: how many pictures of a shard may be rejected, a number or "P%" (which always allows ten).
     part: "I/N", as N processes at once share the shards; None reads what torchrun, SLURM or Kubernetes say.
+    mesh: "tp=N": under torchrun, N processes share one model and do a part together, by tensor parallelism. The first
+        of each N writes; in the others this returns, or raises, when that is done. The job keeps N (last bits).
     engine: "local" is this process; "ray" is `workers` actors, on the cluster of RAY_ADDRESS or on this machine.
     progress: a bar; None shows one on a terminal.
     processor: None is the checkpoint's own; a model that is an object needs one. `size` comes before its size.
@@ -109,6 +113,8 @@ def extract(
         raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
     _check_model(model, engine, device)
     source: str | Backbone = model if isinstance(model, Backbone) else os.fspath(model)
+    if mesh and (engine != "local" or not isinstance(source, str)):
+        raise ValueError(f"mesh {mesh!r} loads a checkpoint in every process of torchrun's: give one, and no engine")
     hub = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = folder_at(output)
     request = Request(
@@ -126,27 +132,35 @@ def extract(
         resize=resize,
         scaled_decoding=scaled_decoding,
         column=column,
+        tp=parse_mesh(mesh) if mesh else 1,
     )
     mine = parse_part(part) if part else part_from_environment()
-    job = prepare(folder, request)
-    setup = Setup(
-        folder=folder.address,
-        model=_anywhere(source) if isinstance(source, str) else "",
-        loading=request.loading,
-        device=device or local_device(),
-        decode_threads=decode_threads or local_threads(),
-        max_rejects=str(max_rejects),
-    )
-    total = len(Plan(folder))
-    with Bar(folder, job["plan"], progress) as bar:
-        shards = _missing(folder, mine, total)
-        if not shards:
-            failures = {}
-        elif engine == "ray":
-            failures = run_ray(setup, job, shards, bar, workers)
-        else:
-            given = None if isinstance(source, str) else source
-            failures = run_local(Worker(setup, job["model"]["weights"], bar.add, given), shards, bar)
+    with Team(request.tp, device) if mesh else nullcontext() as team:
+        if team is not None and not team.leads:
+            with _ends_after_the_shard():  # of the first process, which says when it is done
+                team.follow()
+            return open_features(output)
+        if team is not None:
+            mine = team.part(mine, given=bool(part))
+        job = prepare(folder, request)
+        setup = Setup(
+            folder=folder.address,
+            model=_anywhere(source) if isinstance(source, str) else "",
+            loading=request.loading,
+            device=device or local_device(),
+            decode_threads=decode_threads or local_threads() * request.tp,
+            max_rejects=str(max_rejects),
+        )
+        total = len(Plan(folder))
+        with Bar(folder, job["plan"], progress) as bar:
+            shards = _missing(folder, mine, total)
+            if not shards:
+                failures = {}
+            elif engine == "ray":
+                failures = run_ray(setup, job, shards, bar, workers)
+            else:
+                given = None if isinstance(source, str) else source
+                failures = run_local(Worker(setup, job["model"]["weights"], bar.add, given, team), shards, bar)
     complete(folder, total)
     if failures:
         raise ShardsFailed(setup.folder, failures, total)

@@ -44,6 +44,8 @@ class Request:
     resize: str = "float32"
     scaled_decoding: bool = False
     column: str | None = None
+    tp: int = 1
+    """How many processes share a model."""
 
     def __post_init__(self) -> None:
         if isinstance(self.model, Backbone):
@@ -157,6 +159,7 @@ def describe(request: Request) -> dict[str, Any]:
         "store": request.store,
         "batch_size": request.batch_size or (NATIVE_BATCH if size is None else BATCH),
         "shard_size": request.shard_size or (DENSE_SHARD if dense else GLOBAL_SHARD),
+        **({"mesh": {"tp": request.tp}} if request.tp > 1 else {}),  # sums over processes round otherwise
     }
 
 

@@ -30,6 +30,7 @@ from .compute import STORES, Network
 from .decode import Preparation
 from .folder import Folder, to_json
 from .job import NATIVE, checkpoint_digest
+from .mesh import Team
 from .pipeline import Batch, Pipeline, ReadFailed, Seconds
 from .plan import Plan
 from .reading import PAUSES, read_items
@@ -62,14 +63,15 @@ class Worker:
         digest: str | None = None,
         on_pictures: Callable[[int], object] = int,
         model: Backbone | None = None,
+        team: Team | None = None,
     ) -> None:
         """digest: of the model's weights, where it is known. on_pictures: told how many more pictures are through.
-        model: in place of the one that setup names.
+        model: in place of the one that setup names. team: the mesh that this process is the first of.
 
         Raises ValueError if the model here is another than the job's.
         """
         self.setup, self.folder, self.on_pictures = setup, folder_at(setup.folder), on_pictures
-        self.has_given_model = model is not None
+        self.is_alone = model is None and team is None
         self.job = job = self.folder.read_job()
         self.folder.make(job["outputs"])
         self.plan = Plan(self.folder)
@@ -82,11 +84,16 @@ class Worker:
         size = None if preprocessing["size"] == NATIVE else tuple(preprocessing["size"])
         processor = ImageProcessor(size, *(preprocessing[name] for name in ("mean", "std", "rescale_factor", "exif")))
         rounded = preprocessing["resize"] == "uint8"
-        if path is not None:
-            model = load(path, dtype=getattr(torch, job["dtype"]), device=setup.device)
-        assert model is not None
         names = [name for name in job["outputs"] if name != GRID]
-        self.network = Network(model, names, job["blocks"], STORES[job["store"]], processor if rounded else None)
+        options = (names, job["blocks"], STORES[job["store"]], processor if rounded else None)
+        dtype = getattr(torch, job["dtype"])
+        if team is not None:
+            self.network = team.network(setup.model, setup.loading, dtype, *options)
+        else:
+            self.network = Network(
+                model or load(path, dtype=dtype, device=setup.device),  # type: ignore[arg-type]
+                *options,
+            )
         self.pipeline = Pipeline(
             setup.decode_threads,
             job["batch_size"],
@@ -159,8 +166,8 @@ def _set_aside(folder: Folder, shard: int) -> str | None:
 
 def _in_a_child(worker: Worker, shard: int, deaths: int) -> str | None:
     """Do a shard in a process of its own: why it failed, or None."""
-    if worker.has_given_model:
-        return f"{deaths} processes ended at it: give the model as a checkpoint to have it tried in one of its own"
+    if not worker.is_alone:
+        return f"{deaths} processes ended at it: only of a checkpoint, without a mesh, is it tried in one of its own"
     words = [sys.executable, "-m", "dinov3_lite.extraction.shard", json.dumps(asdict(worker.setup)), str(shard)]
     with subprocess.Popen(words, stdin=subprocess.PIPE) as child:  # which ends when this end of the pipe does
         status = child.wait()
