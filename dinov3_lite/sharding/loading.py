@@ -124,6 +124,6 @@ def read(spans: Iterable[Span], runs: Iterable[tuple[int, int]], name: str, dtyp
             if stop > begin + span.size:
                 rest.append((start, stop))
         if mine:
-            parts.append(cast(span.load_parts(mine), name, dtype))
+            parts.append(cast(span.load(mine), name, dtype))
         pending, begin = rest, begin + span.size
     return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=dtype), *parts])

@@ -274,7 +274,7 @@ def compiled(rig: Rig) -> dict[str, float]:
     for name in CONFIGS:
         model, truth = rig.load(name), rig.whole(name)
         for block in model.blocks:
-            block.compile(backend="aot_eager")
+            block.compile(backend="aot_eager", dynamic=False)
         for each in (model, truth):
             each(x).patch_tokens.square().mean().backward()
         result[name] = relative_error(model(x)[0], truth(x)[0])
@@ -350,7 +350,6 @@ def loading(rig: Rig) -> dict[str, bool]:
     """From every layout, are all tensors the file's, bit for bit?"""
     result = {}
     for source in sorted(path.name for path in (rig.folder / "layouts").iterdir()):
-        truth = {held.name: held.tensor for held in sharding.parameters.held_by(rig.whole(f"layouts/{source}"))}
         model = rig.load(f"layouts/{source}")
         parts = {name: t.flatten() for held in sharding.parameters.held_by(model) for name, t in _parts(held)}
         wholes = sharding.parameters.held_by(rig.whole(f"layouts/{source}"))
