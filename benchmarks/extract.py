@@ -207,6 +207,14 @@ def workers(root: Path, count: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def workers_table(result: dict[str, Any]) -> str:
+    lines = ["| | one worker, pictures a second | two workers | times as many |", "|---|---|---|---|"]
+    for how, ratio in result["ratios"].items():
+        rates = [result["pictures"] / statistics.median(result["seconds"][f"{how}, {n}"]) for n in (1, 2)]
+        lines.append(f"| {how} | {rates[0]:.1f} | {rates[1]:.1f} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
 def _by_workers(root: Path, checkpoint: Path, output: Path, how: str, n: int) -> float:
     extract = ["-m", "dinov3_lite", "extract", root / "photos", "--model", checkpoint, "--output", output]
     extract += ["--shard-size", "32", "--batch-size", "16", "--decode-threads", "1", "--quiet"]
@@ -250,7 +258,7 @@ def main() -> None:
         if args.workers:
             result = {"environment": environment("ray"), "pictures": args.pictures}
             result |= workers(Path(folder), args.pictures, args.rounds)
-            print(headline(result), json.dumps(result["ratios"], indent=1), sep="\n\n")
+            print(headline(result), workers_table(result), sep="\n\n")
         else:
             counts = {"500 x 375": args.pictures, "4000 x 3000": args.pictures // 4}
             result = {"environment": environment("timm", "pillow", "simplejpeg")}

@@ -1,11 +1,11 @@
 """`extract` under SIGKILL: whatever step it comes at, going on ends in the same bytes.
 
-    python benchmarks/extract_kills.py [--kills 200] [--engines local parts ray] [--output results]
+    python benchmarks/extract_kills.py [--kills 200] [--ray-kills 20] [--engines local parts ray] [--seed 0] [--add]
 
 A job of tiny pictures is begun and killed again and again, at each named step in turn and at random moments; when it is
 complete, its files (but logs) are compared with those of an undisturbed run, and it is begun anew. `local` is one
 process, `parts` two at once of which one is killed, `ray` two actors of a running Ray of which one is killed. Writes
-benchmarks/results/extract_kills.json.
+benchmarks/results/extract_kills.json; `--add`, with another seed, adds to what that holds.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import environment, save
+from environment import RESULTS, environment, save
 from PIL import Image
 from safetensors.torch import save_file
 
 import dinov3_lite.extraction.engines
 from dinov3_lite import DINOv3Config, DINOv3ViT
 from dinov3_lite.checkpoint.layouts import TRANSFORMERS, rename
-from dinov3_lite.extraction import commit, compute, folder, job, pipeline, plan, reading, writer
+from dinov3_lite.extraction import commit, compute, folder, pipeline, plan, reading, shard, writer
 
 SHARD, BATCH = 6, 4
 
 
-def write_input(root: Path, pictures: int) -> None:
-    """A model of two blocks and small pictures, every tenth of them damaged."""
+def write_input(root: Path, pictures: int, damaged: int = 10) -> None:
+    """A model of two blocks and small pictures, of which one of `damaged` is damaged; 0: none."""
     config = DINOv3Config(
         patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
@@ -56,7 +56,7 @@ def write_input(root: Path, pictures: int) -> None:
     for i in range(pictures):
         file = root / "in" / f"{i:04d}.jpg"
         Image.fromarray(noise.integers(0, 256, (40, 50, 3), np.uint8)).save(file)
-        if i % 10 == 3:
+        if damaged and i % damaged == 3:
             file.write_bytes(file.read_bytes()[:700])
 
 
@@ -75,9 +75,9 @@ def half_written(file: Any, data: Any) -> None:
 
 # Step: where it is called, by what name, and what is done of it before the kill.
 STEPS: dict[str, tuple[Any, str, Callable[..., object] | None]] = {
-    "planning": (plan._Hashed, "write", lambda self, data: half_written(self.file, data)),
-    "plan renamed": (job, "write_whole", None),
-    "shard begun": (folder.Folder, "sweep", None),
+    "planning": (plan._Counted, "write", lambda self, data: half_written(self.file, data)),
+    "plan renamed": (folder.Folder, "hand_over", None),
+    "shard begun": (shard, "_write_shard", None),
     "reading": (reading, "_read_local", None),
     "decoding": (pipeline, "decode", None),
     "forward": (compute.Network, "submit", None),
@@ -86,7 +86,7 @@ STEPS: dict[str, tuple[Any, str, Callable[..., object] | None]] = {
     "before a rename": (os, "replace", None),
     "after a rename": (os, "replace", os.replace),
     "all renamed": (os, "fsync", None),
-    "index": (commit, "write_whole", None),
+    "job or index": (folder.Folder, "put", None),
 }
 
 
@@ -167,8 +167,8 @@ def kill_local(root: Path, kills: int, expected: str, rng: random.Random, parts:
             seen[step] += 1
             assert before <= markers(output), "a shard that was done is lost"
             redone = max(redone, len(folder.Folder(output).deaths()) - dead)
-        elif len(markers(output)) == len(plan.Plan(output / "plan")):
-            commit.complete(folder.Folder(output), len(plan.Plan(output / "plan")))
+        elif len(markers(output)) == len(plan.Plan(folder.Folder(output))):
+            commit.complete(folder.Folder(output), len(plan.Plan(folder.Folder(output))))
             found = digest(output)
             if found != expected:
                 names = {str(file.relative_to(output)) for file in output.rglob("*")}
@@ -222,6 +222,30 @@ def kill_ray(root: Path, kills: int, expected: str, rng: random.Random) -> dict[
     return {"kills": {"an actor at work": seen}, "jobs_completed": jobs}
 
 
+def add(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """One result of two, of different seeds."""
+    engines = {**other["engines"], **result["engines"]}
+    for engine in result["engines"].keys() & other["engines"].keys():
+        one, two = result["engines"][engine], other["engines"][engine]
+        engines[engine] = {
+            "kills": dict(sorted((Counter(one["kills"]) + Counter(two["kills"])).items())),
+            "jobs_completed": one["jobs_completed"] + two["jobs_completed"],
+            **{name: max(one[name], two[name]) for name in one if name.startswith("most")},
+        }
+    return {**result, "engines": {name: engines[name] for name in sorted(engines)}}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["| engine | kills | of them at a named step | jobs completed | shards redone a kill, at most |"]
+    lines += ["|---|---|---|---|---|"]
+    for engine, found in result["engines"].items():
+        kills = sum(found["kills"].values())
+        named = sum(count for step, count in found["kills"].items() if step in STEPS)
+        redone = found.get("most_shards_redone_a_kill", "-")
+        lines.append(f"| {engine} | {kills} | {named} | {found['jobs_completed']} | {redone} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
@@ -229,6 +253,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["local", "parts", "ray"], choices=["local", "parts", "ray"])
     parser.add_argument("--ray-kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="add to the results that are there")
     parser.add_argument("--dry", action="store_true", help="print only, write no results")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -246,6 +271,8 @@ def main() -> None:
         result = {"environment": environment(), "pictures": args.pictures, "shard_size": SHARD}
         result["engines"] = {engine: run[engine]() for engine in args.engines}
     print(json.dumps(result, indent=1))
+    if args.add and (before := RESULTS / "extract_kills.json").exists():
+        result = add(result, json.loads(before.read_text()))
     if not args.dry:
         save("extract_kills", result)
 

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from environment import environment, save
 
@@ -28,12 +29,18 @@ def main() -> None:
     command = [sys.executable, "-m", "dinov3_lite", "evaluate", str(data / "preds"), str(data / "masks"), "--json"]
     (found,) = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout).values()
     rows = {ours: {"published": published[theirs], "ours": found[ours]} for ours, theirs in NAMES.items()}
-    for name, row in rows.items():
-        print(f"{name:<6} published {row['published']:.16f}  ours {row['ours']:.16f}")
-    save(
-        "golden_measures",
-        {"environment": environment("pysodmetrics"), "published with": version, "measures": rows},
-    )
+    result = {"environment": environment("pysodmetrics"), "published with": version, "measures": rows}
+    save("golden_measures", result)
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Published and found values, as markdown."""
+    names, rows = list(result["measures"]), result["measures"].values()
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    for who, label in (("published", f"published with {result['published with']}"), ("ours", "`evaluate`")):
+        lines.append(f"| {label} | {' | '.join(f'{row[who]:.12f}' for row in rows)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

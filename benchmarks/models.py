@@ -25,14 +25,17 @@ from environment import headline, opened, save
 from timing import in_a_child, once, peak_mib, process_mib
 from torch import nn
 
-from dinov3_lite import DINOv3Config, DINOv3ViT
+from dinov3_lite import DINOv3Config, DINOv3ConvNeXt, DINOv3ConvNeXtConfig, DINOv3ViT
+from dinov3_lite.config import CONVNEXTS, config_from_name
+from dinov3_lite.loading import Backbone, skeleton
 
-VARIANTS = ("vitt16", "vits16", "vits16plus", "vitb16", "vitl16", "vitl16plus", "vith16plus", "vitg16", "vit7b16")
+VITS = ("vitt16", "vits16", "vits16plus", "vitb16", "vitl16", "vitl16plus", "vith16plus", "vitg16", "vit7b16")
+VARIANTS = (*VITS, *CONVNEXTS)
 RELEASED = ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16")  # by Meta: what people choose among
 DTYPES = ("float32", "bfloat16")
 SIDES = (224, 512)
 PICTURES = (2, 6)  # in a training step; the difference is what four pictures add
-TRAINED = ("vits16", "vits16plus", "vitb16", "vitl16", "vitl16plus")
+TRAINED = ("vits16", "vits16plus", "vitb16", "vitl16", "vitl16plus", *CONVNEXTS)
 BUDGETS = (8, 12, 24, 48, 80)  # GB of memory that cards have
 RESERVE = 1.0  # GB that a GPU's context and the allocator's fragments take
 
@@ -115,9 +118,16 @@ def measured(row: Row, timed: bool) -> Row:
     return {"peak MiB": process_mib("VmHWM") - base + held, "computed": not fits, "seconds": seconds}
 
 
-def made(variant: str, dtype: torch.dtype, shared: bool = False) -> DINOv3ViT:
-    """A model of the variant's shapes: one block of made weights, then its copies, or the same one all over."""
-    config = DINOv3Config.from_name(variant)
+def made(variant: str, dtype: torch.dtype, shared: bool = False) -> Backbone:
+    """A model of the variant's shapes: of a ViT one block of made weights, then its copies, or the same one all over.
+
+    Raises ValueError for a ConvNeXt whose blocks are to be shared: they have many shapes, and fit.
+    """
+    config = config_from_name(variant)
+    if isinstance(config, DINOv3ConvNeXtConfig):
+        if shared:
+            raise ValueError(f"{variant} does not fit into memory: free some")
+        return DINOv3ConvNeXt(config).to(dtype).eval()
     model = DINOv3ViT.from_name(variant, num_hidden_layers=1).to(dtype).eval()
     block = model.blocks[0]
     more = range(config.num_hidden_layers - 1)
@@ -135,7 +145,8 @@ def timings(call: Any, seconds: float = 5.0) -> list[float]:
 
 def training(row: Row) -> float:
     """MiB that a picture adds to forward and backward, under bfloat16 autocast; a step of AdamW goes before."""
-    model = DINOv3ViT.from_name(row["variant"]).train()
+    model_class = DINOv3ConvNeXt if row["variant"] in CONVNEXTS else DINOv3ViT
+    model = model_class.from_name(row["variant"]).train()
     model.gradient_checkpointing = row["kind"].endswith("checkpointed")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False)
 
@@ -152,8 +163,7 @@ def training(row: Row) -> float:
 
 def parameters(variant: str) -> int:
     """How many numbers a checkpoint of the variant holds: zeros that stand for absent key biases are not among them."""
-    with torch.device("meta"):
-        tensors = DINOv3ViT(DINOv3Config.from_name(variant)).state_dict()
+    tensors = skeleton(config_from_name(variant)).state_dict()
     return sum(tensor.numel() for name, tensor in tensors.items() if not name.startswith("rope_embed."))
 
 
@@ -175,11 +185,22 @@ def variants_table() -> str:
         "| variant | embedding | depth | heads | MLP | parameters | float32 | bfloat16 |",
         "|---" + "|--:" * 7 + "|",
     ]
-    for variant in VARIANTS:
+    for variant in VITS:
         config, count = DINOv3Config.from_name(variant), parameters(variant)
         mlp = f"{'SwiGLU' if config.use_gated_mlp else 'GELU'} {config.intermediate_size}"
         cells = [config.hidden_size, config.num_hidden_layers, config.num_attention_heads, mlp, f"{count:,}"]
         lines.append(f"| {variant} | " + " | ".join(map(str, [*cells, size(4 * count), size(2 * count)])) + " |")
+    return "\n".join(lines)
+
+
+def convnexts_table() -> str:
+    """A line a ConvNeXt: channels and blocks of its stages, and how large it is."""
+    stages = " | ".join(f"stage {i}, stride {4 * 2 ** (i - 1)}" for i in (1, 2, 3, 4))
+    lines = [f"| variant | {stages} | blocks | parameters | float32 | bfloat16 |", "|---" + "|--:" * 8 + "|"]
+    for variant, config in CONVNEXTS.items():
+        count, blocks = parameters(variant), ", ".join(map(str, config.depths))
+        cells = [*config.hidden_sizes, blocks, f"{count:,}", size(4 * count), size(2 * count)]
+        lines.append(f"| {variant} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -247,12 +268,13 @@ def run_gb(result: Row, variant: str, dtype: str) -> float:
 
 def train_gb(result: Row, variant: str, batch: int) -> float:
     """With gradient checkpointing: the measured step; else 18 bytes a parameter (AdamW's state, autocast's copies) and
-    the pictures of the largest measured variant, in proportion to depth times width.
+    the pictures of the largest measured ViT, in proportion to depth times width.
     """
     row = find(result, kind="training, checkpointed", variant=variant)
     if row:
         return (row["peak MiB"] + (batch - row["batch"]) * row["MiB a picture"]) * 2**20 / 1e9
-    largest = next((found for found in reversed(result["rows"]) if found["kind"] == "training, checkpointed"), None)
+    of_vits = [row for row in result["rows"] if row["kind"] == "training, checkpointed" and row["variant"] in VITS]
+    largest = of_vits[-1] if of_vits else None
     if not largest:
         return float("inf")
     share = layers_times_width(variant) / layers_times_width(largest["variant"])

@@ -22,14 +22,21 @@ from typing import Any
 import compare_tables
 import conversion
 import extract
+import extract_bad_files
+import extract_kills
 import extract_memory
 import extract_pixels
 import features
+import fit_speed
+import golden_measures
 import growth
 import models
 import parity
+import segmentation
+import sharding
 import startup
 import steps
+import training_memory
 from environment import RESULTS, headline, processor
 
 ROOT = Path(__file__).parent.parent
@@ -151,17 +158,28 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare-amd-memory": of("compare_amd", compare_tables.memory_table),
     "compare-convnext": of("compare_convnext", compare_tables.time_table),
     "compare-convnext-memory": of("compare_convnext", compare_tables.memory_table),
+    "training-memory": of("training_memory", training_memory.table),
     "extract": of("extract", extract.table),
+    "extract-bfloat16": of("extract_bfloat16", extract.table),
+    "extract-workers": of("extract_workers", extract.workers_table),
+    "extract-kills": of("extract_kills", extract_kills.table),
+    "extract-bad-files": of("extract_bad_files", extract_bad_files.table),
     "extract-memory": of("extract_memory", extract_memory.table),
     "extract-pixels": of("extract_pixels", extract_pixels.table),
+    "segmentation": of("segmentation", segmentation.table),
+    "fit-speed": of("fit_speed", fit_speed.table),
+    "golden-measures": of("golden_measures", golden_measures.table),
     "layers": of("features", lambda found: features.tables(found)["layers"]),
     "packed": of("features", lambda found: features.tables(found)["packed"]),
     "windows": of("features", lambda found: features.tables(found)["windows"]),
     "growth": of("growth", growth.table),
     "startup": of("startup", startup.table),
     "conversion": of("conversion", conversion.table),
+    "sharding": of("sharding", sharding.table),
+    "sharding-sparse": of("sharding", sharding.sparse_table),
     "steps": of("steps", steps.table),
     "models-variants": models.variants_table,
+    "models-convnexts": models.convnexts_table,
     "models-forward": of("models", models.forward_table),
     "models-training": of("models", models.training_table),
     "models-choice": lambda: models.choice_table(result("models")),

@@ -59,8 +59,10 @@ def median_ratio(seconds: list[float], others: list[float]) -> float:
 
 
 def quartiles(seconds: list[float]) -> list[float]:
-    """The lower quartile, the median, the upper one; of a single time, that three times."""
-    return statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    """The lower quartile, the median, the upper one; of fewer than three times the least, the median, the most."""
+    if len(seconds) < 3:
+        return [min(seconds), statistics.median(seconds), max(seconds)]
+    return statistics.quantiles(seconds, n=4)
 
 
 def uneven(seconds: list[float], most: float = 0.15) -> bool:

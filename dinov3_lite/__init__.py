@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .interfaces import DINOv3ConvNextBackbone, DINOv3ViTBackbone, FeaturesOnly
     from .loading import load
     from .model import DINOv3Output, DINOv3ViT
+    from .sharding.loading import load_weights
     from .window import sliding_window_features
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "extract",
     "freeze_but_last",
     "load",
+    "load_weights",
     "open_features",
     "optimize_for_inference",
     "parameter_groups",
@@ -61,6 +63,7 @@ _MODULES = {
     "extract": "extraction.engines",
     "freeze_but_last": "finetune",
     "load": "loading",
+    "load_weights": "sharding.loading",
     "open_features": "extraction.store",
     "optimize_for_inference": "inference",
     "parameter_groups": "finetune",

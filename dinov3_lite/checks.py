@@ -24,9 +24,13 @@ def check_images(
 
     pixels: whether they may be whole numbers.
     """
-    p = patch_size
     check_kind(images, channels, name, dims, pixels)
-    H, W = images.shape[-2:]
+    height, width = images.shape[-2:]
+    return patch_grid(height, width, patch_size)
+
+
+def patch_grid(H: int, W: int, p: int) -> tuple[int, int]:
+    """The grid (h, w) of patches of p pixels a side in an image of H x W pixels."""
     if p > H or p > W or H % p or W % p:
         raise ValueError(
             f"image height {H} and width {W} must be multiples of the patch size {p}: "

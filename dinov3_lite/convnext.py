@@ -18,20 +18,21 @@ import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import convnext_features as features
-from .checkpoint import Checkpoint, assign, open_checkpoint
-from .checkpoint.hub import locate
 from .checks import BATCH, check_dtype, check_kind
 from .config import DINOv3ConvNeXtConfig
 from .features import dtype_of
 from .layers import OURS, DropPath, LayerNorm, LayerScale, Mlp
 from .model import DINOv3Output
-from .pretrained import Pretrained
+from .pretrained import Opening, Pretrained, open_source
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Stem(nn.Module):
@@ -143,6 +144,9 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
             traffic, and their error.
     """
 
+    config_class = DINOv3ConvNeXtConfig
+    _no_split_modules = ("ConvNeXtBlock",)  # what accelerate leaves whole
+
     def __init__(self, config: DINOv3ConvNeXtConfig, patch_size: int | None = None) -> None:
         super().__init__()
         self.config = config
@@ -190,36 +194,18 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         patch_size: int | None = None,
-        prefix: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
+        **opening: Unpack[Opening],
     ) -> DINOv3ConvNeXt:
-        """Load a checkpoint as `DINOv3ViT.from_pretrained` does, in evaluation mode. patch_size: see the class.
+        """Load a checkpoint, in evaluation mode: every tensor comes from it, or an error names those that don't.
 
-        Raises FileNotFoundError if there is no such source, ValueError if it is damaged, of another architecture, or
-        does not fit its config.
+        patch_size: see the class. The other arguments are those of `DINOv3ViT.from_pretrained`: prefix, num_channels,
+            channel_rule, subfolder, revision, cache_dir, local_files_only.
+
+        Raises FileNotFoundError if there is no such source, ValueError if it is damaged or of another architecture.
         """
         check_dtype(dtype)
-        path = locate(
-            source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        opened = open_checkpoint(path, prefix=prefix)
+        opened = open_source(source, **opening)
         return cls.from_checkpoint(opened, dtype=dtype, device=device, patch_size=patch_size)
-
-    @classmethod
-    def from_checkpoint(cls, opened: Checkpoint, patch_size: int | None = None, **options: Any) -> DINOv3ConvNeXt:
-        """Make the model of a checkpoint that `open_checkpoint` opened; options are the dtype and the device.
-
-        Raises ValueError if the checkpoint is a ViT's.
-        """
-        opened.check_family(DINOv3ConvNeXtConfig)
-        with torch.device("meta"):
-            model = cls(opened.config, patch_size)
-        assign(model, opened, **options)  # dtype, device
-        model.weights_id, model.card = opened.weights_id, opened.card
-        return model.eval()
 
     def forward(
         self,
@@ -292,10 +278,8 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
         name: what errors call them. pixels: allow integer dtypes too.
         """
         check_kind(images, self.num_channels, name, dims, pixels)
-        (H, W), least = images.shape[-2:], self.stride
-        if least > H or least > W:
-            raise ValueError(f"image height {H} and width {W} must be at least {least}, the stride of the last stage")
-        return H // least, W // least
+        height, width = images.shape[-2:]
+        return self.grid_of(height, width)
 
 
 def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *options: Any) -> list[Tensor]:

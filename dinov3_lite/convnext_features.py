@@ -46,6 +46,25 @@ class Sizes(nn.Module):
         """How many pixels a patch token stands for, along one side: the last of `strides`."""
         return self.strides[-1]
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns (h, w) of the last stage's map for an image of this size. Raises ValueError if too small."""
+        least = self.stride
+        if least > height or least > width:
+            raise ValueError(
+                f"image height {height} and width {width} must be at least {least}, the stride of the last stage"
+            )
+        return height // least, width // least
+
+    @property
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        """What fine-tuning counts, first to last: the blocks of all stages, a step down with the block behind it."""
+        stages: Any = self.stages
+        return [
+            (stage.downsample, block) if i == 0 else (block,)
+            for stage in stages
+            for i, block in enumerate(stage.blocks)
+        ]
+
     @property
     def embed_dim(self) -> int:
         """C, the channels of the last stage's map and the width of a token."""
@@ -60,6 +79,9 @@ class Sizes(nn.Module):
     num_features = embed_dim
     n_storage_tokens = 0
     num_prefix_tokens = 1
+    num_heads = 0
+    packs = False
+    """Whether images of different sizes can run as one sequence."""
 
     @property
     def dtype(self) -> torch.dtype:

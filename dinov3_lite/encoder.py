@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convnext import DINOv3ConvNeXt
-from .loading import load
-from .model import DINOv3ViT
+from .loading import Backbone, load
 
 
 class PyramidEncoder(nn.Module):
@@ -22,35 +20,34 @@ class PyramidEncoder(nn.Module):
     A frozen encoder computes no gradients, keeps no activations, and stays in evaluation mode whatever its parent does.
     """
 
-    def __init__(self, backbone: DINOv3ViT | DINOv3ConvNeXt, freeze: bool = True, simple: bool = False) -> None:
+    def __init__(self, backbone: Backbone, freeze: bool = True, simple: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.freeze = freeze
-        if isinstance(backbone, DINOv3ConvNeXt):
-            if simple:
-                raise ValueError("simple keeps a vision transformer's one grid: a ConvNeXt has four, leave simple out")
-            self.strides, self.channels = backbone.strides, backbone.embed_dims
-        else:
-            p = backbone.patch_size
-            self.strides = (p, p, p, p) if simple else (p // 4, p // 2, p, 2 * p)
-            self.channels = (backbone.embed_dim,) * 4
         self.blocks = backbone.block_indices("quarters")
+        self.native = tuple(backbone.strides[i] for i in self.blocks)
+        self.channels = tuple(backbone.embed_dims[i] for i in self.blocks)
+        p, one_grid = self.native[0], len(set(self.native)) == 1
+        if simple and not one_grid:
+            raise ValueError("simple keeps a vision transformer's one grid: a ConvNeXt has four, leave simple out")
+        self.strides = (p // 4, p // 2, p, 2 * p) if one_grid and not simple else self.native
         backbone.requires_grad_(not freeze)
         self.train(not freeze)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             maps = self.backbone.get_intermediate_layers(x, n=self.blocks, reshape=True, norm=False)
-            return [self._resize(m, x, stride) for m, stride in zip(maps, self.strides, strict=True)]
-
-    def _resize(self, feature_map: Tensor, x: Tensor, stride: int) -> Tensor:
-        if isinstance(self.backbone, DINOv3ConvNeXt) or stride == self.backbone.patch_size:
-            return feature_map
-        size = (max(1, x.shape[-2] // stride), max(1, x.shape[-1] // stride))
-        return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
+            strides = zip(self.native, self.strides, strict=True)
+            return [m if old == new else _resize(m, x, new) for m, (old, new) in zip(maps, strides, strict=True)]
 
     def train(self, mode: bool = True) -> PyramidEncoder:
         return super().train(mode and not self.freeze)
+
+
+def _resize(feature_map: Tensor, x: Tensor, stride: int) -> Tensor:
+    """The map on the grid that the images `x` have at this stride."""
+    size = (max(1, x.shape[-2] // stride), max(1, x.shape[-1] // stride))
+    return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
 
 
 def build_dinov3_encoder(
@@ -65,9 +62,10 @@ def build_dinov3_encoder(
     model_name: a hub id, used if there is no pretrained_path.
     pretrained_path: a file or folder that `dinov3_lite.load` reads, of a ViT or a ConvNeXt.
     freeze: True computes no gradients and stays in evaluation mode; False is for fine-tuning.
-    simple: leave a ViT's maps on the patch grid. Otherwise they are resized bilinearly, with align_corners=False.
-    loading: further arguments of `dinov3_lite.load`: dtype, device, attention, prefix, subfolder, revision, cache_dir,
-        local_files_only.
+    simple: leave a ViT's maps on the patch grid. Otherwise they are resized bilinearly, with align_corners=False; a
+        ConvNeXt's are its four stages as they are, with unequal `channels`.
+    loading: further arguments of `dinov3_lite.load`: dtype, device, attention, prefix, num_channels, channel_rule,
+        subfolder, mesh, revision, cache_dir, local_files_only.
 
     Raises what `dinov3_lite.load` does, and ValueError for a model of fewer than four blocks and for a ConvNeXt with
     `simple`: its stages have strides of their own.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import patch_grid
 from .config import DINOv3Config
 
 
@@ -35,6 +36,11 @@ class Sizes(nn.Module):
     def embed_dim(self) -> int:
         """C, the width of a token."""
         return self.cls_token.shape[-1]
+
+    @property
+    def embed_dims(self) -> tuple[int, ...]:
+        """The width of each block's tokens: all alike."""
+        return (self.embed_dim,) * self.depth
 
     @property
     def n_storage_tokens(self) -> int:
@@ -63,12 +69,28 @@ class Sizes(nn.Module):
         return self.patch_size
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """The stride of each block's patch tokens: all alike."""
+        return (self.stride,) * self.depth
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns (h, w) of patch tokens for an image of this size. Raises ValueError for one not taken."""
+        return patch_grid(height, width, self.patch_size)
+
+    @property
+    def layers(self) -> list[tuple[nn.Module, ...]]:
+        """What fine-tuning counts, first to last: the blocks."""
+        return [(block,) for block in self.blocks]
+
+    @property
     def num_channels(self) -> int:
         """The channels of an image."""
         return getattr(self.patch_embed, "num_channels", self.config.num_channels)
 
     n_blocks = depth
     num_features = embed_dim
+    packs = True
+    """Whether images of different sizes can run as one sequence."""
 
     @property
     def dtype(self) -> torch.dtype:

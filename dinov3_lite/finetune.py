@@ -6,26 +6,29 @@ from typing import Any
 
 from torch import nn
 
-from .model import DINOv3ViT
+from .pretrained import Pretrained
 
 
 def freeze_but_last(model: nn.Module, n: int) -> None:
     """Train the last n blocks and the final LayerNorm and freeze the rest of the model; n = 0 freezes all of it.
 
-    model: a DINOv3ViT, or a module with one inside, whose other parts stay as they are.
+    model: a DINOv3ViT or DINOv3ConvNeXt, or a module with one inside, whose other parts stay as they are. A ConvNeXt's
+        blocks are counted through its stages, 18 or 36 of them, and a step down goes with the block behind it.
 
-    No activations of the frozen blocks are kept: autograd starts at the first block that trains. n = depth leaves
-    embeddings and tokens frozen; `model.requires_grad_(True)` trains everything.
+    No activations of the frozen blocks are kept: autograd starts at the first block that trains. With all blocks
+    training, embeddings and tokens (a ConvNeXt's stem) stay frozen; `model.requires_grad_(True)` trains everything.
 
-    Raises ValueError for an n that is not a whole number from 0 to depth, and for a module without a DINOv3ViT.
+    Raises ValueError for an n that is not a whole number from 0 to that of the blocks, and for a module without a
+    backbone.
     """
-    for vit in vits_inside(model):
-        if isinstance(n, bool) or n not in range(vit.depth + 1):
-            raise ValueError(f"n is {n!r}: expected a number of blocks from 0 to {vit.depth}")
-        vit.requires_grad_(False)
-        if n:
-            vit.blocks[vit.depth - n :].requires_grad_(True)
-            vit.norm.requires_grad_(True)
+    for backbone in backbones_inside(model):
+        layers = backbone.layers
+        if isinstance(n, bool) or n not in range(len(layers) + 1):
+            raise ValueError(f"n is {n!r}: expected a number of blocks from 0 to {len(layers)}")
+        backbone.requires_grad_(False)
+        trained = [part for layer in layers[len(layers) - n :] for part in layer]
+        for part in (*trained, backbone.norm) if n else ():
+            part.requires_grad_(True)
 
 
 def parameter_groups(
@@ -33,28 +36,31 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer, with layer-wise decay of the learning rate.
 
-    model: a DINOv3ViT, or any module with one inside: compiled, wrapped by peft or DistributedDataParallel, a detector.
+    model: a DINOv3ViT or DINOv3ConvNeXt, or any module with one inside: compiled, wrapped by peft or
+        DistributedDataParallel, a detector.
 
-    The learning rate is lr * layer_decay ** (depth + 1 - l) with l = 0 for embeddings and tokens, l = i + 1 for block
-    i, l = depth + 1 for the final LayerNorm (arXiv 1801.06146, section 3.1; 2106.08254 for ViTs). Parameters outside of
-    the DINOv3ViT, such as a head's, have the rate lr in groups of their own. Norms, biases, tokens and LayerScale get
-    no weight decay. Frozen parameters are left out. Each group also has a `name`.
+    The learning rate is lr * layer_decay ** (n + 1 - l) for n blocks, with l = 0 for embeddings and tokens (a
+    ConvNeXt's stem), l = i + 1 for block i, l = n + 1 for the final LayerNorm (arXiv 1801.06146, section 3.1;
+    2106.08254 for ViTs). A ConvNeXt's blocks are counted as by `freeze_but_last`. Parameters outside of the backbone,
+    such as a head's, have the rate lr in groups of their own. Norms, biases, tokens and LayerScale get no weight decay.
+    Frozen parameters are left out. Each group also has a `name`.
 
-    Raises ValueError for a layer_decay that is not above zero, and for a module without a DINOv3ViT.
+    Raises ValueError for a layer_decay that is not above zero, and for a module without a backbone.
     """
     if not layer_decay > 0:
         raise ValueError(f"layer_decay is {layer_decay!r}: expected a number above zero, 1.0 for no decay")
     places: dict[nn.Parameter, tuple[str, int]] = {}  # the layer's name, and how many layers follow it
-    for vit in vits_inside(model):
-        for name, parameter in vit.named_parameters():
-            layer = _layer(name, vit.depth)
-            places.setdefault(parameter, (f"layer {layer}", vit.depth + 1 - layer))
+    for backbone in backbones_inside(model):
+        layers = [*backbone.layers, (backbone.norm,), (backbone,)]  # what is in none of the others comes before all
+        for number, layer in zip((*range(1, len(layers)), 0), layers, strict=True):
+            for parameter in (p for part in layer for p in part.parameters()):
+                places.setdefault(parameter, (f"layer {number}", len(layers) - 1 - number))
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer_name, following = places.get(parameter, ("head", 0))
-        decays = parameter.ndim > 1 and not name.endswith(("token", "tokens"))
+        decays = parameter.ndim > 1 and not name.endswith(("token", "tokens", "bias"))  # stacked, in tensor parallelism
         key = f"{layer_name}, {'decay' if decays else 'no decay'}"
         group = {"name": key, "lr": lr * layer_decay**following, "params": []}
         group["weight_decay"] = weight_decay if decays else 0.0
@@ -62,19 +68,12 @@ def parameter_groups(
     return list(groups.values())
 
 
-def vits_inside(module: nn.Module) -> list[DINOv3ViT]:
-    """The DINOv3ViTs in a module, which may be one. Raises ValueError where there is none."""
-    inside = [part for part in module.modules() if isinstance(part, DINOv3ViT)]
+def backbones_inside(module: nn.Module) -> list[Any]:
+    """The backbones in a module, which may be one. Raises ValueError where there is none."""
+    inside = [part for part in module.modules() if isinstance(part, Pretrained)]
     if not inside:
-        raise ValueError(f"model is a {type(module).__name__} without a DINOv3ViT inside")
+        raise ValueError(f"model is a {type(module).__name__} without a DINOv3ViT or DINOv3ConvNeXt inside")
     return inside
-
-
-def _layer(name: str, depth: int) -> int:
-    """How deep a parameter sits: 0 before the blocks, i + 1 in block i, depth + 1 after them."""
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1 if name.startswith("norm.") else 0
 
 
 def trainable_summary(module: nn.Module) -> str:

@@ -47,8 +47,9 @@ def optimize_for_inference(
     keeps plans of products in memory: where many sizes are seen, up to half a GiB a thread in half precision; the
     environment variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY (1024 each) lower that.
 
-    Raises ValueError for a model in training mode, for one without a backbone, for an unknown backend, for a processor
-    whose statistics are not as many as the model's channels, and for "prepacked" where oneDNN does not take the model.
+    Raises ValueError for a model in training mode, for one that is sharded over a mesh, for one without a backbone, for
+    an unknown backend, for a processor whose statistics are not as many as the model's channels, and for "prepacked"
+    where oneDNN does not take the model.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
@@ -57,6 +58,11 @@ def optimize_for_inference(
         raise ValueError(
             f"model is a {type(model).__name__} without a DINOv3ViT inside: there is nothing to prepare, and no "
             "DINOv3ConvNeXt either"
+        )
+    if parts := [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]:
+        raise ValueError(
+            f"the model is sharded, {parts[0]!r} lies in parts on several devices: expected a whole one; compile the "
+            "sharded one's blocks by torch.compile"
         )
     if model.training or any(backbone.training for backbone in inside):
         raise ValueError("the model is in training mode, where features are random: call model.eval() first")

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import convnext_features
+from .checkpoint import Checkpoint
 from .checkpoint.files import short
-from .checkpoint.hub import locate
 from .checkpoint.json_files import read_json
-from .config import MODEL_TYPE
+from .checks import check_dtype
 from .convnext import DINOv3ConvNeXt
 from .features import patches_and_prefix
 from .model import DINOv3ViT
+from .pretrained import Opening, open_source
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class BackboneOutput(NamedTuple):
@@ -29,7 +32,58 @@ class BackboneOutput(NamedTuple):
     """(B, C) each, or None without `return_class_token`."""
 
 
-class DINOv3ViTBackbone(nn.Module):
+class _Backbone(nn.Module):
+    """What both classes of transformers have in common: stages by index or by name, of a model."""
+
+    model_class: ClassVar[Any]
+    options: ClassVar[tuple[str, ...]]
+    """The constructor's, which config.json may tell of."""
+
+    def __init__(
+        self,
+        model: Any,
+        stem_channels: int,
+        out_indices: Sequence[int] | None,
+        out_features: Sequence[str] | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, model.depth + 1))]
+        self.num_features = [stem_channels, *model.embed_dims]
+        self.out_indices = stages_of(self.stage_names, out_indices, out_features)
+        self.out_features = [self.stage_names[i] for i in self.out_indices]
+        self.channels = [self.num_features[i] for i in self.out_indices]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a checkpoint, in evaluation mode, with the arguments of the model's own `from_pretrained`.
+
+        options: those, and the constructor's options; of the latter, those not given are what the checkpoint's
+            config.json says, as transformers' backbones save it.
+
+        Raises what the model's `from_pretrained` and the constructor do, and ValueError for a config.json whose
+        options are of another type.
+        """
+        check_dtype(dtype)
+        given = {name: options.pop(name) for name in cls.options if name in options}
+        opening: Any = {name: options.pop(name) for name in Opening.__annotations__ if name in options}
+        opened = open_source(source, **opening)
+        model = cls.model_class.from_checkpoint(opened, dtype=dtype, device=device, **options)
+        said = _options_said(opened, cls.options)
+        if {"out_indices", "out_features"} & given.keys():
+            said = {name: value for name, value in said.items() if name not in ("out_indices", "out_features")}
+        return cls(model, **{**said, **given}).eval()
+
+
+class DINOv3ViTBackbone(_Backbone):
     """Feature maps of chosen stages: the options and attributes of transformers' class of the same name.
 
     Stage 0 ("stem") is the embeddings, stage i ("stage{i}") the output of block i - 1. The last stage is always normed,
@@ -38,6 +92,9 @@ class DINOv3ViTBackbone(nn.Module):
     Attributes: `out_indices`, `out_features` (names), `stage_names`, `channels` of the maps, `num_features` of all
     stages, `model`, `config`.
     """
+
+    model_class = DINOv3ViT
+    options = ("out_indices", "out_features", "apply_layernorm", "reshape_hidden_states", "return_class_token")
 
     def __init__(
         self,
@@ -53,46 +110,10 @@ class DINOv3ViTBackbone(nn.Module):
 
         Raises ValueError for a stage that the model does not have, or if both are given and disagree.
         """
-        super().__init__()
-        self.model = model
-        self.config = model.config
-        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, model.depth + 1))]
-        self.num_features = [model.embed_dim] * len(self.stage_names)
-        self.out_indices = stages_of(self.stage_names, out_indices, out_features)
-        self.out_features = [self.stage_names[i] for i in self.out_indices]
-        self.channels = [self.num_features[i] for i in self.out_indices]
+        super().__init__(model, model.embed_dim, out_indices, out_features)
         self.apply_layernorm = apply_layernorm
         self.reshape_hidden_states = reshape_hidden_states
         self.return_class_token = return_class_token
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        attention: str = "auto",
-        prefix: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        **stages: Any,
-    ) -> DINOv3ViTBackbone:
-        """Load as `DINOv3ViT.from_pretrained` does, whose arguments these are. In evaluation mode.
-
-        stages: the constructor's options; those not given are what the checkpoint's config.json says, as transformers'
-            backbones save it.
-        """
-        path = locate(
-            source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        model = DINOv3ViT.from_pretrained(path, dtype=dtype, device=device, attention=attention, prefix=prefix)
-        said = _stages_of(path)
-        if {"out_indices", "out_features"} & stages.keys():
-            said = {name: value for name, value in said.items() if name not in ("out_indices", "out_features")}
-        return cls(model, **{**said, **stages}).eval()
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         """Maps of the chosen stages, of normalised images (B, 3, H, W). Raises ValueError as the model does."""
@@ -110,7 +131,7 @@ class DINOv3ViTBackbone(nn.Module):
         return BackboneOutput(tuple(maps), tuple(cls_tokens) if self.return_class_token else None)
 
 
-class DINOv3ConvNextBackbone(nn.Module):
+class DINOv3ConvNextBackbone(_Backbone):
     """Feature maps of chosen stages: the options and attributes of transformers' class of the same name.
 
     Stage 0 ("stem") is the images as given, stage i ("stage{i}") the map of the i-th stage before the final LayerNorm.
@@ -119,6 +140,9 @@ class DINOv3ConvNextBackbone(nn.Module):
     Attributes: `out_indices`, `out_features` (names), `stage_names`, `channels` of the maps, `num_features` of all
     stages, `model`, `config`.
     """
+
+    model_class = DINOv3ConvNeXt
+    options = ("out_indices", "out_features")
 
     def __init__(
         self,
@@ -131,26 +155,7 @@ class DINOv3ConvNextBackbone(nn.Module):
 
         Raises ValueError for a stage that the model does not have, or if both are given and disagree.
         """
-        super().__init__()
-        self.model = model
-        self.config = model.config
-        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, model.depth + 1))]
-        self.num_features = [model.config.num_channels, *model.embed_dims]
-        self.out_indices = stages_of(self.stage_names, out_indices, out_features)
-        self.out_features = [self.stage_names[i] for i in self.out_indices]
-        self.channels = [self.num_features[i] for i in self.out_indices]
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        **stages: Any,
-    ) -> DINOv3ConvNextBackbone:
-        """Load as `DINOv3ConvNeXt.from_pretrained` does; `stages` are the constructor's options. In evaluation mode."""
-        return cls(DINOv3ConvNeXt.from_pretrained(source, dtype=dtype, device=device), **stages).eval()
+        super().__init__(model, model.num_channels, out_indices, out_features)
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         """Maps of the chosen stages, of normalised images (B, 3, H, W). Raises ValueError as the model does."""
@@ -185,8 +190,8 @@ def stages_of(stage_names: Sequence[str], indices: Sequence[int] | None, names: 
     return stages
 
 
-# What a config.json says of a backbone, and of which type each must be.
-STAGES = {
+# Of which type each option is that a config.json says of a backbone.
+TYPES = {
     "out_indices": list,
     "out_features": list,
     "apply_layernorm": bool,
@@ -195,17 +200,17 @@ STAGES = {
 }
 
 
-def _stages_of(path: Path) -> dict[str, Any]:
-    """The constructor's options in the config.json of a checkpoint's folder. Raises ValueError if one is no such."""
-    file = path / "config.json"
-    content = read_json(file) if path.is_dir() and file.is_file() else {}
-    if content.get("model_type") != MODEL_TYPE:
+def _options_said(opened: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the options that the config.json of a checkpoint's folder tells. Raises ValueError if one is no such."""
+    file = opened.path / "config.json"
+    content = read_json(file) if file.is_file() else {}
+    if content.get("model_type") != opened.table.family.model_type:
         return {}
-    said = {name: content[name] for name in STAGES if content.get(name) is not None}
+    said = {name: content[name] for name in names if content.get(name) is not None}
     for name, value in said.items():
         of = int if name == "out_indices" else str
-        if not isinstance(value, STAGES[name]) or (isinstance(value, list) and not all(type(v) is of for v in value)):
-            kind = f"a list of {of.__name__}" if STAGES[name] is list else "true or false"
+        if not isinstance(value, TYPES[name]) or (isinstance(value, list) and not all(type(v) is of for v in value)):
+            kind = f"a list of {of.__name__}" if TYPES[name] is list else "true or false"
             raise ValueError(f"{file}: {name} is {short(value)}: expected {kind}")
     return said
 

@@ -120,13 +120,19 @@ class QKVProjection(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (bias := destination.pop(f"{prefix}bias", None)) is not None:
             thirds = zip(self.has_bias.items(), bias.chunk(3), strict=True)
-            destination.update({f"{prefix}{name}": third for (name, present), third in thirds if present})
+            destination.update({f"{prefix}{name}": _with_own_storage(t) for (name, present), t in thirds if present})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
     ) -> None:
-        """Also takes `bias` whole, as `named_parameters` names it."""
+        """Also takes `bias` whole, as `named_parameters` names it.
+
+        Where all thirds are there, they count: `torch.distributed.checkpoint.state_dict` and accelerate put the
+        parameter as it is beside what they were given.
+        """
         names = [f"{prefix}{name}" for name, present in self.has_bias.items() if present]
+        if names and all(name in state_dict for name in names):
+            state_dict.pop(f"{prefix}bias", None)
         if names and f"{prefix}bias" not in state_dict:
             absent = [name for name in names if name not in state_dict]
             missing.extend(absent if strict else [])
@@ -145,22 +151,28 @@ class QKVProjection(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
 
 
+def _with_own_storage(view: Tensor) -> Tensor:
+    """The same memory, as a tensor that shares its storage with none: accelerate and safetensors save only such."""
+    is_plain = type(view) is Tensor and view.device.type in ("cpu", "cuda") and not view.requires_grad
+    return torch.from_dlpack(view) if is_plain and not torch.compiler.is_compiling() else view
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with RoPE on queries and keys: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.qkv = QKVProjection(config)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (B, N, heads, D) each
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (B, N, heads, D) each
         return self.proj(attention(q, k, v, cos, sin).flatten(-2))
 
     def cls_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The weights softmax(scale q k^T) of the CLS token's query: (B, heads, N), in the tables' dtype."""
-        q, k, _ = self.qkv(x).to(cos.dtype).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        q, k, _ = self.qkv(x).to(cos.dtype).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], apply_rope(k, cos, sin))  # a prefix token is not rotated
             return (scores * q.shape[-1] ** -0.5).softmax(dim=-1)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .attention import resolve_attention
-from .checkpoint import open_checkpoint
-from .checkpoint.hub import locate
 from .checks import check_dtype
-from .config import DINOv3Config
 from .convnext import DINOv3ConvNeXt
 from .model import DINOv3ViT
+from .pretrained import Opening, open_source
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
 
 Backbone = DINOv3ViT | DINOv3ConvNeXt
+CLASSES: dict[type, type[DINOv3ViT] | type[DINOv3ConvNeXt]] = {
+    model_class.config_class: model_class for model_class in (DINOv3ViT, DINOv3ConvNeXt)
+}
 
 
 def load(
@@ -23,27 +29,33 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     attention: str = "auto",
-    prefix: str | None = None,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
+    mesh: DeviceMesh | None = None,
+    **opening: Unpack[Opening],
 ) -> Backbone:
     """Load whichever DINOv3 backbone a checkpoint holds, as its class's `from_pretrained` does, in evaluation mode.
 
-    attention: for a vision transformer, see `DINOv3ViT`. The other arguments are those of `DINOv3ViT.from_pretrained`.
+    attention, mesh: for a vision transformer, see `DINOv3ViT`. The other arguments are those of its `from_pretrained`:
+        prefix, num_channels, channel_rule, subfolder, revision, cache_dir, local_files_only.
 
     Returns a DINOv3ViT or a DINOv3ConvNeXt. Raises FileNotFoundError and ValueError as `DINOv3ViT.from_pretrained`, and
-    ValueError if `attention` is given for a ConvNeXt, which has none.
+    ValueError if `attention` or `mesh` is given for a ConvNeXt, which has none.
     """
     resolve_attention(attention)
     check_dtype(dtype)
-    path = locate(
-        source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
-    )
-    opened = open_checkpoint(path, prefix=prefix)
-    if isinstance(opened.config, DINOv3Config):
-        return DINOv3ViT.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)
+    opened = open_source(source, **opening)
+    model_class = CLASSES[type(opened.config)]
+    if model_class is DINOv3ViT:
+        return DINOv3ViT.from_checkpoint(opened, dtype=dtype, device=device, mesh=mesh, attention=attention)
     if attention != "auto":
-        raise ValueError(f"attention is {attention!r} and {path} holds a ConvNeXt, which has none: leave it out")
-    return DINOv3ConvNeXt.from_checkpoint(opened, dtype=dtype, device=device)
+        raise ValueError(f"attention is {attention!r} and {opened.path} holds a ConvNeXt, which has none: leave it out")
+    if mesh is not None:
+        raise ValueError(
+            f"mesh is given and {opened.path} holds a ConvNeXt, of 0.2 billion parameters at most: leave it out"
+        )
+    return model_class.from_checkpoint(opened, dtype=dtype, device=device)
+
+
+def skeleton(config: Any) -> Backbone:
+    """A model of that config without weights, on the meta device: what it takes and gives can be asked of it."""
+    with torch.device("meta"):
+        return CLASSES[type(config)](config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,16 @@ from torch.utils import _pytree
 
 from . import features
 from .attention import resolve_attention
-from .checkpoint import Checkpoint, assign, open_checkpoint
-from .checkpoint.channels import with_channels
-from .checkpoint.hub import locate
 from .checks import BATCH, SINGLE, check_dtype, check_images, check_keep_indices, check_mask, check_patches
 from .config import FLOAT32_UNDER_HALF, DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
 from .packing import PackedAttention, Tokens, pack, unpack
-from .pretrained import Pretrained
+from .pretrained import Opening, Pretrained, open_source
 from .rope import RotaryEmbedding2D, rope_periods
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
 
 
 class DINOv3Output(NamedTuple):
@@ -88,6 +89,9 @@ class DINOv3ViT(features.Sizes, Pretrained):
     features then change from call to call, as in both references.
     """
 
+    config_class = DINOv3Config
+    _no_split_modules = ("Block",)  # what accelerate leaves whole: x flows around its parts
+
     def __init__(self, config: DINOv3Config, attention: str = "auto") -> None:
         super().__init__()
         resolve_attention(attention)
@@ -140,42 +144,26 @@ class DINOv3ViT(features.Sizes, Pretrained):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         attention: str = "auto",
-        prefix: str | None = None,
-        subfolder: str | None = None,
-        num_channels: int | None = None,
-        channel_rule: str = "repeat",
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
+        mesh: DeviceMesh | None = None,
+        **opening: Unpack[Opening],
     ) -> DINOv3ViT:
         """Load a checkpoint, in evaluation mode: every tensor comes from it, or an error names those that don't.
 
         source: a checkpoint folder or a file, in the layout of transformers, Meta, timm or our own, or a hub id. A
             converted file on the CPU is memory-mapped: pages load when first used, and training never writes to it.
         dtype: of the weights; None keeps the checkpoint's own. RoPE periods stay float32, and tokens do under float16.
-        device: to load to; None is the CPU. attention: see the class.
-        prefix: how the names of the wanted backbone begin, where a file holds several (None: see `checkpoint.choose`).
-        num_channels: other than the checkpoint's; channel_rule: "repeat" or "mean", see `checkpoint.channels`.
-        subfolder: within the source. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
+        device: to load to; None is the CPU. attention: see the class. mesh: to shard over, see `dinov3_lite.sharding`.
+        opening: any of these.
+            prefix: how the names of the wanted backbone begin, if a file holds several (None: see `checkpoint.choose`).
+            num_channels: other than the checkpoint's; channel_rule: "repeat" or "mean", see `checkpoint.channels`.
+            subfolder: within the source. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
         Raises FileNotFoundError if there is no such source, ValueError if it is damaged or of another architecture.
         """
         resolve_attention(attention)
         check_dtype(dtype)
-        on_hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        path = locate(source, subfolder=subfolder, **on_hub)  # type: ignore[arg-type]
-        opened = with_channels(open_checkpoint(path, prefix=prefix), num_channels, channel_rule)
-        return cls.from_checkpoint(opened, dtype=dtype, device=device, attention=attention)
-
-    @classmethod
-    def from_checkpoint(cls, opened: Checkpoint, attention: str = "auto", **options: Any) -> DINOv3ViT:
-        """The model of a checkpoint from `open_checkpoint`; options: dtype, device. ValueError for a ConvNeXt's."""
-        opened.check_family(DINOv3Config)
-        with torch.device("meta"):
-            model = cls(opened.config, attention)
-        assign(model, opened, **options)  # dtype, device
-        model.weights_id, model.card = opened.weights_id, opened.card
-        return model.eval()
+        opened = open_source(source, **opening)
+        return cls.from_checkpoint(opened, dtype=dtype, device=device, mesh=mesh, attention=attention)
 
     def forward(
         self,

@@ -5,25 +5,93 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .checkpoint import Card
+    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Self
+
+    from .checkpoint import Card, Checkpoint
 
 SAMPLES = 16  # numbers of each parameter
+
+
+class Opening(TypedDict, total=False):
+    """Which weights of a source are meant, and how they are come by: what every way to load a model takes."""
+
+    prefix: str | None
+    """What stands before the names of the backbone that is meant, of several (None: see `checkpoint.choose`)."""
+    num_channels: int | None
+    """Of the images, if others than the checkpoint's."""
+    channel_rule: str
+    """How the first projection is then adapted: "repeat" or "mean", see `dinov3_lite.checkpoint.channels`."""
+    subfolder: str | None
+    """Of the source."""
+    revision: str | None
+    """Of a hub id, as in huggingface_hub; so are the next two."""
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    *,
+    prefix: str | None = None,
+    num_channels: int | None = None,
+    channel_rule: str = "repeat",
+    **place: Any,
+) -> Checkpoint:
+    """The opened checkpoint of a folder, a file or a hub id; its arguments are those of `Opening`.
+
+    Raises FileNotFoundError and ValueError as `checkpoint.hub.locate` and `open_checkpoint` do.
+    """
+    from .checkpoint import open_checkpoint  # files and names are read when something is loaded, not with the network
+    from .checkpoint.channels import with_channels
+    from .checkpoint.hub import locate
+
+    return with_channels(open_checkpoint(locate(source, **place), prefix=prefix), num_channels, channel_rule)
 
 
 class Pretrained(nn.Module):
     """Base of both architectures: where the weights came from (`weights_id`), and `save_pretrained`."""
 
     config: Any
+    config_class: ClassVar[type]
     card: Card | None = None
     """What was said of the weights where they were loaded from: preprocessing, licence, a note."""
     _origin: Origin | None = None
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        opened: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        mesh: DeviceMesh | None = None,
+        **switches: Any,
+    ) -> Self:
+        """The model of an opened checkpoint, in evaluation mode: see `from_pretrained` of the class.
+
+        switches: the constructor's arguments beside the config. Raises ValueError if the checkpoint is another class's.
+        """
+        from .checkpoint import assign
+
+        opened.check_family(cls.config_class)
+        with torch.device("meta"):
+            model = cls(opened.config, **switches)
+        if mesh is None:
+            assign(model, opened, dtype=dtype, device=device)
+        else:
+            from .sharding.loading import assign_sharded
+
+            assign_sharded(model, opened, mesh, dtype=dtype, device=device)
+        model.weights_id, model.card = opened.weights_id, opened.card
+        return model.eval()
 
     @property
     def weights_id(self) -> str:
@@ -59,9 +127,14 @@ class Pretrained(nn.Module):
             that layout is replaced. layout: lite, transformers, meta or timm. dtype: of the weights; None keeps theirs.
 
         The config follows from the modules; preprocessing, licence and note are those of the checkpoint that the model
-        was loaded from. Raises ValueError if its modules are not those of a model of its config (merge adapters first),
+        was loaded from. Of a sharded model, all processes call this: tensor by tensor is gathered, and the first one of
+        the mesh writes. Raises ValueError if its modules are not those of a model of its config (merge adapters first),
         or if the layout can't hold what they are.
         """
+        if any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
+            from .sharding.saving import save_sharded
+
+            return save_sharded(self, Path(path), layout, dtype)
         from .checkpoint.saving import save_model
 
         return save_model(self, Path(path), layout, dtype)
@@ -85,14 +158,19 @@ class Origin:
     def _holds(self, model: nn.Module) -> bool:
         if not self.samples:
             return True
+        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+            from .sharding.parameters import resharded
+
+            resharded(model)
         samples, writes = dict(_samples(model)), _writes(model)
-        if self.samples.keys() != samples.keys():
+        offloaded = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        if self.samples.keys() - offloaded != samples.keys():
             return False
         for name, (tensor, count) in self.writes.items():
             now, count_now = writes[name]
             if tensor() is now() and count != count_now:
                 return False
-        return all(torch.equal(sample.to(samples[name].dtype), samples[name]) for name, sample in self.samples.items())
+        return all(torch.equal(self.samples[name].to(sample.dtype), sample) for name, sample in samples.items())
 
     def __deepcopy__(self, memo: Any) -> Origin:
         return self
@@ -102,10 +180,11 @@ class Origin:
 
 
 def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A few numbers of each parameter that has its numbers here: none of shards, nor on the meta device."""
+    """A few numbers of each parameter, of a DTensor of what lies here: none on the meta device, nor of other kinds."""
     for name, parameter in model.named_parameters():
-        if type(parameter) is nn.Parameter and not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
+        here = parameter.to_local() if hasattr(parameter, "device_mesh") else parameter
+        if type(here) in (nn.Parameter, Tensor) and not here.is_meta:
+            flat = here.detach().reshape(-1)
             yield name, flat[:: max(1, flat.numel() // SAMPLES)].cpu().clone()
 
 

@@ -15,10 +15,12 @@ from dinov3_lite import DINOv3ViT
 @pytest.fixture
 def models(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    models, environment = importlib.import_module("models"), importlib.import_module("environment")
-    for module in (models, environment):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-    return models
+    monkeypatch.setattr(importlib.import_module("environment"), "RESULTS", tmp_path)
+    return importlib.import_module("models")
+
+
+def environment() -> dict:
+    return importlib.import_module("environment").environment()
 
 
 def call(models, monkeypatch, *options: str) -> None:
@@ -29,7 +31,7 @@ def call(models, monkeypatch, *options: str) -> None:
 def test_it_goes_on_where_it_stopped(models, monkeypatch, tmp_path):
     *there, missing = models.wanted(("vitt16",))
     rows = [row | {"peak MiB": 7.0, "computed": False, "seconds": [1.0]} for row in there]
-    stored = {"environment": models.environment(), "rows": rows}
+    stored = {"environment": environment(), "rows": rows}
     (tmp_path / "x.json").write_text(json.dumps(stored))
     call(models, monkeypatch)
     result = json.loads((tmp_path / "x.json").read_text())
@@ -39,7 +41,7 @@ def test_it_goes_on_where_it_stopped(models, monkeypatch, tmp_path):
 
 
 def test_two_machines_are_not_mixed(models, monkeypatch, tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps({"environment": models.environment() | {"threads": 77}, "rows": []}))
+    (tmp_path / "x.json").write_text(json.dumps({"environment": environment() | {"threads": 77}, "rows": []}))
     with pytest.raises(SystemExit, match="measured with threads 77, this is"):
         call(models, monkeypatch)
 

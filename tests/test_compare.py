@@ -83,6 +83,7 @@ def test_a_quartile_far_from_the_median_is_told(script):
     assert tables.time_of(measured, "ours") == "100 (1.00)"
     assert tables.time_of(measured, "timm").endswith(" †")
     assert tables.time_of(row(ours=[0.1], OpenVINO=[0.05]), "OpenVINO") == "50 (0.50) ‡"
+    assert script("timing").quartiles([0.3, 0.1]) == [0.1, 0.2, 0.3]
 
 
 def test_the_fastest_other_computes_in_the_rows_dtype(script):

@@ -270,3 +270,66 @@ def test_a_class_says_which_other_class_a_file_wants(folder, tmp_path):
         ValueError, match="config.json: model_type is 'dinov3_convnext', and the tensors beside it are those of a v"
     ):
         dinov3_lite.load(vit)
+
+
+# ---- the arguments of the one door
+
+
+@pytest.mark.parametrize("rule", ["repeat", "mean"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_other_channels_through_every_door(count, rule, folder, tmp_path):
+    stem = trained_like(TINY_CONVNEXT)["stem.conv.weight"]
+    alike = torch.randn(1, 1, 64, 96)
+    expected = made()(alike.expand(-1, 3, -1, -1)).last_hidden_state
+    options = {"num_channels": count, "channel_rule": rule}
+    model = dinov3_lite.load(folder, **options)
+    assert model.num_channels == model.config.num_channels == count and model.card.preprocessing is None
+    if rule == "mean" or count == 1:  # "repeat" of a number that is no multiple of three prefers the first
+        assert relative_error(model(alike.expand(-1, count, -1, -1)).last_hidden_state, expected) < 2e-6
+    if (count, rule) == (5, "repeat"):
+        assert torch.equal(model.stem.conv.weight, stem[:, [0, 1, 2, 0, 1]] * (3 / 5))
+    for other in (
+        DINOv3ConvNeXt.from_pretrained(folder, **options),
+        DINOv3ConvNextBackbone.from_pretrained(folder, **options).model,
+        dinov3_lite.build_dinov3_encoder(pretrained_path=folder, **options).backbone,
+    ):
+        assert torch.equal(other.stem.conv.weight, model.stem.conv.weight)
+    again = dinov3_lite.load(model.save_pretrained(tmp_path / "again", "transformers"))
+    assert same(again, model.state_dict())
+    processor = ImageProcessor.from_pretrained(folder, **options)
+    assert processor.num_channels == count
+
+
+def test_prefix_and_subfolder_through_every_door(folder, tmp_path):
+    wanted, other = trained_like(TINY_CONVNEXT), trained_like(TINY_CONVNEXT, seed=1)
+    several = {f"student.{name}": tensor for name, tensor in renamed(other, META).items()}
+    several |= {f"teacher.{name}": tensor for name, tensor in renamed(wanted, META).items()}
+    torch.save(several, tmp_path / "both.pth")
+    (tmp_path / "repository").mkdir()
+    folder.rename(tmp_path / "repository" / "inside")
+    doors = (
+        dinov3_lite.load,
+        DINOv3ConvNeXt.from_pretrained,
+        lambda *a, **k: DINOv3ConvNextBackbone.from_pretrained(*a, **k).model,
+        lambda source, **k: dinov3_lite.build_dinov3_encoder(pretrained_path=source, **k).backbone,
+    )
+    for door in doors:
+        assert same(door(tmp_path / "both.pth", prefix="teacher"), wanted)
+        assert same(door(tmp_path / "both.pth", prefix="student"), other)
+        assert same(door(tmp_path / "repository", subfolder="inside", local_files_only=True), wanted)
+        with pytest.raises(TypeError, match="revison"):
+            door(tmp_path / "both.pth", prefix="teacher", revison="main")
+
+
+def test_a_backbone_has_the_stages_that_its_config_says(folder):
+    config = json.loads((folder / "config.json").read_text())
+    said = config | {"out_indices": [1, 3], "out_features": ["stage1", "stage3"]}
+    (folder / "config.json").write_text(json.dumps(said))
+    assert DINOv3ConvNextBackbone.from_pretrained(folder).out_features == ["stage1", "stage3"]
+    assert DINOv3ConvNextBackbone.from_pretrained(folder, out_indices=[-1]).channels == [32]
+    half = DINOv3ConvNextBackbone.from_pretrained(folder, out_features=["stem", "stage2"], dtype=torch.bfloat16)
+    assert half.channels == [3, 16] and half.model.dtype == torch.bfloat16 and not half.training
+    assert DINOv3ConvNextBackbone.from_pretrained(folder, patch_size=16).model.patch_size == 16
+    (folder / "config.json").write_text(json.dumps(said | {"out_indices": "last"}))
+    with pytest.raises(ValueError, match="config.json: out_indices is 'last': expected a list of int"):
+        DINOv3ConvNextBackbone.from_pretrained(folder)

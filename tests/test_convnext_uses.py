@@ -207,6 +207,24 @@ def test_published_numbers_are_compared(tmp_path, monkeypatch, capsys):
         assert verdict in capsys.readouterr().out
 
 
-def test_windows_are_for_a_vit():
-    with pytest.raises(ValueError, match="model is a DINOv3ConvNeXt: windows are for a DINOv3ViT"):
-        sliding_window_features(made(), torch.zeros(1, 3, 64, 64))
+# ---- windows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [-1, 1])
+def test_windows_of_a_convnext_are_blended_at_its_stages_stride(block):
+    model, images = made(), torch.randn(1, 3, 96, 128)
+    stride, (whole,) = model.strides[block], model.get_intermediate_layers(images, n=[block], reshape=True)
+    assert torch.equal(sliding_window_features(model, images, 128, block=block), whole)
+    blended = sliding_window_features(model, images, (96, 64), 32, block=block)
+    expected, total = torch.zeros_like(whole).double(), torch.zeros(whole.shape[-2:]).double()
+    rows, columns = 96 // stride, 64 // stride
+    y, x = (torch.arange(n).double() for n in (rows, columns))
+    tent = torch.outer(torch.minimum(y + 1, rows - y), torch.minimum(x + 1, columns - x))
+    for left in (0, 32, 64):
+        (part,) = model.get_intermediate_layers(images[..., left : left + 64], n=[block], reshape=True)
+        expected[..., left // stride : left // stride + columns] += tent * part
+        total[:, left // stride : left // stride + columns] += tent
+    assert relative_error(blended, expected / total) < 1e-6
+    with pytest.raises(ValueError, match="image width is 100: expected a multiple of 32, the pixels of a patch"):
+        sliding_window_features(model, images[..., :100], 64)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import ROOT, run_python, run_reference
 
-from dinov3_lite import DINOv3Config
+from dinov3_lite.config import config_from_name
 
 FRONTS = ("README.md", "README.zh-CN.md")
 PAGES = {page.stem: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
@@ -72,6 +72,8 @@ def test_a_page_runs(page, folder, monkeypatch):
         pytest.importorskip("peft")
     for name in re.findall("^import (faiss|duckdb)", PAGES[page], re.MULTILINE):
         pytest.importorskip(name)
+    if "import accelerate" in PAGES[page]:
+        pytest.importorskip("accelerate")
     if "dinov3_lite.tasks" in PAGES[page]:
         pytest.importorskip("py_sod_metrics")
     monkeypatch.chdir(folder)
@@ -164,8 +166,7 @@ def test_charts_are_drawn_from_the_committed_results(page_script):
 def test_every_result_is_on_a_page(page_script):
     """A result that no page shows is a loss that nobody sees."""
     used = set(re.findall(r'"(\w+)"', (ROOT / "benchmarks" / "page.py").read_text()))
-    elsewhere = {"segmentation", "golden_measures"}  # in docs/tasks.md, whose tables are written by hand
-    elsewhere |= {"kernel_builds", "rope_attention_cpu", "layer_norm_cpu", "swiglu_cpu"}  # in kernels/README.md
+    elsewhere = {"kernel_builds", "rope_attention_cpu", "layer_norm_cpu", "swiglu_cpu"}  # in kernels/README.md
     assert {file.stem for file in page_script.RESULTS.glob("*.json")} <= used | elsewhere
 
 
@@ -178,15 +179,17 @@ def test_the_errors_on_the_page_of_the_kernels_are_the_committed_ones(name, scri
 
 def test_the_tables_of_models_name_what_loads(scripts):
     """Every hub id leads to the variant of its line, and every variant has one, but for the one without weights."""
-    rows = [line.split("|")[1:] for line in PAGES["models"].splitlines() if re.match(r"\| vit\w+.*`\w+/", line)]
+    rows = [
+        line.split("|")[1:] for line in PAGES["models"].splitlines() if re.match(r"\| (vit|convnext-)\w+.*`\w+/", line)
+    ]
     named = {
         (cells[0].split(",")[0].strip(), hub)
         for cells in rows
         for hub in re.findall("`((?:facebook|robbyant)/.+?)`", str(cells))
     }
-    assert {variant for variant, _ in named} == {*scripts("models").VARIANTS} - {"vitl16plus"} and len(named) == 15
+    assert {variant for variant, _ in named} == {*scripts("models").VARIANTS} - {"vitl16plus"} and len(named) == 22
     for variant, hub in named:
-        assert DINOv3Config.from_name(hub) == DINOv3Config.from_name(variant), hub
+        assert config_from_name(hub) == config_from_name(variant), hub
 
 
 # ---- links

@@ -298,7 +298,7 @@ def test_a_vit_s_at_768_px_is_within_two_megabytes():
     assert grid == (48, 48)
     page = explore([("photo.jpg", pixels)], model, ImageProcessor(), [grid], blocks_that_fit([grid], model))
     assert len(page) < 2e6
-    assert len(page) < page_bytes([grid], 384, 6, 1)
+    assert len(page) < page_bytes([grid], model, [11])
     photo = re.search(r"data:image/jpeg;base64,([\w+/=]+)", page)[1]
     assert Image.open(io.BytesIO(base64.b64decode(photo))).size == (1024, 768)
 
@@ -315,7 +315,7 @@ def test_what_a_browser_would_not_open_is_said_before(folder, capsys):
     model = DINOv3ViT.from_name("vits16")
     with pytest.raises(ValueError, match=r"the page would have about \d{3} MB, for 60 pictures and 12 blocks"):
         check_size([(48, 48)] * 60, model, range(12))
-    with pytest.raises(ValueError, match="size is 100: expected multiples of the patch size 16"):
+    with pytest.raises(ValueError, match="size is 100: expected multiples of 16, the pixels of a patch"):
         grid_of(np.zeros((30, 60, 3), np.uint8), 100, 16)
     command = ["explore", str(folder / "first.png"), "--model", str(folder / "checkpoint"), "--output"]
     for extra, message in (

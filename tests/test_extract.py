@@ -1,52 +1,24 @@
-"""`extract` and `open_features`: rows are those of a direct forward, whatever the pictures come from."""
+"""`extract` and `open_features`: rows are those of a direct forward, and the folder is what the page says."""
 
 from __future__ import annotations
 
-import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from extracted import OUTPUTS, tree
 from helpers import TINY, relative_error, run_python, write_checkpoint
-from pictures import PREPROCESSING_48, picture, write_pictures, write_tar
+from pictures import PREPROCESSING_48
 
 import dinov3_lite
 from dinov3_lite import DINOv3ViT, ImageProcessor
-from dinov3_lite.extraction import decode
-from dinov3_lite.extraction.formats import convert
+from dinov3_lite.__main__ import main
 
 Image = pytest.importorskip("PIL.Image")
 ImageOps = pytest.importorskip("PIL.ImageOps")
-
-OUTPUTS = ["cls_token", "patch_mean", "patch_tokens", "register_tokens"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("model"), TINY, preprocessing=PREPROCESSING_48)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Sixteen pictures and a file that is none."""
-    folder = tmp_path_factory.mktemp("photos")
-    write_pictures(folder, 16)
-    (folder / "notes.txt").write_text("no picture")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def names(photos):
-    return sorted(str(p.relative_to(photos)) for p in photos.rglob("*") if p.is_file() and p.suffix != ".txt")
-
-
-@pytest.fixture(scope="module")
-def complete(checkpoint, photos, tmp_path_factory):
-    output = tmp_path_factory.mktemp("complete") / "features"
-    return dinov3_lite.extract(
-        photos, checkpoint, output, outputs=OUTPUTS, store="float32", batch_size=3, shard_size=7, decode_threads=2
-    )
+pytest_plugins = ["extracting"]
 
 
 def direct(checkpoint, file, size=(48, 48), blocks=None):
@@ -180,244 +152,91 @@ def test_float16_files_and_half_precision(checkpoint, photos, complete, tmp_path
     assert 1e-4 < error < 3e-2
 
 
-def test_rounded_and_scaled_pictures_are_near_and_say_so(checkpoint, tmp_path):
-    (tmp_path / "in").mkdir()
-    for i in range(4):
-        (tmp_path / "in" / f"{i}.jpg").write_bytes(picture(i, size=(800, 600)))
-    exact = dinov3_lite.extract(tmp_path / "in", checkpoint, tmp_path / "exact", store="float32")
-    for options in ({"resize": "uint8"}, {"scaled_decoding": True}):
-        near = dinov3_lite.extract(tmp_path / "in", checkpoint, tmp_path / str(*options), store="float32", **options)
-        error = relative_error(torch.from_numpy(near["cls_token"][:]), torch.from_numpy(exact["cls_token"][:]))
-        assert 1e-6 < error < 0.05, options
-        with pytest.raises(ValueError, match=f"preprocessing.{next(iter(options))}"):
-            dinov3_lite.extract(tmp_path / "in", checkpoint, tmp_path / str(*options), store="float32")
+# ---- models
 
 
-@pytest.mark.parametrize("shape", [(1500, 2100), (1031, 1033), (3000, 400)])
-def test_a_large_picture_is_resized_as_the_image_processor_does(shape):
-    pixels = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8).permute(2, 0, 1)
-    processor = ImageProcessor((48, 64))
-    expected = processor(pixels)["pixel_values"][0]
-    file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=1)
-    picture = decode.decode(file.getvalue())
-    assert torch.equal(decode.Preparation(processor, 8, rounded=False)(picture), expected)
+def test_a_model_object_is_the_checkpoint_that_it_was_loaded_from(checkpoint, photos, complete, tmp_path):
+    model, processor = DINOv3ViT.from_pretrained(checkpoint), ImageProcessor.from_pretrained(checkpoint)
+    same = {"outputs": OUTPUTS, "store": "float32", "batch_size": 3, "shard_size": 7}
+    store = dinov3_lite.extract(photos, model, tmp_path, processor=processor, part="1/2", **same)
+    assert store.missing == [0, 2]
+    dinov3_lite.extract(photos, checkpoint, tmp_path, **same)  # goes on
+    assert tree(tmp_path) == tree(complete.folder.path)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, DINOv3ViT.from_pretrained(checkpoint).blocks[0].mlp.fc1.weight)
 
 
-@pytest.mark.parametrize("subsampling", [0, 1, 2])
-@pytest.mark.parametrize("progressive", [False, True])
-def test_simplejpegs_pixels_are_pillows(subsampling, progressive):
-    pytest.importorskip("simplejpeg")
-    for size in ((33, 57), (16, 16), (1, 9), (640, 480)):
-        data = picture(3, size=size, subsampling=subsampling, progressive=progressive)
-        found = decode.decode(data)
-        assert isinstance(found, torch.Tensor)
-        assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+def test_a_model_object_that_was_trained_on_is_another_job(checkpoint, photos, names, tmp_path):
+    model, processor = DINOv3ViT.from_pretrained(checkpoint), ImageProcessor.from_pretrained(checkpoint)
+    store = dinov3_lite.extract(photos, model, tmp_path, processor=processor, store="float32")
+    with torch.no_grad():
+        model.blocks[1].attn.proj.weight[3, 5] += 0.5
+    with pytest.raises(ValueError, match=r"another job: model.weights is"):
+        dinov3_lite.extract(photos, model, tmp_path, processor=processor, store="float32")
+    changed = dinov3_lite.extract(photos, model, tmp_path / "2", processor=processor, store="float32")
+    with torch.no_grad():
+        expected = model(**processor(str(photos / names[2]))).cls_token[0]
+    assert relative_error(torch.from_numpy(changed["cls_token"][2]), expected) < 2e-6
+    assert relative_error(torch.from_numpy(store["cls_token"][2]), expected) > 1e-5
 
 
-@pytest.mark.parametrize("rounded", [False, True])
-def test_photographs_are_turned_as_their_exif_says(rounded):
-    processor = ImageProcessor((32, 48), mean=0, std=1, rescale_factor=1)
-    prepare = decode.Preparation(processor, 8, rounded)
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        data = picture(0, size=(400, 240), exif=exif)
-        expected = processor(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))["pixel_values"][0]
-        assert (prepare(decode.decode(data)).float() - expected).abs().max() < (1.01 if rounded else 1e-4)
-        scaled = decode.decode(data, (40, 24) if orientation > 4 else (24, 40))
-        assert scaled.size == (100, 60)
-        assert (prepare(scaled).float() - expected).abs().max() < 20
-
-
-@pytest.mark.parametrize("rounded", [False, True])
-def test_sixteen_bits_palettes_and_transparency_are_those_of_the_image_processor(rounded):
-    processor = ImageProcessor((16, 24), mean=0, std=1, rescale_factor=1)
-    prepare = decode.Preparation(processor, 8, rounded)
-    rng = np.random.default_rng(0)
-    rgba = Image.fromarray(rng.integers(0, 256, (40, 50, 4), np.uint8))
-    grey = Image.fromarray(rng.integers(0, 65536, (40, 50)).astype(np.uint16))
-    for image in (rgba, rgba.convert("RGB").quantize(16), rgba.convert("L"), rgba.convert("1"), grey):
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        expected = processor(Image.open(io.BytesIO(file.getvalue())))["pixel_values"][0]
-        found = prepare(decode.decode(file.getvalue())).float()
-        assert (found - expected).abs().max() < (1.01 if rounded else 1e-4), image.mode
-
-
-# Sources -------------------------------------------------------------------------------------------------------------
-
-
-def same_rows(store, complete, names):
-    return np.array_equal(
-        np.asarray(store["cls_token"]), complete["cls_token"][[list(complete.keys).index(n) for n in names]]
-    )
-
-
-FLOAT32 = {"store": "float32", "batch_size": 3}
-
-
-def test_a_list_keeps_its_order_and_its_lines_as_keys(checkpoint, photos, names, complete, tmp_path):
-    order = [names[i] for i in (5, 1, 12)]
-    lines = [order[0], f"./{order[1]}", str(photos / order[2])]
-    (photos / "list.txt").write_text("\n".join(lines) + "\n\n")
-    store = dinov3_lite.extract(photos / "list.txt", checkpoint, tmp_path, **FLOAT32)
-    (photos / "list.txt").unlink()
-    assert list(store.keys) == lines and same_rows(store, complete, order)
-
-
-def test_tars_as_webdataset_writes_them(checkpoint, photos, names, complete, tmp_path):
-    for number, some in ((8, names[:6]), (9, names[6:7]), (10, names[7:])):
-        members = [(f"{i:04d}{name[name.rindex('.') :]}", (photos / name).read_bytes()) for i, name in enumerate(some)]
-        captions = [(f"{i:04d}.json", b"{}") for i in range(len(some))]
-        write_tar(tmp_path / f"a-{number:02d}.tar", [m for pair in zip(members, captions, strict=True) for m in pair])
-    store = dinov3_lite.extract(str(tmp_path / "a-{08..10}.tar"), checkpoint, tmp_path / "out", **FLOAT32)
-    assert same_rows(store, complete, names) and store.offsets.tolist() == [0, 6, 7, 16]
-    assert store.keys[0] == f"a-08.tar/0000{names[0][names[0].rindex('.') :]}" and store.keys[6][:9] == "a-09.tar/"
-    by_pattern = dinov3_lite.extract(str(tmp_path / "a-*.tar"), checkpoint, tmp_path / "out2", **FLOAT32)
-    assert list(by_pattern.keys) == list(store.keys)
-
-
-def test_a_parquet_column_of_bytes_of_hugging_face_or_of_paths(checkpoint, photos, names, complete, tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    data = [(photos / name).read_bytes() for name in names]
-    tables = {
-        "bytes": pa.table({"image": data, "label": list(range(16))}),
-        "hf": pa.table({"picture": [{"bytes": d, "path": None} for d in data]}),
-        "paths": pa.table({"file": [str(photos / name) for name in names], "other": names}),
-    }
-    for name, table in tables.items():
-        parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=3)
-        column = {"column": "file"} if name == "paths" else {}
-        store = dinov3_lite.extract(
-            tmp_path / f"{name}.parquet", checkpoint, tmp_path / name, shard_size=6, **FLOAT32, **column
-        )
-        assert same_rows(store, complete, names), name
-        assert store.offsets.tolist() == [0, 6, 12, 16]
-        assert store.keys[7] == f"{name}.parquet/7"
-    with pytest.raises(
-        ValueError, match=r"which column holds the pictures\? .*--column: file \(string\), other \(string\)"
-    ):
-        dinov3_lite.extract(tmp_path / "paths.parquet", checkpoint, tmp_path / "none")
-    with pytest.raises(ValueError, match=r"no column 'img': it has image \(binary\), label \(int64\)"):
-        dinov3_lite.extract(tmp_path / "bytes.parquet", checkpoint, tmp_path / "none", column="img")
-
-
-def test_urls_of_fsspec(checkpoint, photos, names, complete, tmp_path):
-    fsspec = pytest.importorskip("fsspec")
-    memory = fsspec.filesystem("memory")
-    for name in names:
-        memory.pipe(f"/photos/{name}", (photos / name).read_bytes())
-    members = [(name.replace("/", "_"), (photos / name).read_bytes()) for name in names]
-    write_tar(tmp_path / "all.tar", members)
-    memory.pipe("/tars/all.tar", (tmp_path / "all.tar").read_bytes())
-    folder = dinov3_lite.extract("memory://photos", checkpoint, tmp_path / "a", **FLOAT32)
-    assert sorted(folder.keys) == names and same_rows(folder, complete, list(folder.keys))
-    tars = dinov3_lite.extract("memory://tars/*.tar", checkpoint, tmp_path / "b", **FLOAT32)
-    assert same_rows(tars, complete, names)
-    with pytest.raises(ValueError, match="s7://bucket"):
-        dinov3_lite.extract("s7://bucket", checkpoint, tmp_path / "c")
-
-
-def test_several_folders_and_pictures_by_name(checkpoint, photos, names, complete, tmp_path, monkeypatch):
-    monkeypatch.chdir(photos)
-    loose = [name for name in names if "/" not in name]
-    store = dinov3_lite.extract(["inner", *loose], checkpoint, tmp_path / "out", **FLOAT32)
-    assert sorted(store.keys) == names and same_rows(store, complete, list(store.keys))
-    with pytest.raises(ValueError, match="inner: given twice"):
-        dinov3_lite.extract(["inner", photos / "inner"], checkpoint, tmp_path / "no")
+def test_a_model_object_in_half_precision_with_another_processor(checkpoint, photos, names, tmp_path):
+    model = DINOv3ViT.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    processor = ImageProcessor(size=(32, 64), mean=0.5, std=0.25)
+    store = dinov3_lite.extract(photos, model, tmp_path, processor=processor, outputs="patch_tokens")
+    assert store.job["dtype"] == "bfloat16" and store["patch_tokens"].shape == (16, 32, 32)
+    with torch.no_grad():
+        expected = model(**processor(str(photos / names[7]))).patch_tokens[0]
+    assert relative_error(torch.from_numpy(store["patch_tokens"][7]), expected) < 1e-2
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"outputs": ["cls"]}, "outputs 'cls': expected some of cls_token, patch_mean"),
-        ({"outputs": ["cls_token"] * 2}, "each once"),
-        ({"store": "bfloat16"}, "store 'bfloat16': expected one of float16, float32"),
-        ({"size": 50}, "size 50 x 50: expected multiples of the patch size 8"),
-        ({"blocks": [3]}, r"blocks \[3\]: expected indices from -3 to 2"),
-        ({"dtype": "int8"}, "dtype 'int8'"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"engine": "spark"}, "engine 'spark': expected one of local, ray"),
-        ({"part": "3/2"}, "part '3/2'"),
-        ({"max_rejects": "few"}, "max_rejects 'few'"),
-        ({"inputs": "nowhere"}, "nowhere: no such file or folder"),
-        ({"inputs": []}, "no input"),
-        ({"model": "nowhere"}, "nowhere: no such file or folder"),
-        ({"output": "s3://bucket/x"}, "the output must be a folder"),
+        ({"processor": None}, "the model is an object, which knows no preprocessing: give a processor"),
+        ({"engine": "ray"}, "engine 'ray' loads the model in other processes: save it"),
+        ({"dtype": "bfloat16"}, r"dtype 'bfloat16', and the model's is float32: give model.to\(torch.bfloat16\)"),
+        ({"revision": "main"}, "revision: of a model that is loaded already"),
+        ({"device": "meta"}, "device 'meta', and the model is on cpu"),
+        ({"training": True}, "the model is in training mode"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_asked_wrongly_is_said_in_a_sentence(checkpoint, photos, tmp_path, options, message):
-    arguments = {"inputs": photos, "model": checkpoint, "output": tmp_path / "out", **options}
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        dinov3_lite.extract(**arguments)
-    assert not (tmp_path / "out" / "job.json").exists()
+def test_what_a_model_object_is_given_with(checkpoint, photos, tmp_path, options, message):
+    model = DINOv3ViT.from_pretrained(checkpoint).train(options.pop("training", False))
+    with pytest.raises(ValueError, match=message):
+        dinov3_lite.extract(photos, model, tmp_path / "out", **{"processor": ImageProcessor(48), **options})
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_pictures_and_a_folder_that_is_no_store(checkpoint, tmp_path):
-    (tmp_path / "a.csv").write_text("")
-    with pytest.raises(ValueError, match=r"no pictures there \(but 1 .csv\)"):
-        dinov3_lite.extract(tmp_path, checkpoint, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"no job.json in it"):
-        dinov3_lite.open_features(tmp_path)
+def test_something_that_is_no_backbone(photos, tmp_path):
+    with pytest.raises(TypeError, match="model is a Linear: expected a checkpoint or a DINOv3ViT"):
+        dinov3_lite.extract(photos, torch.nn.Linear(2, 2), tmp_path / "out")
 
 
-# Other formats -------------------------------------------------------------------------------------------------------
+def test_a_checkpoint_in_a_folder_and_a_processor_of_ones_own(checkpoint, photos, complete, tmp_path):
+    same = {"outputs": OUTPUTS, "store": "float32", "batch_size": 3, "shard_size": 7}
+    shutil.copytree(checkpoint, tmp_path / "repository" / "backbone")
+    dinov3_lite.extract(photos, tmp_path / "repository", tmp_path / "out", subfolder="backbone", **same)
+    assert tree(tmp_path / "out") == tree(complete.folder.path)
+    (tmp_path / "repository" / "backbone" / "preprocessor_config.json").unlink()
+    processor = ImageProcessor.from_pretrained(checkpoint)
+    dinov3_lite.extract(photos, tmp_path / "repository" / "backbone", tmp_path / "2", processor=processor, **same)
+    assert tree(tmp_path / "2") == tree(complete.folder.path)
+    words = ["extract", str(photos), "--model", str(tmp_path / "repository"), "--output", str(tmp_path / "3")]
+    assert main([*words, "--subfolder", "backbone"]) == 1  # has no preprocessing
+    assert main([*words, "--subfolder", "elsewhere"]) == 1
 
 
-@pytest.fixture(scope="module")
-def native(checkpoint, photos, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("native")
-    return dinov3_lite.extract(photos, checkpoint, folder, outputs=OUTPUTS, size="native", shard_size=9)
+def test_what_says_where_a_hub_id_lies_is_passed_on(checkpoint, photos, tmp_path, monkeypatch):
+    asked = []
 
+    def download(repo_id, **options):
+        asked.append((repo_id, options))
+        return checkpoint
 
-def check_table(table, store):
-    """A table of arrow's against the store."""
-    assert table.column("key").to_pylist() == list(store.keys)
-    for output in store.outputs:
-        values = table.column(output).to_pylist()
-        for i in range(len(store)):
-            expected = store[output][i]
-            expected = np.moveaxis(expected, -2, 0) if None in store[output].shape else expected
-            assert np.array_equal(np.array(values[i], expected.dtype), expected), output
-
-
-@pytest.mark.parametrize("kind", ["complete", "native"])
-def test_parquet(kind, request, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    store = request.getfixturevalue(kind)
-    convert(store.folder.path, tmp_path / "p", "parquet")
-    assert len(list((tmp_path / "p").iterdir())) == len(store.shards)
-    check_table(parquet.read_table(tmp_path / "p"), store)
-    with pytest.raises(ValueError, match="is not empty"):
-        convert(store.folder.path, tmp_path / "p", "parquet")
-
-
-@pytest.mark.parametrize("kind", ["complete", "native"])
-def test_lance(kind, request, tmp_path):
-    lance = pytest.importorskip("lance")
-    store = request.getfixturevalue(kind)
-    convert(store.folder.path, tmp_path / "l", "lance")
-    check_table(lance.dataset(str(tmp_path / "l")).to_table(), store)
-
-
-@pytest.mark.parametrize("kind", ["complete", "native"])
-def test_webdataset(kind, request, tmp_path):
-    wds = pytest.importorskip("webdataset")
-    store = request.getfixturevalue(kind)
-    convert(store.folder.path, tmp_path / "w", "webdataset")
-    files = sorted(str(file) for file in (tmp_path / "w").iterdir())
-    samples = list(wds.WebDataset(files, shardshuffle=False).decode())
-    assert [sample["key.txt"] for sample in samples] == list(store.keys)
-    for i, sample in enumerate(samples):
-        assert sample["__key__"] == f"{i:012d}"
-        for output in store.outputs:
-            assert np.array_equal(sample[f"{output}.npy"], store[output][i])
-
-
-def test_an_unknown_format_is_refused(complete, tmp_path):
-    with pytest.raises(ValueError, match="format 'hdf5': expected one of parquet, webdataset, lance"):
-        convert(complete.folder.path, tmp_path / "x", "hdf5")
+    monkeypatch.setattr("dinov3_lite.checkpoint.hub.download", download)
+    words = ["extract", str(photos), "--model", "owner/name", "--output", str(tmp_path / "out"), "--quiet"]
+    words += ["--revision", "v2", "--cache-dir", str(tmp_path / "cache"), "--local-files-only", "--subfolder", "inner"]
+    assert main(words) == 0
+    expected = {"subfolder": "inner", "revision": "v2", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    assert len(asked) >= 2 and all(one == ("owner/name", expected) for one in asked)

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from extracted import tree
 from helpers import TINY, run_python, write_checkpoint
 from pictures import PREPROCESSING_48, write_pictures
 
@@ -35,11 +36,6 @@ def job(tmp_path_factory):
     (root / "in" / "p005.jpg").write_bytes(b"damaged")
     dinov3_lite.extract(root / "in", root / "model", root / "out", **OPTIONS)
     return root
-
-
-def tree(folder):
-    files = (p for p in folder.rglob("*") if p.is_file() and p.parent.name != "log")
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
-import zlib
 
 import numpy as np
 import pytest
-from helpers import ROOT, TINY, write_checkpoint
+from bad_pictures import BAD, flip
+from extracted import tree
+from helpers import TINY, write_checkpoint
 from pictures import PREPROCESSING_48, picture, write_pictures, write_tar
 
 import dinov3_lite
@@ -36,41 +32,6 @@ def checkpoint(tmp_path_factory):
 def no_pauses(monkeypatch):
     monkeypatch.setattr(reading, "PAUSES", (0, 0))
     monkeypatch.setattr("dinov3_lite.extraction.shard.PAUSES", (0, 0))
-
-
-def png_bomb() -> bytes:
-    """A whole PNG of 30,000 x 30,000 pixels in 100 kB."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    size = (30000).to_bytes(4, "big") * 2
-    rows = zlib.compressobj()
-    data = b"".join(rows.compress(bytes(30001)) for _ in range(30000)) + rows.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\0\0\0\0") + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
-def flip(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
-
-
-BAD = {  # what the file is, and a word of the reason
-    "text": (lambda: b"no picture", "not an image"),
-    "empty": (lambda: b"", "an empty file"),
-    "half a jpeg": (lambda: picture(1, size=(90, 90))[:900], "damaged .*truncated"),
-    "half a png": (lambda: picture(1, ".png")[:200], "damaged|not an image"),
-    "half a webp": (lambda: picture(1, ".webp")[:100], "damaged|not an image"),
-    "a header alone": (lambda: picture(1)[:3], "not an image"),
-    "zeros": (lambda: bytes(5000), "not an image"),
-    "an html page": (lambda: b"<!DOCTYPE html><html>404</html>", "not an image"),
-    "a git-lfs pointer": (
-        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n",
-        "not an image",
-    ),
-    "a bomb": (png_bomb, "bomb|900000000|30000"),
-    "a wrong checksum": (lambda: flip(picture(1, ".png", size=(60, 60)), 60), "damaged|not an image"),
-    "a tiff without its data": (lambda: picture(1, ".tif")[:60], "damaged|not an image"),
-}
 
 
 def test_twelve_kinds_of_bad_bytes_are_rejects_and_the_neighbours_rows_stay_the_same(checkpoint, tmp_path):
@@ -153,7 +114,7 @@ def test_damaged_tars(checkpoint, tmp_path):
     assert store.keys[0:6] == [f"0.tar/{i}.jpg" for i in range(6)]
     assert np.array_equal(store["cls_token"][rows[3] + 6 : rows[3] + 12], store["cls_token"][:6])
     reasons = [(reject["shard"], reject["key"], reject["reason"]) for reject in store.rejects]
-    assert (0, "0.tar/0.jpg", "its key is that of an earlier picture of the shard") in reasons
+    assert (0, "0.tar/0.jpg", "its key is that of an earlier picture") in reasons
     assert (5, "5.tar/a.jpg", "not an image") in reasons
     for shard, name in ((1, "1.tar"), (2, "2.tar"), (3, "3.tar"), (7, "7.tgz"), (8, "8.tar"), (9, "9.tar")):
         assert any(s == shard and key == name and "not a whole tar file" in reason for s, key, reason in reasons), name
@@ -230,11 +191,6 @@ def test_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_room(checkpoin
     assert tree(tmp_path / "out") == tree(tmp_path / "undisturbed")
 
 
-def tree(folder):
-    files = (p for p in folder.rglob("*") if p.is_file() and p.parent.name != "log")
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
-
-
 def test_what_can_not_be_written_is_said_in_a_line(checkpoint, tmp_path, capsys):
     write_pictures(tmp_path / "in", 2)
     (tmp_path / "file").write_text("")
@@ -242,97 +198,6 @@ def test_what_can_not_be_written_is_said_in_a_line(checkpoint, tmp_path, capsys)
         assert main(["extract", str(tmp_path / "in"), "--model", str(checkpoint), "--output", str(output)]) == 1
         error = capsys.readouterr().err
         assert error.startswith("dinov3_lite: ") and error.count("\n") == 1 and str(output).split("/out")[0] in error
-
-
-# Dead processes ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def command(checkpoint, tmp_path):
-    """The command in a process of its own, in which `hook` is run first."""
-
-    def start(*words: object, hook: str = "", **env: str) -> subprocess.Popen:
-        (tmp_path / "hook").mkdir(exist_ok=True)
-        (tmp_path / "hook" / "sitecustomize.py").write_text(hook)
-        return subprocess.Popen(
-            [sys.executable, "-m", "dinov3_lite", "extract", tmp_path / "in", "--model", checkpoint,
-             "--output", tmp_path / "out", "--quiet", *map(str, words)],
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "hook"), **env},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    return start
-
-
-POISON = """
-import builtins, os, signal
-real = builtins.open
-def deadly(path, *args, **kwargs):
-    if str(path).endswith("poison.jpg"):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return real(path, *args, **kwargs)
-builtins.open = deadly
-"""
-
-
-def test_a_shard_that_kills_its_process_is_set_aside_and_the_rest_is_done(command, tmp_path):
-    names = write_pictures(tmp_path / "in", 5)
-    (tmp_path / "in" / "a poison.jpg").write_bytes(picture(0))
-    for _ in range(3):
-        process = command("--shard-size", 2, hook=POISON)
-        process.communicate()
-        assert process.returncode == -signal.SIGSEGV
-    process = command("--shard-size", 2, hook=POISON)
-    out, err = process.communicate()
-    assert process.returncode == 3
-    assert "1 of 3 shards failed; shard 0: it ended its process 4 times, at last by signal 11" in err
-    assert "2 of 3 shards" in out and "shard 0 failed: it ended its process" in out
-    store = dinov3_lite.open_features(tmp_path / "out")
-    assert store.missing == [0] and list(store.keys) == names[1:]
-    process = command("--shard-size", 2, hook=POISON)  # it stays set aside
-    process.communicate()
-    assert process.returncode == 3
-
-    (tmp_path / "out" / "failed" / "00000000.json").unlink()
-    process = command("--shard-size", 2)  # and when its owner says so it is tried, in a process of its own, and done
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    store = dinov3_lite.open_features(tmp_path / "out")
-    assert store.missing == [] and list(store.keys) == ["a poison.jpg", *names]
-    assert not list((tmp_path / "out" / "attempts").iterdir()) and not list((tmp_path / "out" / "failed").iterdir())
-
-
-def test_sigterm_ends_after_the_shard_at_hand(command, tmp_path):
-    write_pictures(tmp_path / "in", 40)
-    slow = "import builtins, time\nreal = builtins.open\n"
-    slow += "def late(path, *a, **k):\n    if str(path).endswith(('.jpg', '.png', '.webp')): time.sleep(0.1)\n"
-    slow += "    return real(path, *a, **k)\nbuiltins.open = late\n"
-    process = command("--shard-size", 4, "--decode-threads", 1, hook=slow)
-    for _ in range(600):
-        if (tmp_path / "out" / "shards").is_dir() and list((tmp_path / "out" / "shards").iterdir()):
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate()
-    assert process.returncode == 143 and "stopped by SIGTERM after shard" in err
-    done = dinov3_lite.open_features(tmp_path / "out")
-    assert 1 <= len(done.shards) < 10 and not list((tmp_path / "out").rglob("*.tmp"))
-    process = command("--shard-size", 4)
-    process.communicate()
-    assert process.returncode == 0 and len(dinov3_lite.open_features(tmp_path / "out")) == 40
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("engine", ["local", "parts"])
-def test_killed_at_every_step_and_gone_on_the_files_are_the_same(engine):
-    words = ["--kills", "14" if engine == "local" else "4", "--pictures", "24", "--engines", engine, "--dry"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "extract_kills.py", *words],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)["engines"][engine]
-    assert sum(result["kills"].values()) >= 4 and result["most_shards_redone_a_kill"] <= 1
 
 
 def test_verify_finds_every_changed_missing_and_shortened_file(checkpoint, tmp_path, capsys):

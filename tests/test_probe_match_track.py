@@ -54,10 +54,9 @@ def clusters(per_class: int, classes: int = 3, noise: float = 0.5, seed: int = 0
 def test_k_nn_votes_as_its_equation_says():
     train, labels = clusters(8, noise=2.0)
     test, _ = clusters(4, noise=2.0, seed=1)
-    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     expected = []
     for query in test:
-        cosines = train @ query
+        cosines = F.cosine_similarity(train, query[None], dim=1)
         votes = np.zeros(3)
         for i in cosines.argsort(descending=True)[:10].tolist():
             votes[labels[i]] += np.exp(cosines[i].item() / 0.07)
@@ -69,13 +68,30 @@ def test_clusters_are_told_apart():
     pytest.importorskip("sklearn")
     train, labels = clusters(40)
     test, truth = clusters(20, seed=1)
-    probed = probe(train, labels, 3 * test, truth)  # lengths don't count
-    assert list(probed.knn) == [10, 20, 100] and probed.logistic > 0.95 and min(probed.knn.values()) > 0.95
+    probed = probe(train, labels, test, truth)
+    assert list(probed.knn) == [10, 20, 100, 120] and probed.logistic > 0.95 and min(probed.knn.values()) > 0.95
     assert 1e-6 <= probed.C <= 1e5
     swapped = probe(train, (labels + 1) % 3, test, truth)
     assert swapped.logistic < 0.05 and max(swapped.knn.values()) < 0.05
     one_shot = probe(train[::40], labels[::40], test, truth)  # a class a picture: nothing to hold out
     assert list(one_shot.knn) == [3] and one_shot.C == 1.0 and one_shot.logistic > 0.8
+
+
+def test_c_is_the_one_that_does_best_on_what_is_held_out():
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    train, labels = clusters(10, noise=1.5)
+    held, held_labels = clusters(15, noise=1.5, seed=2)
+    test, truth = clusters(15, noise=1.5, seed=3)
+    X, H, Y = (features.double().numpy() for features in (train, held, test))
+    scores = []
+    for power in np.linspace(-6, 5, 45):
+        model = sklearn.LogisticRegression(C=10**power, max_iter=1000, tol=1e-12).fit(X, labels)
+        scores.append((model.score(H, held_labels), -power, model.predict(Y)))
+    score, power, predictions = max(scores, key=lambda entry: entry[:2])
+    probed = probe(train, labels, test, truth, (held, held_labels))
+    assert score > 0.6
+    assert abs(np.log10(probed.C) + power) < 1e-6
+    assert np.array_equal(probed.predictions, predictions)
 
 
 def test_what_is_confused():
@@ -133,6 +149,24 @@ def test_the_probe_command(checkpoint, tmp_path, capsys):
     coloured(tmp_path / "both" / "test", 2, seed=3)
     assert main(["probe", str(tmp_path / "both"), "--model", str(checkpoint)]) == 1
     assert "holds test and val: give the one to test on" in capsys.readouterr().err
+
+
+def test_a_feature_store_is_probed_as_its_pictures_are(checkpoint, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    data = coloured(tmp_path / "data", 8, seed=0)
+    model = ["--model", str(checkpoint)]
+    store = tmp_path / "store"
+    assert main(["extract", str(data), *model, "--output", str(store), "--store", "float32", "--quiet"]) == 0
+    printed = {}
+    for source in ([str(data), *model], [str(store)]):
+        capsys.readouterr()
+        assert main(["probe", *source, "--shots", "3", "--seeds", "2", "--json"]) == 0
+        printed[len(source)] = json.loads(capsys.readouterr().out)
+    assert printed[1] == printed[3]
+    patches = tmp_path / "patches"
+    assert main(["extract", str(data), *model, "--output", str(patches), "--outputs", "patch_mean", "--quiet"]) == 0
+    assert main(["probe", str(patches)]) == 1
+    assert "patches: holds patch_mean and no cls_token: extract that, too" in capsys.readouterr().err
 
 
 # ---- match

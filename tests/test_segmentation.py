@@ -17,7 +17,7 @@ from dinov3_lite.__main__ import main
 from dinov3_lite.tasks import DenseHead, Recipe, Segmenter, evaluate, fit, load_head, predict, train
 from dinov3_lite.tasks.data import Pair, Reading, check_pairs, find_pairs, hold_out, read_mask
 from dinov3_lite.tasks.head import fingerprint
-from dinov3_lite.tasks.loop import as_bytes
+from dinov3_lite.tasks.loop import as_bytes, measure
 from dinov3_lite.tasks.losses import class_loss, structure_loss
 from dinov3_lite.tasks.measures import Measures
 from dinov3_lite.tasks.predicting import slide
@@ -337,6 +337,55 @@ def test_any_network_is_fitted_by_the_same_loop(checkpoint, data):
     assert fitted.history[1]["loss"] < fitted.history[0]["loss"] and best[-1]["S"] == fitted.history[fitted.best]["S"]
 
 
+def test_empty_masks_are_learned_from_and_told(checkpoint, tmp_path):
+    for i in range(6):
+        save(tmp_path / "d" / "im", f"{i}.png", grey(value=40 * i))
+        save(tmp_path / "d" / "gt", f"{i}.png", half() if i < 4 else grey())
+    lines: list[str] = []
+    model = DINOv3ViT.from_pretrained(checkpoint)
+    fitted = fit(tmp_path / "d", model, tmp_path / "h", recipe=replace(QUICK, epochs=1), report=lines.append)
+    assert lines[0].endswith("4.png: is empty, as 1 more are, of 6 masks: learned as pictures with nothing to find")
+    assert np.isfinite(list(fitted.history[0].values())).all()
+
+
+class Normed(torch.nn.Module):
+    """A small network of one's own, with running statistics, which no optimiser touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 4, 4), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 1, 1)
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_running_statistics_are_those_of_the_best_epoch_and_outlive_a_kill(data, tmp_path, monkeypatch):
+    first_stays_best = lambda measures: "loss" in measures  # noqa: E731 - what the history holds, and a new one does not
+    monkeypatch.setattr("dinov3_lite.tasks.loop._choice", first_stays_best)
+    pairs = find_pairs(data)
+    reading, _ = check_pairs(pairs, 1)
+    recipe = replace(QUICK, epochs=3, lr=0.05)
+
+    def run(dies_after: int = 99):
+        def report(line: str) -> None:
+            if line.startswith(f"epoch {dies_after}/"):
+                raise Killed
+
+        network = Normed()
+        return train(network, pairs[:8], pairs[8:], reading, recipe, resume=tmp_path / "r", report=report), network
+
+    fitted, network = run()
+    assert fitted.best == 0  # the last epoch's statistics would be others
+    best = {name: value for name, value in fitted.history[0].items() if name != "loss"}
+    assert measure(network, pairs[8:], reading, recipe) == best
+    with pytest.raises(Killed):
+        run(dies_after=2)
+    assert run()[0] == fitted
+
+
 def test_several_classes(checkpoint, tmp_path):
     rng = np.random.default_rng(0)
     for i in range(8):
@@ -365,7 +414,7 @@ def test_several_classes(checkpoint, tmp_path):
 def test_bad_settings(checkpoint, data, tmp_path):
     model = DINOv3ViT.from_pretrained(checkpoint)
     output = tmp_path / "h.safetensors"
-    with pytest.raises(ValueError, match="size is 60 x 80: expected multiples of the patch size 16"):
+    with pytest.raises(ValueError, match="image height 60 and width 80 must be multiples of the patch size 16"):
         fit(data, model, output, recipe=replace(QUICK, size=(60, 80)))
     with pytest.raises(ValueError, match="classes is 300"):
         fit(data, model, output, recipe=QUICK, classes=300)

@@ -77,9 +77,9 @@ def test_no_window_sees_more_than_itself(model):
 @pytest.mark.parametrize(
     ("size", "window", "stride", "message"),
     [
-        ((41, 24), 32, None, "image height is 41: expected a multiple of the patch size 8"),
-        ((40, 24), 30, None, "window height is 30: expected a multiple of the patch size 8"),
-        ((40, 24), 32, (8, 4), "stride width is 4: expected a multiple of the patch size 8"),
+        ((41, 24), 32, None, "image height is 41: expected a multiple of 8, the pixels of a patch"),
+        ((40, 24), 30, None, "window height is 30: expected a multiple of 8, the pixels of a patch"),
+        ((40, 24), 32, (8, 4), "stride width is 4: expected a multiple of 8, the pixels of a patch"),
         ((40, 24), 16, 24, "stride height is 24 and the window's 16: patches between windows would be left out"),
         ((40, 24), 0, 8, "window height is 0"),
     ],

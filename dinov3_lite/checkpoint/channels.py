@@ -1,6 +1,7 @@
-"""Models for images of other channels than red, green and blue: the patch projection, adapted by a named rule.
+"""Models for images of other channels than red, green and blue: their first projection, adapted by a named rule.
 
-Both rules keep what a patch of equal channels is projected to, so that features stay where the model expects them.
+What a patch of equal channels is projected to stays the same, so that features stay where the model expects them:
+always by "mean", and by "repeat" for one channel and for multiples of the checkpoint's.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from torch import Tensor
 
 from . import Checkpoint
 from .files import StoredTensor
-
-WEIGHT = "patch_embed.proj.weight"
 
 
 def repeated(weight: Tensor, count: int) -> Tensor:
@@ -53,7 +52,8 @@ def check_rule(count: int, rule: str) -> None:
 def with_channels(opened: Checkpoint, count: int | None, rule: str) -> Checkpoint:
     """The checkpoint of a model that takes `count` channels, by one of `RULES`; itself for None or as many.
 
-    The projection (C, channels, p, p) is computed in float32 or wider. Raises ValueError as `check_rule`.
+    The projection (C, channels, p, p), a ViT's of patches or a ConvNeXt's stem, is computed in float32 or wider.
+    Raises ValueError as `check_rule`.
     """
     if count is None:
         return opened
@@ -61,8 +61,9 @@ def with_channels(opened: Checkpoint, count: int | None, rule: str) -> Checkpoin
     if count == opened.config.num_channels:
         return opened
     config = replace(opened.config, num_channels=count)
-    stored = opened.tensor(WEIGHT)
+    name = opened.table.family.weight  # the first projection
+    stored = opened.tensor(name)
     weight = RULES[rule](stored.to(torch.promote_types(stored.dtype, torch.float32)), count).to(stored.dtype)
-    span = StoredTensor.in_memory(WEIGHT, weight.contiguous(), opened.spans[WEIGHT][0].stored.file).span()
+    span = StoredTensor.in_memory(name, weight.contiguous(), opened.spans[name][0].stored.file).span()
     card = opened.card._replace(config=config, digest="", preprocessing=None)  # whose statistics are of others
-    return replace(opened, card=card, spans={**opened.spans, WEIGHT: [span]})
+    return replace(opened, card=card, spans={**opened.spans, name: [span]})

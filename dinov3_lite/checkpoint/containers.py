@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import zipfile
@@ -83,7 +84,8 @@ def read_headers(files: Sequence[Path]) -> tuple[dict[str, StoredTensor], dict[s
 
 def _read_safetensors(file: Path) -> Headers:
     try:
-        handle = safe_open(file, framework="pt")  # checks header, offsets and size
+        # checks header, offsets and size; for PyTorch it would map the file at once, which needs memory for all of it
+        handle = safe_open(file, framework="np")
         metadata = handle.metadata() or {}
         header, start = _header(file)
     except UnicodeEncodeError as error:
@@ -92,6 +94,7 @@ def _read_safetensors(file: Path) -> Headers:
         raise ValueError(f"{file}: {not_whole(file, 'safetensors', error)}") from error
     except OSError as error:  # a path or memory, nothing in the file
         raise error if error.filename else OSError(f"{file}: can't be opened: {error}") from error
+    mapped = functools.cache(lambda: safe_open(file, framework="pt"))
     tensors = []
     for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
         entry = header[name]
@@ -102,7 +105,7 @@ def _read_safetensors(file: Path) -> Headers:
             continue
 
         def read(name: str = name) -> Tensor:
-            return handle.get_tensor(name)
+            return mapped().get_tensor(name)
 
         offset = start + entry["data_offsets"][0]
         tensors.append(StoredTensor(name, dtype, tuple(entry["shape"]), read, file, offset))

@@ -185,10 +185,19 @@ def losses(opened: Checkpoint, layout: Layout) -> dict[str, str]:
 
 def save_model(model: nn.Module, path: Path, layout_name: str, dtype: torch.dtype | None) -> Path:
     """Write a model's own weights in that layout and return the path of the checkpoint; see `save_pretrained`."""
+    state = {name: _here(name, tensor) for name, tensor in model.state_dict().items()}
+    stored = {name: StoredTensor.in_memory(name, tensor) for name, tensor in state.items()}
+    return save_tensors(model, stored, path, layout_name, dtype)
+
+
+def save_tensors(
+    model: Any, stored: dict[str, StoredTensor], path: Path, layout_name: str, dtype: torch.dtype | None
+) -> Path:
+    """As `save_model`, of a model whose tensors these are, by the names of its state dict."""
     if layout_name not in LAYOUTS:
         raise ValueError(f"layout is {layout_name!r}: expected one of {', '.join(LAYOUTS)}")
     layout = LAYOUTS[layout_name]
-    opened = checkpoint_of(model)
+    opened = checkpoint_of(model, stored)
     if lost := losses(opened, layout):
         raise ValueError(f"the {layout.name} layout can't hold {'; '.join(lost.values())}")
     one_file = not layout.is_folder and path.suffix == layout.container
@@ -198,14 +207,12 @@ def save_model(model: nn.Module, path: Path, layout_name: str, dtype: torch.dtyp
     return folder if layout.is_folder else folder / next(iter(files))
 
 
-def checkpoint_of(model: Any) -> Checkpoint:
-    """A model's state as a checkpoint in memory. Raises ValueError if it is not the state of a model of its config."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    stored = {name: StoredTensor.in_memory(name, tensor) for name, tensor in state.items()}
+def checkpoint_of(model: Any, stored: dict[str, StoredTensor]) -> Checkpoint:
+    """A model's tensors as a checkpoint. Raises ValueError if they are not those of a model of its config."""
     table = LITE.table(model.config)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     try:
-        shown = table.family.infer(table, shapes, lambda name: state[name])
+        shown = table.family.infer(table, shapes, lambda name: stored[name].read())
     except (ValueError, KeyError):
         shown = model.config  # what does not fit is named below
     counts = {field: getattr(shown, field) for field in table.family.counts}
@@ -213,6 +220,15 @@ def checkpoint_of(model: Any) -> Checkpoint:
     card = (model.card or Card())._replace(config=config, digest="", source_digest="", source_layout="")
     spans = match(Path(f"the {type(model).__name__}"), table, config, stored)
     return Checkpoint(Path(), LITE, card, spans, {}, {})
+
+
+def _here(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device and holds no numbers: save before a model is offloaded, or after "
+            "accelerate.hooks.remove_hook_from_submodules(model)"
+        )
+    return tensor.detach().cpu().contiguous()
 
 
 def save(folder: Path, files: Files, on_bytes: OnBytes = lambda count: None, *, obsolete: Iterable[Path] = ()) -> None:

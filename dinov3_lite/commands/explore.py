@@ -10,13 +10,16 @@ from ..console import say
 from .arguments import MODEL, add_device_and_dtype, image_size
 
 if TYPE_CHECKING:
-    from ..model import DINOv3ViT
+    from ..loading import Backbone
+
+SHOWN = 16  # pixels a side of what the page shows of a ConvNeXt's stages: the patches of a ViT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write one HTML page that opens by a double click and fetches nothing: hover over a patch and see what is "
-        "similar to it in every picture; masks, principal components, attention of the CLS token."
+        "similar to it in every picture; masks, principal components, attention of the CLS token. Of a ConvNeXt, the\n"
+        "four stages are shown as blocks, on the grid of a ViT with patches of 16 px; it has no attention."
     )
     parser.epilog = "example:\n  %(prog)s photo.jpg other.jpg --model checkpoint --size 768 --output page.html"
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
@@ -39,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..checkpoint.files import whole_files
+    from ..convnext import DINOv3ConvNeXt
     from ..explore import blocks_that_fit, check_size, explore, grid_of
     from ..tasks.data import read_picture
     from .loading import load_model_and_processor
@@ -49,7 +53,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output}: is one of the photos: give another name")
     pictures = [(photo.name, read_picture(photo)) for photo in args.photos]
     model, processor = load_model_and_processor(args)
-    grids = [grid_of(picture, args.size, model.patch_size) for _, picture in pictures]
+    side = model.patch_size or SHOWN
+    if isinstance(model, DINOv3ConvNeXt):
+        model.patch_size = side  # to whose grid its stages are resized
+    places = model.stride // side  # of the page's grid, in each of the model's
+    grids = [(places * h, places * w) for h, w in (grid_of(p, args.size, model.stride) for _, p in pictures)]
     blocks = _blocks(args.blocks, model) if args.blocks else blocks_that_fit(grids, model)
     check_size(grids, model, blocks)
     page = explore(pictures, model, processor, grids, blocks)
@@ -64,7 +72,7 @@ def _size(text: str) -> int | tuple[int, int]:
     return image_size(text) if "x" in text else image_size(text)[0]
 
 
-def _blocks(text: str, model: DINOv3ViT) -> list[int]:
+def _blocks(text: str, model: Backbone) -> list[int]:
     try:
         return model.block_indices([int(part) for part in text.split(",")])
     except ValueError as error:

@@ -13,12 +13,12 @@ from torch import Tensor
 from ..checkpoint import DTYPES
 from ..console import complain
 from ..image import ImageProcessor
-from ..model import DINOv3ViT
+from ..loading import Backbone, load
 
 
-def load_model_and_processor(args: argparse.Namespace, dtype: Any = None) -> tuple[DINOv3ViT, ImageProcessor]:
+def load_model_and_processor(args: argparse.Namespace, dtype: Any = None) -> tuple[Backbone, ImageProcessor]:
     """What --model, --dtype and --device tell of. A checkpoint without preprocessing gets ImageNet's, and says so."""
-    model = DINOv3ViT.from_pretrained(args.model, dtype=dtype or DTYPES.get(args.dtype), device=args.device)
+    model = load(args.model, dtype=dtype or DTYPES.get(args.dtype), device=args.device)
     try:
         return model, ImageProcessor.from_pretrained(args.model)
     except FileNotFoundError:
@@ -26,9 +26,9 @@ def load_model_and_processor(args: argparse.Namespace, dtype: Any = None) -> tup
         return model, ImageProcessor()
 
 
-def feature_map(model: DINOv3ViT, processor: ImageProcessor, pixels: np.ndarray, grid: tuple[int, int]) -> Tensor:
+def feature_map(model: Backbone, processor: ImageProcessor, pixels: np.ndarray, grid: tuple[int, int]) -> Tensor:
     """The patch features (C, h, w) of a picture (H, W, 3) resized to a grid of patches, after the final norm."""
-    size = (grid[0] * model.patch_size, grid[1] * model.patch_size)
+    size = (grid[0] * model.stride, grid[1] * model.stride)
     pixel_values = replace(processor, size=size)(pixels)["pixel_values"]
     with torch.no_grad():
         return model(pixel_values.to(model.device)).feature_map[0]

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{output}: is one of the pictures: give another name")
     pictures = [read_picture(file) for file in (args.first, args.second)]
     model, processor = load_model_and_processor(args)
-    grids = [grid_of(pixels, args.size, model.patch_size) for pixels in pictures]
+    grids = [grid_of(pixels, args.size, model.stride) for pixels in pictures]
     first, second = (feature_map(model, processor, *picture) for picture in zip(pictures, grids, strict=True))
     matches = match(first, second, count=args.count, spacing=args.spacing)
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from ..tasks.probing import confused, confusion, few_shot, probe, split
+    from ..tasks.probing import HELD_OUT_OF_FEW, confused, confusion, few_shot, probe
 
     if args.seeds < 1 or (args.shots is not None and args.shots < 1):
         raise argparse.ArgumentError(None, "--shots and --seeds are numbers from 1")
@@ -51,19 +51,20 @@ def run(args: argparse.Namespace) -> None:
         raise argparse.ArgumentError(None, f"--held-out {args.held_out} is not a share between 0 and 1")
     train, train_features, test, test_features = _load(args)
     if test is None:
-        indices = type(train)(range(len(train.labels)), train.labels, train.classes)
-        kept, apart = (np.array(part.items) for part in split(indices, args.held_out, seed=0))
-        test, test_features = train.take(apart), train_features[apart]
-        train, train_features = train.take(kept), train_features[kept]
+        (train, train_features), (test, test_features) = _split(train, train_features, args.held_out)
     elif test.classes != train.classes:
         alone = sorted(set(test.classes) ^ set(train.classes))
         raise ValueError(f"{args.test or args.data}: the class {alone[0]} is in one of training and test set only")
 
+    held_out = None  # what C is chosen by: a part of the shots' set that is drawn from no more; else `probe` takes one
+    if args.shots:
+        (train, train_features), (held, held_features) = _split(train, train_features, HELD_OUT_OF_FEW)
+        held_out = held_features, held.labels
     runs = []
     for seed in range(args.seeds):
         drawn = few_shot(train, args.shots, seed) if args.shots else np.arange(len(train.labels))
         labels = train.labels[drawn]
-        runs.append(probe(train_features[drawn], labels, test_features, test.labels, seed))
+        runs.append(probe(train_features[drawn], labels, test_features, test.labels, held_out, seed))
     matrix = np.sum([confusion(r.predictions, test.labels, len(test.classes)) for r in runs], axis=0)
     rows: dict[str, list[float]] = {f"k-NN, k {k}": [r.knn[k] for r in runs] for k in runs[0].knn}
     rows["logistic regression"] = [r.logistic for r in runs]
@@ -85,6 +86,17 @@ def run(args: argparse.Namespace) -> None:
     say("confused most often by logistic regression (true, predicted, times):")
     for true, predicted, times in confused(matrix, test.classes):
         say(f"  {true} -> {predicted}  {times}")
+
+
+def _split(labelled: Labelled, features: Tensor, share: float) -> list[tuple[Labelled, Tensor]]:
+    """What is left, and what is held out: a share of each class, with their features."""
+    import numpy as np
+
+    from ..tasks.probing import split
+
+    indices = type(labelled)(range(len(labelled.labels)), labelled.labels, labelled.classes)
+    parts = [np.array(part.items) for part in split(indices, share, seed=0)]
+    return [(labelled.take(part), features[part]) for part in parts]
 
 
 def _load(args: argparse.Namespace) -> tuple[Labelled, Tensor, Labelled | None, Any]:
@@ -109,6 +121,8 @@ def _from_store(folder: Path) -> tuple[Labelled, Tensor]:
     from ..tasks.probing import classes_of_keys
 
     store = open_features(folder)
+    if "cls_token" not in store.outputs:
+        raise ValueError(f"{folder}: holds {', '.join(store.outputs)} and no cls_token: extract that, too")
     return classes_of_keys(folder, list(store.keys)), torch.as_tensor(store["cls_token"][:]).float()
 
 

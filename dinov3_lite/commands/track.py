@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
     def features(frame: np.ndarray) -> torch.Tensor:
         scale = args.size / min(frame.shape[:2])
-        rows, columns = (max(1, round(scale * side / model.patch_size)) for side in frame.shape[:2])
+        rows, columns = (max(1, round(scale * side / model.stride)) for side in frame.shape[:2])
         return feature_map(model, processor, frame, (rows, columns))
 
     say(f"{model.config.name}  weights {model.weights_id}")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..image import ImageProcessor
-from ..model import DINOv3ViT
+from ..loading import Backbone
 
 ROOM = Path(__file__).parent
 COMFORT, LIMIT = 2_000_000, 100_000_000  # bytes that pages have unless asked for more, and that browsers still open
@@ -41,7 +41,7 @@ def grid_of(pixels: np.ndarray, size: int | tuple[int, int], patch: int) -> tupl
     """
     sides = (size,) if isinstance(size, int) else size
     if any(side < patch or side % patch for side in sides):
-        raise ValueError(f"size is {' x '.join(map(str, sides))}: expected multiples of the patch size {patch}")
+        raise ValueError(f"size is {' x '.join(map(str, sides))}: expected multiples of {patch}, the pixels of a patch")
     if not isinstance(size, int):
         return size[0] // patch, size[1] // patch
     scale = size / max(pixels.shape[:2])
@@ -49,22 +49,23 @@ def grid_of(pixels: np.ndarray, size: int | tuple[int, int], patch: int) -> tupl
     return rows, columns
 
 
-def page_bytes(grids: Sequence[tuple[int, int]], dim: int, heads: int, blocks: int) -> int:
-    """About how many bytes a page of pictures with these grids and of so many blocks has."""
-    patches = sum(rows * columns for rows, columns in grids)
-    return 40_000 + len(grids) * PHOTO_BYTES + blocks * (patches * (dim + 4 + heads) + len(grids) * 5 * dim) * 4 // 3
+def page_bytes(grids: Sequence[tuple[int, int]], model: Backbone, blocks: Sequence[int]) -> int:
+    """About how many bytes a page of pictures with these grids and of these blocks has."""
+    patches, heads = sum(rows * columns for rows, columns in grids), model.num_heads
+    layers = sum(patches * (C + 4 + heads) + len(grids) * 5 * C for C in (model.embed_dims[i] for i in blocks))
+    return 40_000 + len(grids) * PHOTO_BYTES + layers * 4 // 3
 
 
-def blocks_that_fit(grids: Sequence[tuple[int, int]], model: DINOv3ViT) -> list[int]:
+def blocks_that_fit(grids: Sequence[tuple[int, int]], model: Backbone) -> list[int]:
     """Indices of as many blocks as fit into a page of two megabytes: spread over the depth, the last among them."""
-    fits = [n for n in range(1, model.depth + 1) if page_bytes(grids, model.embed_dim, model.num_heads, n) <= COMFORT]
-    n = max(fits, default=1)
-    return sorted({model.depth - 1 - (model.depth * i) // n for i in range(n)})
+    spread = [sorted({model.depth - 1 - (model.depth * i) // n for i in range(n)}) for n in range(1, model.depth + 1)]
+    fits = [blocks for blocks in spread if page_bytes(grids, model, blocks) <= COMFORT]
+    return fits[-1] if fits else spread[0]
 
 
-def check_size(grids: Sequence[tuple[int, int]], model: DINOv3ViT, blocks: Sequence[int]) -> None:
+def check_size(grids: Sequence[tuple[int, int]], model: Backbone, blocks: Sequence[int]) -> None:
     """Raise ValueError where the page would be more than a browser opens."""
-    size = page_bytes(grids, model.embed_dim, model.num_heads, len(blocks))
+    size = page_bytes(grids, model, blocks)
     if size > LIMIT:
         raise ValueError(
             f"the page would have about {size / 1e6:.0f} MB, for {len(grids)} pictures and {len(blocks)} blocks, and "
@@ -100,19 +101,21 @@ class Quantised:
 @torch.no_grad()
 def explore(
     pictures: Sequence[tuple[str, np.ndarray]],
-    model: DINOv3ViT,
+    model: Backbone,
     processor: ImageProcessor,
     grids: Sequence[tuple[int, int]],
     blocks: Sequence[int],
 ) -> str:
     """Compute the features of pictures and return one self-contained HTML page that shows them.
 
+    model: a ConvNeXt's stages are its blocks, on the grid of its `patch_size`, which must be set.
     pictures: (name, (H, W, 3) uint8). grids: (rows, columns) of patches for each. blocks: ascending block indices;
-        their outputs are shown after the final LayerNorm.
+        their outputs are shown after the final LayerNorm (of a ConvNeXt the last alone, as the others have none).
     """
-    packed, error = [], 0.0
+    packed, error, p = [], 0.0, model.patch_size
+    assert p is not None  # else a ConvNeXt's stages have a grid each
     for (name, pixels), (rows, columns) in zip(pictures, grids, strict=True):
-        size = (rows * model.patch_size, columns * model.patch_size)
+        size = (rows * p, columns * p)
         pixel_values = replace(processor, size=size)(pixels)["pixel_values"].to(model.device)
         layers = []
         outputs = model.get_intermediate_layers(pixel_values, n=list(blocks), return_class_token=True)
@@ -120,7 +123,9 @@ def explore(
             vectors = patches[0].float().cpu()
             quantised = Quantised.of(vectors)
             error = max(error, quantised.cosine_error(vectors))
-            attention = model.attention_maps(pixel_values, block)[0].float().cpu().flatten(1)  # (heads, patches)
+            attention = torch.empty(0, len(vectors))  # (heads, patches)
+            if model.num_heads:
+                attention = model.attention_maps(pixel_values, block)[0].float().cpu().flatten(1)
             peaks = attention.amax(1).clamp_min(1e-12)
             layers.append(
                 {
@@ -146,9 +151,9 @@ def explore(
     content = {
         "model": model.config.name,
         "weights": model.weights_id,
-        "dim": model.embed_dim,
+        "dims": [model.embed_dims[i] for i in blocks],
         "heads": model.num_heads,
-        "patch": model.patch_size,
+        "patch": p,
         "blocks": list(blocks),
         "cosineError": error,
         "pictures": packed,

@@ -3,12 +3,12 @@
 
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
-// One picture's features in one block. `vectors` are int8, row after row of `dim`;
+// One picture's features in one block. `vectors` are int8, row after row of as many as `channels`;
 // scales[i] * channels[c] * vectors[i * dim + c] is what the model gave.
-function readLayer(layer, dim) {
+function readLayer(layer) {
   const vectors = new Int8Array(bytes(layer.vectors).buffer);
   const channels = new Float32Array(bytes(layer.channels).buffer);
-  const count = vectors.length / dim;
+  const dim = channels.length, count = vectors.length / dim;
   const norms = new Float64Array(count); // without the scale
   for (let i = 0, d = 0; i < count; i++) {
     let sum = 0;

@@ -18,7 +18,7 @@ const layers = data.pictures.map(() => new Map()); // by block, decoded when fir
 const views = data.pictures.map(makeView);
 
 function layer(p) {
-  if (!layers[p].has(state.block)) layers[p].set(state.block, readLayer(data.pictures[p].layers[state.block], data.dim));
+  if (!layers[p].has(state.block)) layers[p].set(state.block, readLayer(data.pictures[p].layers[state.block]));
   return layers[p].get(state.block);
 }
 
@@ -256,16 +256,18 @@ function setUp() {
   $("block").value = state.block;
   $("block-value").textContent = data.blocks[state.block];
   $("block-field").hidden = data.blocks.length === 1;
+  document.querySelector("input[value=attention]").parentElement.hidden = !data.heads;
   $("head").append(new Option("mean of all", -1), ...Array.from({ length: data.heads }, (_, h) => new Option(h, h)));
   const pen = $("ramp").getContext("2d");
   for (let x = 0; x < 256; x++) {
     pen.fillStyle = `rgb(${ramp(x / 255).map(Math.round)})`;
     pen.fillRect(x, 0, 1, 1);
   }
-  const blocks = data.blocks.length === 1 ? `block ${data.blocks}` : `blocks ${data.blocks.join(", ")}`;
+  const unit = data.heads ? "block" : "stage", normed = data.heads ? "after the final norm" : "the last after the final norm";
+  const blocks = data.blocks.length === 1 ? `${unit} ${data.blocks}` : `${unit}s ${data.blocks.join(", ")}`;
   $("footer").textContent =
-    `${data.model}, weights ${data.weights}. Output of ${blocks} (counted from 0) after the final norm, patches of ` +
-    `${data.patch} px, ${data.dim} channels kept as int8: a cosine similarity is off by at most ` +
+    `${data.model}, weights ${data.weights}. Output of ${blocks} (counted from 0), ${normed}, patches of ` +
+    `${data.patch} px, ${[...new Set(data.dims)].join(", ")} channels kept as int8: a cosine similarity is off by at most ` +
     `${data.cosineError.toExponential(1)}, measured when this page was written. ` +
     data.pictures.map((p) => `${p.name}: run at ${p.rows * data.patch} x ${p.columns * data.patch} px`).join("; ") + ".";
   refresh();

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from .folder import Folder, read_json
+from .folder import Folder
 from .plan import Plan
+from .remote import folder_at
 
 
 def status(path: str | Path) -> dict[str, Any]:
     """How far a job is: shards, done, pictures (None if not known), rows, rejects, failed (number: reason), at_work."""
-    folder = Folder(path)
+    folder = folder_at(path)
     job, done = folder.read_job(), folder.done()
-    markers = [read_json(folder.marker(i)) for i in done]
-    at_work = len(list(folder.attempts.iterdir())) - sum(map(len, folder.deaths().values()))
+    markers = list(folder.read_all([folder.marker(i) for i in done]))
+    at_work = len(folder.names(folder.attempts)) - sum(map(len, folder.deaths().values()))
     return {
         "shards": job["plan"]["shards"],
         "done": len(done),
@@ -33,13 +34,13 @@ def status(path: str | Path) -> dict[str, Any]:
 
 def verify(path: str | Path) -> Iterator[tuple[int, str]]:
     """(shard, fault) for all that is not as its marker says: every file is read and hashed."""
-    folder = Folder(path)
-    job, plan = folder.read_job(), Plan(folder.plan)
+    folder = folder_at(path)
+    job, plan = folder.read_job(), Plan(folder)
     for shard in folder.done():
         if shard >= len(plan):
             yield shard, f"has a marker, and the plan has {len(plan)} shards"
             continue
-        marker = read_json(folder.marker(shard))
+        marker = folder.read_json(folder.marker(shard))
         yield from ((shard, fault) for fault in _faults(folder, job, plan[shard]["count"], shard, marker))
 
 
@@ -53,27 +54,28 @@ def _faults(
         )
     for name, summary in marker["files"].items():
         file = folder.path / name
-        if not file.is_file():
+        if not folder.has(file):
             yield f"{name} is gone"
-        elif file.stat().st_size != summary["bytes"]:
-            yield f"{name} has {file.stat().st_size} bytes, not {summary['bytes']}"
-        elif _sha256(file) != summary["sha256"]:
+        elif (size := folder.size(file)) != summary["bytes"]:
+            yield f"{name} has {size} bytes, not {summary['bytes']}"
+        elif _sha256(folder, file) != summary["sha256"]:
             yield f"{name} has changed: its SHA-256 is another than when it was written"
         elif file.suffix == ".npy" and None not in (shape := job["outputs"][file.parent.name]):
-            expected, found = (marker["rows"], *shape), np.load(file, mmap_mode="r").shape
+            expected, found = (marker["rows"], *shape), _shape(folder, file)
             if found != expected:
                 yield f"{name} has shape {found}, expected {expected}"
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return (
-            hashlib.file_digest(opened, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _by_hand(opened)
-        )
-
-
-def _by_hand(opened: Any) -> str:
+def _sha256(folder: Folder, path: Path) -> str:
     sha = hashlib.sha256()
-    while data := opened.read(1 << 20):
-        sha.update(data)
+    with folder.open(path) as file:
+        while data := file.read(1 << 20):
+            sha.update(data)
     return sha.hexdigest()
+
+
+def _shape(folder: Folder, path: Path) -> tuple[int, ...]:
+    """By its header."""
+    with folder.open(path) as file:
+        np.lib.format.read_magic(file)
+        return np.lib.format.read_array_header_1_0(file)[0]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..commands.arguments import MODEL, image_size
 from ..console import complain, say
-from .folder import Folder
+from .remote import folder_at
 
 DESCRIPTION = """Features of all pictures of INPUT, in a folder of numpy files. The same command again goes on where it
 was. Exit status: 0 all done, 1 bad input, 2 bad usage, 3 some shards failed (listed), 143 stopped by SIGTERM."""
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, a list of paths (.txt), pictures, tars, parquet files, patterns ('a-{000..099}.tar') or URLs",
     )  # fmt: skip
     parser.add_argument("--model", help=MODEL)
-    parser.add_argument("--output", type=Path, metavar="OUT", help="the folder to fill")
+    parser.add_argument("--output", metavar="OUT", help="the folder to fill, or a URL in an object store (s3://...)")
 
     what = parser.add_argument_group("what is computed")
     what.add_argument(
@@ -60,9 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--part", metavar="I/N", help="do one part of N (default: as torchrun, SLURM or Kubernetes tell it)"
     )
+    how.add_argument(
+        "--mesh", metavar="tp=N", help="under torchrun: N processes share one model, which is too large for one"
+    )
     how.add_argument("--engine", default="local", help="local (the default) or ray")
     how.add_argument("--workers", type=int, metavar="N", help="Ray's actors (default: one a GPU, or a core)")
     how.add_argument("--quiet", action="store_true", help="no bar")
+
+    hub = parser.add_argument_group("where the model is")
+    hub.add_argument("--subfolder", metavar="FOLDER", help="of --model")
+    hub.add_argument("--revision", help="of a hub id: a branch, tag or commit")
+    hub.add_argument("--cache-dir", help="where downloads of a hub id are kept (default: huggingface_hub's cache)")
+    hub.add_argument("--local-files-only", action="store_true", help="download nothing: a hub id must be in the cache")
 
     then = parser.add_argument_group("of a folder that is there")
     then.add_argument("--status", nargs="?", const="", metavar="OUT", help="how far it is, and what failed")
@@ -91,8 +99,9 @@ def _extract(args: argparse.Namespace) -> int:
             args.input, args.model, args.output, outputs=args.outputs, blocks=args.blocks, size=args.size,
             dtype=args.dtype, store=args.store, batch_size=args.batch_size, shard_size=args.shard_size,
             resize=args.resize, scaled_decoding=args.scaled_decoding, column=args.column, device=args.device,
-            decode_threads=args.decode_threads, max_rejects=args.max_rejects, part=args.part, engine=args.engine,
-            workers=args.workers, progress=False if args.quiet else None,
+            decode_threads=args.decode_threads, max_rejects=args.max_rejects, part=args.part, mesh=args.mesh,
+            engine=args.engine, workers=args.workers, progress=False if args.quiet else None, subfolder=args.subfolder,
+            revision=args.revision, cache_dir=args.cache_dir, local_files_only=args.local_files_only,
         )  # fmt: skip
     except ShardsFailed as error:
         complain(f"dinov3_lite: {' '.join(str(error).split())}")
@@ -108,14 +117,14 @@ def _extract(args: argparse.Namespace) -> int:
     return 0
 
 
-def _folder(args: argparse.Namespace, named: str) -> Path:
+def _folder(args: argparse.Namespace, named: str) -> str:
     folder = named or args.output or (args.input[0] if len(args.input) == 1 else None)
     if not folder:
         raise argparse.ArgumentError(None, "name the folder: --status OUT, --verify OUT")
-    return Path(folder)
+    return folder
 
 
-def _status(path: Path) -> int:
+def _status(path: str) -> int:
     from .check import status
 
     found = status(path)
@@ -129,14 +138,14 @@ def _status(path: Path) -> int:
     return 3 if found["failed"] else 0
 
 
-def _verify(path: Path) -> int:
+def _verify(path: str) -> int:
     from .check import verify
 
     faulty: dict[int, str] = {}
     for shard, fault in verify(path):
         say(f"shard {shard}: {fault}")
         faulty.setdefault(shard, fault)
-    done = len(Folder(path).done())
+    done = len(folder_at(path).done())
     if faulty:
         markers = "shards/" + ", shards/".join(f"{shard:08d}.json" for shard in faulty)
         say(f"{path}: {len(faulty)} of {done} shards are damaged: delete {markers} and index.json, and extract again")
@@ -148,7 +157,7 @@ def _verify(path: Path) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from .formats import convert
 
-    folders = [*([args.output] if args.output and len(args.input) == 1 else []), *map(Path, args.input)]
+    folders = [*([args.output] if args.output and len(args.input) == 1 else []), *args.input]
     if len(folders) != 2:
         raise argparse.ArgumentError(None, f"--to {args.to} takes two folders: OUT and DEST")
     say(convert(folders[0], folders[1], args.to))

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.files import WholeFiles
-from .folder import Folder, read_json, to_json, to_line
+from ..checkpoint.files import WholeFiles, remove_leftover
+from .folder import Folder, to_json, to_line
 from .pipeline import Batch, ReadFailed
-from .writer import Hashed, Rows, write_whole
+from .writer import Hashed, Rows
 
 GRID = "grid"  # a further output where pictures keep their own sizes: rows and columns of patches
 FEW = 10  # rejects of a shard that a percentage always allows
@@ -89,7 +89,7 @@ class ShardFiles:
             )
 
     def publish(self) -> dict[str, Any]:
-        """Finish the files, write the marker, and rename all to their names, the marker last; the marker."""
+        """Finish the files, write the marker, and give all their names, the marker's last; the marker."""
         for rows in self._rows.values():
             rows.close()
         files = {self.folder.rows(name, self.shard): rows for name, rows in self._rows.items()}
@@ -101,21 +101,27 @@ class ShardFiles:
             "rejects": self.rejects,
             "files": {f"{path.parent.name}/{path.name}": file.summary() for path, file in summaries.items()},
         }
-        Hashed(self._create(self.folder.marker(self.shard))).write(to_json(marker))
+        Hashed(self._create(path := self.folder.marker(self.shard))).write(to_json(marker))
         self._open.close()  # and so flush each of them to disk
         self._files.publish()
+        self.folder.hand_over([*summaries, path])
         return marker
 
 
 def complete(folder: Folder, total: int) -> None:
     """Once all markers are there: write the index, which spares a reader all of them, and sweep."""
-    if folder.index.exists() or len(folder.done()) < total:
+    if folder.has(folder.index) or len(folder.done()) < total:
         return
-    markers = [read_json(folder.marker(i)) for i in range(total)]
-    index = {"rows": [marker["rows"] for marker in markers], "rejects": [len(marker["rejects"]) for marker in markers]}
-    write_whole(folder.index, to_json(index))
+    index: dict[str, list[int]] = {"rows": [], "rejects": []}
+    for marker in folder.read_all([folder.marker(i) for i in range(total)]):
+        index["rows"].append(marker["rows"])
+        index["rejects"].append(len(marker["rejects"]))
+    folder.put(folder.index, to_json(index))
     # what processes left that died between a marker and their end, or at a shard that others did
-    for left in [*folder.attempts.iterdir(), *(folder.path / "failed").iterdir(), *folder.path.glob("*/.*.tmp")]:
-        left.unlink(missing_ok=True)
-    for left in folder.path.glob(".*.tmp"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for place in (folder.attempts, folder.path / "failed"):
+        for name in folder.names(place):
+            folder.remove(place / name)
+    for left in [*folder.path.glob("*/.*.tmp"), *folder.path.glob(".*.json.*.tmp")]:
+        remove_leftover(left)
+    for left in folder.dead_plans():
+        shutil.rmtree(left, ignore_errors=True)

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
+from ..features import patches_and_prefix
 from ..image import ImageProcessor
 from ..inference import optimize_for_inference
-from ..model import DINOv3ViT
+from ..loading import Backbone
 
 OUTPUTS = ("cls_token", "patch_mean", "patch_tokens", "register_tokens")
 STORES = {"float16": torch.float16, "float32": torch.float32}
 
 
-def weights_digest(checkpoint: Checkpoint) -> str:
-    """A SHA-256 of every weight, in the model's order: the same in whichever layout they lie."""
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A SHA-256 of every weight, in the order of their names: the same in every layout, and of a model of them."""
     sha = hashlib.sha256()
-    for name in checkpoint.names():
-        tensor = checkpoint.tensor(name).contiguous()
+    for name, tensor in weights:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def device_of(model: Backbone) -> torch.device:
+    """Where its weights are."""
+    return next(model.parameters()).device
 
 
 class Network:
@@ -34,46 +37,52 @@ class Network:
 
     def __init__(
         self,
-        source: str | os.PathLike[str],
-        device: torch.device,
-        dtype: torch.dtype,
+        model: Backbone,
         outputs: Sequence[str],
         blocks: Sequence[int] | None,
         store: torch.dtype,
         pixels: ImageProcessor | None,
     ) -> None:
         """outputs: names in OUTPUTS. blocks: ascending indices. pixels: makes the model take uint8 images."""
-        vit = DINOv3ViT.from_pretrained(source, dtype=dtype, device=device)
-        self.vit = optimize_for_inference(vit, pixels)
-        self.outputs, self.store, self.device = tuple(outputs), store, device
-        self.blocks = [vit.depth - 1] if blocks is None else list(blocks)
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.model: Any = self.prepared(model, pixels)
+        self.outputs, self.store, self.device = tuple(outputs), store, device_of(model)
+        self.blocks = [model.depth - 1] if blocks is None else list(blocks)
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def prepared(self, model: Backbone, pixels: ImageProcessor | None) -> Backbone:
+        """The model that runs."""
+        return optimize_for_inference(model, pixels)
 
     def run(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, h, w) -> for each output (B, ..) or, of K > 1 blocks, (B, K, ..), in the dtype of the files."""
-        tokens, _ = self.vit.embed(images)
-        return self._pick(self.vit.run_blocks(tokens, self.blocks))
+        every = {"return_class_token": True, "return_extra_tokens": True}
+        return self._pick(self.model.get_intermediate_layers(images, self.blocks, **every))
 
     @torch.no_grad()
-    def run_packed(self, images: Sequence[Tensor]) -> list[list[Any]]:
-        """Images (3, h, w) of different sizes as one sequence without padding: for each its outputs."""
-        batches = [self.vit.embed(image.to(self.device)[None])[0] for image in images]
-        states = self.vit.run_packed(batches, self.blocks)
-        picked = (self._pick([of_block[i] for of_block in states]) for i in range(len(images)))
+    def run_several(self, images: Sequence[Tensor]) -> list[list[Any]]:
+        """Images (3, h, w) of different sizes: for each its outputs. As one sequence without padding, where the model
+        can.
+        """
+        images = [image.to(self.device)[None] for image in images]
+        picked = self._run_packed(images) if self.model.packs else map(self.run, images)
         return [[output[0].cpu().numpy() for output in of_image] for of_image in picked]
 
+    def _run_packed(self, images: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        batches, grids = zip(*map(self.model.embed, images), strict=True)
+        for states, grid in zip(zip(*self.model.run_packed(batches, self.blocks), strict=True), grids, strict=True):
+            parts = (patches_and_prefix(self.model, state, grid, norm=True, reshape=False) for state in states)
+            yield self._pick([(patches, prefix[:, 0], prefix[:, 1:]) for patches, prefix in parts])
+
     @torch.no_grad()
-    def _pick(self, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The outputs of the blocks' states (B, N, C)."""
-        prefix = self.vit.num_prefix_tokens
-        normed = [self.vit.norm(state) for state in states]
+    def _pick(self, layers: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        """The outputs, of each block's patch tokens (B, h*w, C), CLS token (B, C) and register tokens (B, R, C)."""
         pick = {
-            "cls_token": lambda x: x[:, 0],
-            "patch_mean": lambda x: x[:, prefix:].float().mean(dim=1),
-            "patch_tokens": lambda x: x[:, prefix:],
-            "register_tokens": lambda x: x[:, 1:prefix],
+            "cls_token": lambda patches, cls_token, registers: cls_token,
+            "patch_mean": lambda patches, cls_token, registers: patches.float().mean(dim=1),
+            "patch_tokens": lambda patches, cls_token, registers: patches,
+            "register_tokens": lambda patches, cls_token, registers: registers,
         }
-        picked = ([pick[output](x) for x in normed] for output in self.outputs)
+        picked = ([pick[output](*layer) for layer in layers] for output in self.outputs)
         return tuple((xs[0] if len(xs) == 1 else torch.stack(xs, dim=1)).to(self.store) for xs in picked)
 
     def submit(self, images: Tensor) -> Any:

@@ -121,8 +121,8 @@ class Preparation:
     rounded: resized pixels as uint8, for a model that normalises them itself; otherwise float32, normalised.
     """
 
-    def __init__(self, processor: ImageProcessor, patch_size: int, rounded: bool) -> None:
-        self.processor, self.patch_size, self.rounded = processor, patch_size, rounded
+    def __init__(self, processor: ImageProcessor, stride: int, rounded: bool) -> None:
+        self.processor, self.stride, self.rounded = processor, stride, rounded
         self.dtype = torch.uint8 if rounded else torch.float32
 
     def __call__(self, picture: Any) -> Tensor:
@@ -134,8 +134,8 @@ class Preparation:
             return replace(self.processor, size=size)(picture)["pixel_values"][0]
 
     def _native_size(self, picture: Any) -> tuple[int, int]:
-        """The picture's own (height, width), each to the nearest multiple of the patch size."""
-        p = self.patch_size
+        """The picture's own (height, width), each to the nearest multiple of the model's stride."""
+        p = self.stride
         with opened(picture, self.processor.num_channels, self.processor.exif) as rows:
             return max(p, round(rows.height / p) * p), max(p, round(rows.width / p) * p)
 

@@ -8,18 +8,24 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
+from ..image import ImageProcessor
+from ..loading import Backbone
 from .commit import complete
+from .compute import device_of
 from .folder import Folder
 from .job import Request, prepare
+from .mesh import Team, parse_mesh
 from .parts import Part, local_device, local_threads, parse_part, part_from_environment
 from .plan import Plan
 from .progress import Bar
+from .remote import folder_at
 from .shard import Setup, Worker, extract_shard
-from .sources import is_url
 from .store import FeatureStore, open_features
 
 ENGINES = ("local", "ray")
@@ -40,7 +46,7 @@ class Stopped(RuntimeError):
 
 def extract(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Backbone,
     output: str | os.PathLike[str],
     *,
     outputs: Sequence[str] = ("cls_token",),
@@ -57,20 +63,29 @@ def extract(
     decode_threads: int | None = None,
     max_rejects: str | int = "50%",
     part: str | None = None,
+    mesh: str | None = None,
     engine: str = "local",
     workers: int | None = None,
     progress: bool | None = None,
+    processor: ImageProcessor | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> FeatureStore:
     """Compute the features of all pictures in `inputs` into a folder of numpy files; called again, it resumes.
 
     inputs: one or several of: a folder (recursively), a list of paths (.txt, one a line, relative to it), a picture;
         tar files (as webdataset's) or parquet files, patterns of them (`*`, `{000..099}`); URLs of all those.
-    model: a checkpoint folder, a converted file or a hub id. output: the folder, made if need be.
+    model: a checkpoint folder, a converted file or a hub id; or a model in evaluation mode, say one that you have
+        trained. Of that the weights are compared when a job goes on; hooks and replaced modules can't be.
+    output: the folder, made if need be, or a URL in an object store (s3://, gs://, az://, ...).
     outputs: of "cls_token" (C,), "patch_mean" (C,), "patch_tokens" (h*w, C) and "register_tokens" (R, C), each after
         the final LayerNorm. blocks: indices of the blocks they are taken from; several put an axis of blocks first in
-        each row. None is the last block.
+        each row. None is the last block. A ConvNeXt's blocks are its stages, one at a time, as their channels differ;
+        before the last they have no norm.
     size: pixels a side, (height, width), None for the checkpoint's, or "native": each picture in its own size,
-        rounded to whole patches, and run as one sequence with others, without padding.
+        rounded to whole patches, and run as one sequence with others, without padding (a ConvNeXt: one by one).
     dtype: of the weights, "float32", "bfloat16" or "float16"; None is the checkpoint's own. store: of the files,
         "float16" or "float32".
     batch_size: pictures a forward: 64, native 8. shard_size: pictures a shard: 4096, with patch tokens 1024. A tar is
@@ -82,20 +97,31 @@ def extract(
     device: "cpu", "cuda", "cuda:1"; None is a GPU if there is one. decode_threads: None is one a core.
     max_rejects: how many pictures of a shard may be rejected, a number or "P%" (which always allows ten).
     part: "I/N", as N processes at once share the shards; None reads what torchrun, SLURM or Kubernetes say.
+    mesh: "tp=N": under torchrun, N processes share one model and do a part together, by tensor parallelism. The first
+        of each N writes; in the others this returns, or raises, when that is done. The job keeps N (last bits).
     engine: "local" is this process; "ray" is `workers` actors, on the cluster of RAY_ADDRESS or on this machine.
     progress: a bar; None shows one on a terminal.
+    processor: None is the checkpoint's own; a model that is an object needs one. `size` comes before its size.
+    subfolder: of the checkpoint. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
-    Raises FileNotFoundError and ValueError for what can't be begun, ShardsFailed when all but some shards are done,
-    Stopped after SIGTERM, and OSError if the output can't be written.
+    Raises FileNotFoundError, TypeError and ValueError for what can't be begun, ShardsFailed when all but some shards
+    are done, Stopped after SIGTERM, and OSError if the output can't be written.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if not re.fullmatch(r"\d+%?|\d+\.\d+%", str(max_rejects)):
         raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
-    folder = Folder(_local(output))
+    _check_model(model, engine, device)
+    source: str | Backbone = model if isinstance(model, Backbone) else os.fspath(model)
+    if mesh and (engine != "local" or not isinstance(source, str)):
+        raise ValueError(f"mesh {mesh!r} loads a checkpoint in every process of torchrun's: give one, and no engine")
+    hub = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = folder_at(output)
     request = Request(
         inputs=tuple(os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)),
-        model=os.fspath(model),
+        model=source,
+        loading={name: str(value) if name == "cache_dir" else value for name, value in hub.items() if value},
+        processor=processor,
         outputs=(outputs,) if isinstance(outputs, str) else tuple(outputs),
         blocks=None if blocks is None else (blocks,) if isinstance(blocks, int) else tuple(blocks),
         size=(size, size) if isinstance(size, int) else size,
@@ -106,30 +132,56 @@ def extract(
         resize=resize,
         scaled_decoding=scaled_decoding,
         column=column,
+        tp=parse_mesh(mesh) if mesh else 1,
     )
     mine = parse_part(part) if part else part_from_environment()
-    job = prepare(folder, request)
-    setup = Setup(
-        folder=os.path.abspath(folder.path),
-        model=os.path.abspath(request.model) if os.path.exists(request.model) else request.model,
-        device=device or local_device(),
-        decode_threads=decode_threads or local_threads(),
-        max_rejects=str(max_rejects),
-    )
-    total = len(Plan(folder.plan))
-    with Bar(folder, job["plan"], progress) as bar:
-        run = run_ray if engine == "ray" else run_local
-        failures = run(setup, job, _missing(folder, mine, total), bar, workers)
+    with Team(request.tp, device) if mesh else nullcontext() as team:
+        if team is not None and not team.leads:
+            with _ends_after_the_shard():  # of the first process, which says when it is done
+                team.follow()
+            return open_features(output)
+        if team is not None:
+            mine = team.part(mine, given=bool(part))
+        job = prepare(folder, request)
+        setup = Setup(
+            folder=folder.address,
+            model=_anywhere(source) if isinstance(source, str) else "",
+            loading=request.loading,
+            device=device or local_device(),
+            decode_threads=decode_threads or local_threads() * request.tp,
+            max_rejects=str(max_rejects),
+        )
+        total = len(Plan(folder))
+        with Bar(folder, job["plan"], progress) as bar:
+            shards = _missing(folder, mine, total)
+            if not shards:
+                failures = {}
+            elif engine == "ray":
+                failures = run_ray(setup, job, shards, bar, workers)
+            else:
+                given = None if isinstance(source, str) else source
+                failures = run_local(Worker(setup, job["model"]["weights"], bar.add, given, team), shards, bar)
     complete(folder, total)
     if failures:
         raise ShardsFailed(setup.folder, failures, total)
-    return open_features(folder.path)
+    return open_features(output)
 
 
-def _local(output: str | os.PathLike[str]) -> str:
-    if is_url(os.fspath(output)):
-        raise ValueError(f"{output}: the output must be a folder: write to one, and copy it when it is complete")
-    return os.fspath(output)
+def _anywhere(source: str) -> str:
+    """A path that other working directories know too; a hub id as it is."""
+    return os.path.abspath(source) if os.path.exists(source) else source
+
+
+def _check_model(model: Any, engine: str, device: str | None) -> None:
+    """Raises TypeError or ValueError for an object that is no model, or can't be run as is asked."""
+    if isinstance(model, (str, os.PathLike)):
+        return
+    if not isinstance(model, Backbone):
+        raise TypeError(f"model is a {type(model).__name__}: expected a checkpoint or a DINOv3ViT or DINOv3ConvNeXt")
+    if engine != "local":
+        raise ValueError(f"engine {engine!r} loads the model in other processes: save it, and give the checkpoint")
+    if device is not None and torch.device(device) != (found := device_of(model)):
+        raise ValueError(f"device {device!r}, and the model is on {found}: move it, model.to({device!r})")
 
 
 def _missing(folder: Folder, part: Part, total: int) -> list[int]:
@@ -138,12 +190,9 @@ def _missing(folder: Folder, part: Part, total: int) -> list[int]:
     return sorted((i for i in range(total) if i in part and i not in done), key=lambda i: (len(deaths.get(i, ())), i))
 
 
-def run_local(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, _: int | None) -> dict[int, str]:
+def run_local(worker: Worker, shards: list[int], bar: Bar) -> dict[int, str]:
     """Do the shards one after the other in this process; the reasons of those that failed."""
-    if not shards:
-        return {}
     failures = {}
-    worker = Worker(setup, job["model"]["weights"], bar.add)
     try:
         with _ends_after_the_shard() as stopped:
             for shard in shards:
@@ -151,7 +200,7 @@ def run_local(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, _:
                     failures[shard] = reason
                 bar.count()
                 if stopped():
-                    raise Stopped(f"{setup.folder}: stopped by SIGTERM after shard {shard}: the same command goes on")
+                    raise Stopped(f"{worker.folder}: stopped by SIGTERM after shard {shard}: the same command goes on")
     finally:
         worker.close()
     return failures
@@ -187,8 +236,6 @@ def run_ray(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, work
 
     Ray replaces actors that die and gives their shards to others; what a shard's files hold it does not know.
     """
-    if not shards:
-        return {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray

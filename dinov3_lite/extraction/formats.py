@@ -30,7 +30,7 @@ def convert(folder: str | os.PathLike[str], destination: str | os.PathLike[str],
         raise ValueError(f"format {to!r}: expected one of {', '.join(FORMATS)}")
     store, destination = open_features(folder), Path(destination)
     if store.missing:
-        raise ValueError(f"{store.folder.path}: {len(store.missing)} shards are missing: extract them first")
+        raise ValueError(f"{store.folder}: {len(store.missing)} shards are missing: extract them first")
     if destination.exists() and any(destination.iterdir()):
         raise ValueError(f"{destination}: is not empty: give a new folder")
     destination.parent.mkdir(parents=True, exist_ok=True)

@@ -6,19 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..checkpoint import DTYPES, open_checkpoint
+from ..checkpoint import DTYPES, Checkpoint, open_checkpoint
 from ..checkpoint.hub import locate
 from ..image import ImageProcessor
+from ..loading import Backbone, skeleton
 from .commit import GRID
 from .compute import OUTPUTS, STORES, weights_digest
 from .decode import decoders
 from .folder import FORMAT, Folder
-from .plan import write_plan
+from .plan import Plan, plan_digest, write_plan
 from .sources import find_sources, is_url
-from .writer import write_whole
 
 GLOBAL_SHARD, DENSE_SHARD = 4096, 1024  # pictures; dense features are a hundred times as large
 BATCH, NATIVE_BATCH = 64, 8  # pictures
@@ -30,7 +30,10 @@ class Request:
     """What a user asks for: see `extract`."""
 
     inputs: tuple[str, ...]
-    model: str
+    model: str | Backbone
+    loading: dict[str, Any] = field(default_factory=dict)
+    """How `locate` finds the model: subfolder, revision and so on."""
+    processor: ImageProcessor | None = None
     outputs: tuple[str, ...] = ("cls_token",)
     blocks: tuple[int, ...] | None = None
     size: tuple[int, int] | str | None = None
@@ -41,8 +44,12 @@ class Request:
     resize: str = "float32"
     scaled_decoding: bool = False
     column: str | None = None
+    tp: int = 1
+    """How many processes share a model."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, Backbone):
+            self._check_object(self.model)
         for name, known in (("outputs", OUTPUTS), ("store", STORES), ("resize", ("float32", "uint8"))):
             value = getattr(self, name)
             for choice in value if isinstance(value, tuple) else (value,):
@@ -63,6 +70,19 @@ class Request:
         if self.scaled_decoding and self.size == NATIVE:
             raise ValueError("scaled decoding makes pictures smaller, and their native size is asked for: choose one")
 
+    def _check_object(self, model: Backbone) -> None:
+        if model.training:
+            raise ValueError("the model is in training mode, where features are random: call model.eval() first")
+        if self.loading:
+            raise ValueError(f"{', '.join(self.loading)}: of a model that is loaded already")
+        if self.processor is None:
+            raise ValueError(
+                "the model is an object, which knows no preprocessing: give a processor, as "
+                "dinov3_lite.ImageProcessor.from_pretrained(checkpoint)"
+            )
+        if self.dtype not in (None, found := _dtype(model)):
+            raise ValueError(f"dtype {self.dtype!r}, and the model's is {found}: give model.to(torch.{self.dtype})")
+
 
 def prepare(folder: Folder, request: Request) -> dict[str, Any]:
     """The job of this folder: made of the request, or found there, and then the same.
@@ -71,44 +91,62 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
     that holds another job, naming each field that differs; OSError for a folder that can't be written.
     """
     wanted = describe(request)
-    if not folder.job.is_file():
+    if not folder.has(folder.job):
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.plan.is_dir():
-            write_plan(folder.plan, find_sources(list(request.inputs)), wanted["shard_size"], request.column, wanted)
-        write_whole(folder.job, (folder.plan / "job.json").read_bytes())
+            write_plan(
+                folder, find_sources(list(request.inputs)), wanted["shard_size"], request.column,
+                wanted, cut=request.shard_size is not None,
+            )  # fmt: skip
+        folder.hand_over(sorted(folder.plan.iterdir()), keep=True)
+        folder.put(folder.job, (folder.plan / "job.json").read_bytes())
     job = folder.read_job()
+    if not folder.plan_appears_whole:
+        plan = Plan(folder)
+        if plan_digest(plan.folder) != job["plan"]["sha256"]:
+            raise ValueError(
+                f"{folder}: its plan is not that of its job.json: two processes began at once, from inputs that "
+                "differ: delete it, and begin anew"
+            )
     if different := differences({k: v for k, v in job.items() if k != "plan"}, wanted):
         raise ValueError(
-            f"{folder.path}: holds another job: {'; '.join(different)}: give another output folder, or ask for the same"
+            f"{folder}: holds another job: {'; '.join(different)}: give another output folder, or ask for the same"
         )
-    folder.make(job["outputs"])
     return job
 
 
 def describe(request: Request) -> dict[str, Any]:
     """The job of a request, but for its plan."""
-    checkpoint = open_checkpoint(locate(request.model))
-    config, processor = checkpoint.config, ImageProcessor.from_pretrained(request.model)
+    if isinstance(request.model, Backbone):
+        model, dtype = request.model, _dtype(request.model)
+        weights = weights_digest(sorted(request.model.state_dict().items()))
+        processor = request.processor
+    else:
+        checkpoint = open_checkpoint(path := locate(request.model, **request.loading))
+        model, dtype = skeleton(checkpoint.config), request.dtype or _dtype(checkpoint)
+        weights = checkpoint_digest(checkpoint)
+        processor = request.processor or ImageProcessor.from_pretrained(path)
+    assert processor is not None
     if request.size == NATIVE:
         size = None
     else:
         size = request.size or processor.size
         if size is None:
-            raise ValueError(f"{request.model}: its preprocessing does not resize: give a size, or {NATIVE!r}")
-        if any(n % config.patch_size for n in size):
-            raise ValueError(f"size {size[0]} x {size[1]}: expected multiples of the patch size {config.patch_size}")
-    blocks = _blocks(request.blocks, config.num_hidden_layers)
+            raise ValueError(f"the preprocessing does not resize: give a size, or {NATIVE!r}")
+        model.grid_of(*size)
+    blocks = _blocks(request.blocks, model.depth)
+    _check_outputs(request.outputs, model, blocks)
     dense = "patch_tokens" in request.outputs
     return {
         "format": FORMAT,
         "inputs": _inputs(request.inputs),
         "column": request.column,
         "model": {
-            "name": config.name,
-            "weights": weights_digest(checkpoint),
-            "config": asdict(config),
+            "name": model.config.name,
+            "weights": weights,
+            "config": json.loads(json.dumps(asdict(model.config))),
         },
-        "dtype": request.dtype or str(checkpoint.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "preprocessing": {
             **json.loads(json.dumps(asdict(processor))),
             "size": NATIVE if size is None else list(size),
@@ -116,12 +154,22 @@ def describe(request: Request) -> dict[str, Any]:
             "scaled_decoding": request.scaled_decoding,
         },
         "decoder": decoders(),
-        "outputs": _shapes(request, config, size, blocks),
+        "outputs": _shapes(request.outputs, model, size, blocks),
         "blocks": blocks,
         "store": request.store,
         "batch_size": request.batch_size or (NATIVE_BATCH if size is None else BATCH),
         "shard_size": request.shard_size or (DENSE_SHARD if dense else GLOBAL_SHARD),
+        **({"mesh": {"tp": request.tp}} if request.tp > 1 else {}),  # sums over processes round otherwise
     }
+
+
+def checkpoint_digest(checkpoint: Checkpoint) -> str:
+    """`weights_digest` of a checkpoint."""
+    return weights_digest((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names()))
+
+
+def _dtype(model: Backbone | Checkpoint) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _inputs(inputs: Sequence[str]) -> list[str]:
@@ -140,18 +188,33 @@ def _blocks(blocks: tuple[int, ...] | None, depth: int) -> list[int] | None:
     return sorted({i % depth for i in blocks})
 
 
-def _shapes(request: Request, config: Any, size: Any, blocks: list[int] | None) -> dict[str, list[int | None]]:
+def _check_outputs(outputs: Sequence[str], model: Backbone, blocks: list[int] | None) -> None:
+    """Raise ValueError for what a ConvNeXt does not have: stages of one shape, register tokens."""
+    widths = [model.embed_dims[i] for i in blocks or ()]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"blocks {blocks}: are stages of {', '.join(map(str, widths))} channels, which make no one array: "
+            "extract them one at a time"
+        )
+    if "register_tokens" in outputs and not model.n_storage_tokens:
+        raise ValueError(f"outputs has register_tokens, and {model.config.name} has none: leave it out")
+
+
+def _shapes(
+    outputs: Sequence[str], model: Backbone, size: Any, blocks: list[int] | None
+) -> dict[str, list[int | None]]:
     """The shape of one row of each output; None where it differs from picture to picture."""
-    C = config.hidden_size
-    patches = None if size is None else (size[0] // config.patch_size) * (size[1] // config.patch_size)
+    last = -1 if blocks is None else blocks[-1]
+    C, s = model.embed_dims[last], model.strides[last]
+    patches = None if size is None else (size[0] // s) * (size[1] // s)
     of_block: dict[str, list[int | None]] = {
         "cls_token": [C],
         "patch_mean": [C],
         "patch_tokens": [patches, C],
-        "register_tokens": [config.num_register_tokens, C],
+        "register_tokens": [model.n_storage_tokens, C],
     }
     several = [len(blocks)] if blocks is not None and len(blocks) > 1 else []
-    shapes = {output: [*several, *of_block[output]] for output in request.outputs}
+    shapes = {output: [*several, *of_block[output]] for output in outputs}
     return {**shapes, GRID: [2]} if size is None else shapes
 
 

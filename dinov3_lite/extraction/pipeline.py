@@ -95,11 +95,10 @@ class Pipeline:
     def batches(self, items: Iterable[Item]) -> Iterator[Batch]:
         """Raises ReadFailed as soon as a picture can't be read."""
         under_way: deque[tuple[list[str], list[Future[Outcome]], Tensor | None]] = deque()
-        seen: set[str] = set()
         stream = _reading(items)
         try:
             while group := list(itertools.islice(stream, self.batch_size)):
-                under_way.append(self._start(group, seen))
+                under_way.append(self._start(group))
                 if len(under_way) > AHEAD:
                     yield self._finish(*under_way.popleft())
             while under_way:
@@ -109,28 +108,24 @@ class Pipeline:
                 for future in futures:
                     future.cancel()
 
-    def _start(self, group: list[Item], seen: set[str]) -> tuple[list[str], list[Future[Outcome]], Tensor | None]:
+    def _start(self, group: list[Item]) -> tuple[list[str], list[Future[Outcome]], Tensor | None]:
         images = None
         if self.size is not None:
             channels = self.prepare.processor.num_channels
             images = torch.empty(len(group), channels, *self.size, dtype=self.prepare.dtype, pin_memory=self.pin)
         futures = []
         for i, item in enumerate(group):
-            again = item.key in seen
-            seen.add(item.key)
-            futures.append(self.pool.submit(self._prepare, item, again, None if images is None else images[i]))
+            futures.append(self.pool.submit(self._prepare, item, None if images is None else images[i]))
         return [item.key for item in group], futures, images
 
     def _finish(self, keys: list[str], futures: list[Future[Outcome]], images: Tensor | None) -> Batch:
         return Batch(keys, [future.result() for future in futures], images)
 
-    def _prepare(self, item: Item, again: bool, image: Tensor | None) -> Outcome:
+    def _prepare(self, item: Item, image: Tensor | None) -> Outcome:
         """Read, decode and resize one picture, into its place in the batch where that has one size."""
         outcome = Outcome()
         times = [time.perf_counter()]
         try:
-            if again:
-                raise Rejected("its key is that of an earlier picture of the shard")
             data = item.read()
             times.append(time.perf_counter())
             picture = decode(data, self.wanted)

@@ -9,8 +9,6 @@ from tqdm import tqdm
 
 from .folder import Folder
 
-EVERY = 2.0  # seconds between two looks at the folder
-
 
 class Bar:
     """Pictures where the plan knows how many there are, else shards."""
@@ -49,7 +47,7 @@ class Bar:
     def _show(self) -> None:
         if self.bar.disable:
             return
-        if time.monotonic() - self.looked > EVERY:
+        if time.monotonic() - self.looked > self.folder.look_every:
             self.done, self.looked = len(self.folder.done()), time.monotonic()
         whole = self.pictures * self.done / self.shards + self.begun if self.pictures else self.done
         self.bar.n = min(round(whole), self.bar.total)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any, NamedTuple, TypeVar
 
+from . import tars
 from .parquet import open_parquet
 from .plan import Plan
 from .sources import filesystem, is_picture, is_url
@@ -42,6 +42,14 @@ def read_items(plan: Plan, shard: dict[str, Any]) -> Iterator[Item]:
 
     Raises OSError if an archive can't be read, ValueError if it is not the one that was planned.
     """
+    doubled, seen = set(shard.get("doubled", ())), set[str]()
+    for i, item in enumerate(_items(plan, shard)):
+        again = i in doubled or item.key in seen
+        seen.add(item.key)
+        yield _rejected(item.key, "its key is that of an earlier picture") if again else item
+
+
+def _items(plan: Plan, shard: dict[str, Any]) -> Iterator[Item]:
     if shard["kind"] == "files":
         for item in plan.items(shard):
             key = f"{shard['name']}/{item}" if shard["name"] else item
@@ -128,38 +136,28 @@ def _open(shard: dict[str, Any]) -> IO[bytes]:
     return file
 
 
-class _Member(tarfile.TarInfo):
-    """Where tarfile takes a damaged header, or none, for the end of the archive, an error: pictures may be missing."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined] # zeros: a proper end
-                raise
-            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
-
-
 def _read_tar(shard: dict[str, Any]) -> Iterator[Item]:
     """Members that are named as pictures, one by one. A damaged archive ends in a rejected item of its own name."""
+    start, stop = shard.get("start", 0), shard.get("stop")
     with _open(shard) as file:
+        file.seek(start)
         try:
-            with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
-                for member in tar:
-                    if not is_picture(member.name):
-                        continue
-                    key = f"{shard['name']}/{member.name.removeprefix('./')}"
-                    if not member.isreg():
-                        yield _rejected(key, "is no regular file of the archive")
-                    elif member.size > LARGEST:
-                        yield _rejected(key, f"{member.size} bytes: more than {LARGEST}")
-                    else:
-                        content = tar.extractfile(member)
-                        assert content is not None
-                        data = content.read()
-                        yield Item(key, lambda data=data: data)  # type: ignore[misc]
-        except (tarfile.TarError, EOFError, ValueError) as error:
+            for member, tar in tars.members(file, "r|*"):
+                if stop is not None and start + member.offset >= stop:
+                    return
+                if not is_picture(member.name):
+                    continue
+                key = f"{shard['name']}/{member.name.removeprefix('./')}"
+                if not member.isreg():
+                    yield _rejected(key, "is no regular file of the archive")
+                elif member.size > LARGEST:
+                    yield _rejected(key, f"{member.size} bytes: more than {LARGEST}")
+                else:
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    data = content.read()
+                    yield Item(key, lambda data=data: data)  # type: ignore[misc]
+        except tars.DAMAGED as error:
             yield _rejected(shard["name"], f"not a whole tar file ({' '.join(str(error).split())})")
 
 

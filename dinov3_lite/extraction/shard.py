@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,17 @@ import torch
 from ..checkpoint import open_checkpoint
 from ..checkpoint.hub import locate
 from ..image import ImageProcessor
+from ..loading import Backbone, load
 from .commit import GRID, ShardFailed, ShardFiles
-from .compute import STORES, Network, weights_digest
+from .compute import STORES, Network
 from .decode import Preparation
 from .folder import Folder, to_json
-from .job import NATIVE
+from .job import NATIVE, checkpoint_digest
+from .mesh import Team
 from .pipeline import Batch, Pipeline, ReadFailed, Seconds
 from .plan import Plan
 from .reading import PAUSES, read_items
-from .writer import write_whole
+from .remote import folder_at
 
 Features = dict[str, Sequence[np.ndarray]]
 DEATHS = 3  # of processes at work on one shard, before it is tried in a process of its own
@@ -48,20 +50,33 @@ class Setup:
     device: str
     decode_threads: int
     max_rejects: str = "50%"
+    loading: dict[str, Any] = field(default_factory=dict)
+    """Of the model: subfolder, revision, cache_dir, local_files_only."""
 
 
 class Worker:
     """A process's model and threads, for any number of shards of one job."""
 
-    def __init__(self, setup: Setup, digest: str | None = None, on_pictures: Callable[[int], object] = int) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        digest: str | None = None,
+        on_pictures: Callable[[int], object] = int,
+        model: Backbone | None = None,
+        team: Team | None = None,
+    ) -> None:
         """digest: of the model's weights, where it is known. on_pictures: told how many more pictures are through.
+        model: in place of the one that setup names. team: the mesh that this process is the first of.
 
         Raises ValueError if the model here is another than the job's.
         """
-        self.setup, self.folder, self.on_pictures = setup, Folder(setup.folder), on_pictures
+        self.setup, self.folder, self.on_pictures = setup, folder_at(setup.folder), on_pictures
+        self.is_alone = model is None and team is None
         self.job = job = self.folder.read_job()
-        self.plan = Plan(self.folder.plan)
-        if (digest or weights_digest(open_checkpoint(locate(setup.model)))) != job["model"]["weights"]:
+        self.folder.make(job["outputs"])
+        self.plan = Plan(self.folder)
+        path = None if model is not None else locate(setup.model, **setup.loading)
+        if path is not None and (digest or checkpoint_digest(open_checkpoint(path))) != job["model"]["weights"]:
             raise ValueError(
                 f"{setup.model}: other weights than those of the job in {setup.folder}: name the same model"
             )
@@ -69,18 +84,22 @@ class Worker:
         size = None if preprocessing["size"] == NATIVE else tuple(preprocessing["size"])
         processor = ImageProcessor(size, *(preprocessing[name] for name in ("mean", "std", "rescale_factor", "exif")))
         rounded = preprocessing["resize"] == "uint8"
-        device = torch.device(setup.device)
         names = [name for name in job["outputs"] if name != GRID]
-        self.network = Network(
-            setup.model, device, getattr(torch, job["dtype"]), names, job["blocks"], STORES[job["store"]],
-            processor if rounded else None,
-        )  # fmt: skip
+        options = (names, job["blocks"], STORES[job["store"]], processor if rounded else None)
+        dtype = getattr(torch, job["dtype"])
+        if team is not None:
+            self.network = team.network(setup.model, setup.loading, dtype, *options)
+        else:
+            self.network = Network(
+                model or load(path, dtype=dtype, device=setup.device),  # type: ignore[arg-type]
+                *options,
+            )
         self.pipeline = Pipeline(
             setup.decode_threads,
             job["batch_size"],
-            Preparation(processor, self.network.vit.patch_size, rounded),
+            Preparation(processor, self.network.model.stride, rounded),
             scaled=preprocessing["scaled_decoding"],
-            pin=device.type == "cuda",
+            pin=self.network.device.type == "cuda",
         )
 
     def submit(self, batch: Batch) -> Callable[[], Features]:
@@ -89,11 +108,11 @@ class Worker:
         if batch.images is not None:
             wait = self.network.submit(batch.images)
             return lambda: dict(zip(names, wait(), strict=True))
-        return self._submit_packed(batch, names)
+        return self._submit_several(batch, names)
 
-    def _submit_packed(self, batch: Batch, names: list[str]) -> Callable[[], Features]:
-        """The pictures of a batch in packs of bearable length."""
-        p, most = self.network.vit.patch_size, PACK * self.job["batch_size"]
+    def _submit_several(self, batch: Batch, names: list[str]) -> Callable[[], Features]:
+        """The pictures of a batch, which have sizes of their own, in packs of bearable length."""
+        p, most = self.network.model.strides[self.network.blocks[-1]], PACK * self.job["batch_size"]
         grids = [None if o.pixels is None else (o.pixels.shape[1] // p, o.pixels.shape[2] // p) for o in batch.outcomes]
         packs: list[list[int]] = []
         tokens = most
@@ -107,7 +126,7 @@ class Worker:
         found: dict[int, list[np.ndarray]] = {}
         for pack in packs:
             images = [pixels for i in pack if (pixels := batch.outcomes[i].pixels) is not None]
-            found.update(zip(pack, self.network.run_packed(images), strict=True))
+            found.update(zip(pack, self.network.run_several(images), strict=True))
         nothing = [np.empty(0)] * len(names)
         rows = [found.get(i, nothing) for i in range(len(grids))]
         features: Features = {name: [row[k] for row in rows] for k, name in enumerate(names)}
@@ -127,39 +146,41 @@ def extract_shard(worker: Worker, shard: int) -> str | None:
     aside for good. Raises OSError if the output can't be written.
     """
     folder = worker.folder
-    if folder.marker(shard).exists():
+    if folder.has(folder.marker(shard)):
         return None
     dead = folder.deaths().get(shard, [])
     if len(dead) >= DEATHS:
-        reason = _set_aside(folder, shard) or _in_a_child(worker.setup, shard, len(dead))
+        reason = _set_aside(folder, shard) or _in_a_child(worker, shard, len(dead))
     else:
         reason = _attempt(worker, shard)
     if reason is None:
-        folder.failure(shard).unlink(missing_ok=True)
-        for file in dead:
-            file.unlink(missing_ok=True)
+        for file in (folder.failure(shard), *dead):
+            folder.remove(file)
     return reason
 
 
 def _set_aside(folder: Folder, shard: int) -> str | None:
     """Why the shard is not tried again, if it is not."""
-    return folder.failures().get(shard) if folder.failure(shard).exists() else None
+    return folder.failures().get(shard) if folder.has(folder.failure(shard)) else None
 
 
-def _in_a_child(setup: Setup, shard: int, deaths: int) -> str | None:
+def _in_a_child(worker: Worker, shard: int, deaths: int) -> str | None:
     """Do a shard in a process of its own: why it failed, or None."""
-    words = [sys.executable, "-m", "dinov3_lite.extraction.shard", json.dumps(asdict(setup)), str(shard)]
+    if not worker.is_alone:
+        return f"{deaths} processes ended at it: only of a checkpoint, without a mesh, is it tried in one of its own"
+    words = [sys.executable, "-m", "dinov3_lite.extraction.shard", json.dumps(asdict(worker.setup)), str(shard)]
     with subprocess.Popen(words, stdin=subprocess.PIPE) as child:  # which ends when this end of the pipe does
         status = child.wait()
-    folder = Folder(setup.folder)
-    if folder.marker(shard).exists():
+    folder = worker.folder
+    if folder.has(folder.marker(shard)):
         return None
     for file in folder.deaths().get(shard, [])[deaths:]:
-        file.unlink(missing_ok=True)
+        folder.remove(file)
     how = f"signal {-status}" if status < 0 else f"exit status {status}"
     file = folder.failure(shard)
-    reason = f"it ended its process {deaths + 1} times, at last by {how}: to have it tried again, delete {file}"
-    write_whole(file, to_json({"shard": shard, "reason": reason}))
+    again = f"to have it tried again, delete {folder.where(file)}"
+    reason = f"it ended its process {deaths + 1} times, at last by {how}: {again}"
+    folder.put(file, to_json({"shard": shard, "reason": reason}))
     return reason
 
 
@@ -167,7 +188,6 @@ def _attempt(worker: Worker, shard: int) -> str | None:
     folder = worker.folder
     with folder.attempt(shard):
         for pause in (*PAUSES, None):
-            folder.sweep(shard)
             try:
                 _write_shard(worker, shard)
                 return None
@@ -182,9 +202,9 @@ def _attempt(worker: Worker, shard: int) -> str | None:
             except OSError as error:
                 raise OSError(
                     error.errno, f"can't write shard {shard} ({error.strerror}): the same command goes on from there",
-                    error.filename or str(folder.path),
+                    error.filename or str(folder),
                 ) from error  # fmt: skip
-        write_whole(folder.failure(shard), to_json({"shard": shard, "reason": reason}))
+        folder.put(folder.failure(shard), to_json({"shard": shard, "reason": reason}))
         return reason
 
 
@@ -224,8 +244,10 @@ def _log(worker: Worker, marker: dict[str, Any], seconds: Seconds, whole: float)
         "torch": torch.__version__,
         "at": round(time.time(), 3),  # seconds since 1970, at its end
     }
-    with (worker.folder.log / f"{socket.gethostname()}-{os.getpid()}.jsonl").open("a") as file:
+    log = worker.folder.log / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+    with log.open("a") as file:
         file.write(json.dumps(line) + "\n")
+    worker.folder.hand_over([log], keep=True)
 
 
 def main(setup: str, shard: str) -> None:

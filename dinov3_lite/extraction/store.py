@@ -11,13 +11,16 @@ from typing import Any, overload
 
 import numpy as np
 
-from .folder import Folder, from_line, read_json
+from .folder import from_line
+from .remote import folder_at
 
 OPEN = 64  # files kept open of each output
 
 
 def open_features(folder: str | os.PathLike[str]) -> FeatureStore:
     """Open the features in a folder that `extract` wrote or is still writing: those of the finished shards.
+
+    folder: of this machine, or the URL of one in an object store, whose files are fetched when rows of them are used.
 
     Returns a FeatureStore. Raises FileNotFoundError if there is no such folder, ValueError if it is another kind.
     """
@@ -36,16 +39,17 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Folder(folder)
+        self.folder = folder_at(folder)
         self.job = self.folder.read_job()
         total = self.job["plan"]["shards"]
         self._markers: dict[int, dict[str, Any]] = {}
-        if self.folder.index.is_file():
-            index = read_json(self.folder.index)
+        if self.folder.has(self.folder.index):
+            index = self.folder.read_json(self.folder.index)
             self.shards, rows, rejects = list(range(total)), index["rows"], index["rejects"]
         else:
             self.shards = self.folder.done()
-            self._markers = {i: read_json(self.folder.marker(i)) for i in self.shards}
+            markers = self.folder.read_all([self.folder.marker(i) for i in self.shards])
+            self._markers = dict(zip(self.shards, markers, strict=True))
             rows = [marker["rows"] for marker in self._markers.values()]
             rejects = [len(marker["rejects"]) for marker in self._markers.values()]
         self._with_rejects = [shard for shard, count in zip(self.shards, rejects, strict=True) if count]
@@ -60,7 +64,7 @@ class FeatureStore:
     def __repr__(self) -> str:
         outputs = ", ".join(f"{name} {self[name].shape[1:]}" for name in self.outputs)
         missing = f", {len(self.missing)} shards missing" if self.missing else ""
-        return f"FeatureStore({str(self.folder.path)!r}: {len(self)} rows of {outputs}{missing})"
+        return f"FeatureStore({str(self.folder)!r}: {len(self)} rows of {outputs}{missing})"
 
     @property
     def outputs(self) -> list[str]:
@@ -69,7 +73,7 @@ class FeatureStore:
 
     def __getitem__(self, output: str) -> Rows:
         if output not in self.job["outputs"]:
-            raise KeyError(f"{self.folder.path} holds {', '.join(self.outputs)}, not {output!r}")
+            raise KeyError(f"{self.folder} holds {', '.join(self.outputs)}, not {output!r}")
         if output not in self._arrays:
             ragged = None in self.job["outputs"][output]
             self._arrays[output] = RaggedRows(self, output) if ragged else Rows(self, output)
@@ -84,9 +88,11 @@ class FeatureStore:
     def rejects(self) -> list[dict[str, Any]]:
         """Pictures without a row, and why."""
         found = []
+        unread = [shard for shard in self._with_rejects if shard not in self._markers]
+        markers = self.folder.read_all([self.folder.marker(shard) for shard in unread])
+        self._markers |= dict(zip(unread, markers, strict=True))
         for shard in self._with_rejects:
-            marker = self._markers.get(shard) or read_json(self.folder.marker(shard))
-            found += [{**reject, "shard": shard} for reject in marker["rejects"]]
+            found += [{**reject, "shard": shard} for reject in self._markers[shard]["rejects"]]
         return found
 
     def dataset(self, *outputs: str) -> Any:
@@ -102,6 +108,9 @@ class _ByShard(Sequence[Any]):
     def __init__(self, store: FeatureStore) -> None:
         self.store = store
         self._open: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": OrderedDict()}  # what is mapped here would go with it as bytes
 
     def _load(self, shard: int) -> Any:
         raise NotImplementedError
@@ -150,7 +159,7 @@ class Keys(_ByShard):
     """The keys, read when they are used."""
 
     def _load(self, shard: int) -> list[str]:
-        with self.store.folder.keys(shard).open("rb") as file:
+        with self.store.folder.open(self.store.folder.keys(shard)) as file:
             return [from_line(line) for line in file]
 
 
@@ -172,7 +181,7 @@ class Rows(_ByShard):
         return np.dtype("int32" if self.output == "grid" else self.store.job["store"])
 
     def _load(self, shard: int) -> Any:
-        return np.load(self.store.folder.rows(self.output, shard), mmap_mode="r")
+        return self.store.folder.array(self.store.folder.rows(self.output, shard))
 
     def _one(self, loaded: Any, row: int) -> Any:
         return np.array(loaded[row])
@@ -193,9 +202,10 @@ class RaggedRows(Rows):
     """Patch tokens of pictures of several sizes: row i is (h*w, C), of several blocks (K, h*w, C); see `grid`."""
 
     def _load(self, shard: int) -> Any:
-        grid = np.load(self.store.folder.rows("grid", shard))
+        folder = self.store.folder
+        grid = folder.array(folder.rows("grid", shard))
         ends = np.cumsum(grid.prod(axis=1, dtype=np.int64))
-        patches = np.load(self.store.folder.rows(self.output, shard), mmap_mode="r")
+        patches = folder.array(folder.rows(self.output, shard))
         return np.split(patches, ends[:-1]) if len(ends) else []
 
     def _one(self, loaded: Any, row: int) -> Any:

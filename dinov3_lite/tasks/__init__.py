@@ -1,6 +1,6 @@
 """From features to answers: a dense head fitted, predictions made and measured; probes, matches and tracks.
 
-    fit("dataset/TrainDataset", DINOv3ViT.from_pretrained("checkpoint"), "head.safetensors")
+    fit("dataset/TrainDataset", dinov3_lite.load("checkpoint"), "head.safetensors")
 
 `train` is the loop alone, for any network that maps pictures to logits, such as a decoder of one's own on
 `build_dinov3_encoder`. Pictures and masks need the extra `tasks`.

@@ -11,9 +11,9 @@ import torch
 
 from ..finetune import parameter_groups
 from ..image import ImageProcessor
-from ..model import DINOv3ViT
+from ..loading import Backbone
 from .data import check_pairs, find_pairs, hold_out
-from .head import DenseHead, HeadSettings, Segmenter, fingerprint, save_head
+from .head import DenseHead, HeadSettings, NormedQuarters, Segmenter, fingerprint, save_head
 from .loop import Fitted, Recipe, train
 
 StrPath = str | os.PathLike[str]
@@ -23,7 +23,7 @@ LAYER_DECAY = 0.8
 
 def fit(
     data: StrPath | Sequence[StrPath],
-    backbone: DINOv3ViT,
+    backbone: Backbone,
     output: StrPath,
     *,
     processor: ImageProcessor | None = None,
@@ -61,7 +61,7 @@ def fit(
         scale = 255 * processor.rescale_factor
         mean, std = (tuple(value / scale for value in values) for values in (processor.mean, processor.std))
         recipe = replace(recipe, mean=mean, std=std)
-    _check_size(recipe.size, backbone)
+    backbone.grid_of(*recipe.size)
     pairs = [pair for folder in folders for pair in find_pairs(folder)]
     reading, empty = check_pairs(pairs, classes)
     if empty:
@@ -75,7 +75,7 @@ def fit(
     settings = HeadSettings(
         classes=classes,
         size=recipe.size,
-        channels=(backbone.embed_dim,) * 4,
+        channels=NormedQuarters(backbone).channels,
         unfreeze=unfreeze,
         mean=recipe.mean,
         std=recipe.std,
@@ -103,9 +103,3 @@ def fit(
         report=report,
         workers=workers,
     )
-
-
-def _check_size(size: tuple[int, int], backbone: DINOv3ViT) -> None:
-    p = backbone.patch_size
-    if any(side < p or side % p for side in size):
-        raise ValueError(f"size is {size[0]} x {size[1]}: expected multiples of the patch size {p}")

@@ -88,7 +88,7 @@ def train(
     Raises ValueError where `resume` is another run's, and where the loss is not finite.
     """
     device = next(network.parameters()).device
-    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    trained: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         parameter_groups or _groups(trained, recipe.weight_decay), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
@@ -97,11 +97,13 @@ def train(
     peaks = [group["lr"] for group in optimizer.param_groups]
     loss = loss or (resized_structure_loss if reading.classes == 1 else resized_class_loss)
     normalise = Normalise(recipe.mean, recipe.std).to(device)
-    fitted, best_state = Fitted(), _copy(trained)
+    network.train()
+    kept = trained | _statistics(network)
+    fitted, best_state = Fitted(), _copy(kept)
     identity = _identity(network, recipe, train_pairs, held_out, reading)
     if resume is not None and resume.exists():
         state = _read_state(resume, identity)
-        _put(trained, state["network"])
+        _put(kept, state["network"])
         optimizer.load_state_dict(state["optimizer"])
         fitted, best_state = Fitted(state["history"], state["best"]), state["best_network"]
         report(f"{resume}: going on after epoch {len(fitted.history)}")
@@ -129,16 +131,16 @@ def train(
         fitted.history.append({"loss": mean_loss, **measures})
         better = fitted.best < 0 or _choice(measures) > _choice(fitted.history[fitted.best])
         if better:
-            fitted.best, best_state = epoch, _copy(trained)
+            fitted.best, best_state = epoch, _copy(kept)
             if on_best:
                 on_best(measures)
         if resume is not None:
-            _write_state(resume, identity, trained, optimizer, fitted, best_state)
+            _write_state(resume, identity, kept, optimizer, fitted, best_state)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in fitted.history[-1].items())
         mark = "  best" if better else ""
         report(f"epoch {epoch + 1}/{recipe.epochs}  {figures}  {time.perf_counter() - start:.0f} s{mark}")
 
-    _put(trained, best_state)
+    _put(kept, best_state)
     network.eval()
     if resume is not None:
         resume.unlink(missing_ok=True)
@@ -205,7 +207,7 @@ def _choice(measures: dict[str, float]) -> float:
     return measures.get("S", measures["IoU"])
 
 
-def _groups(trained: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def _groups(trained: dict[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices and kernels with weight decay; norms, biases and scales without."""
     decays = {True: weight_decay, False: 0.0}
     return [
@@ -232,27 +234,37 @@ def _identity(network: nn.Module, *settings: Any) -> str:
     return sha.hexdigest()
 
 
-def _copy(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
+def _statistics(network: nn.Module) -> dict[str, Tensor]:
+    """Buffers of the modules that are in training mode: a batch norm's running statistics change though none trains."""
+    return {
+        f"{prefix}.{name}": buffer
+        for prefix, module in network.named_modules()
+        if module.training
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def _copy(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
 
 
 @torch.no_grad()
-def _put(trained: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
-    for name, parameter in trained.items():
-        parameter.copy_(state[name])
+def _put(kept: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    for name, tensor in kept.items():
+        tensor.copy_(state[name])
 
 
 def _write_state(
     file: Path,
     identity: str,
-    trained: dict[str, nn.Parameter],
+    kept: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     fitted: Fitted,
     best_state: dict[str, Tensor],
 ) -> None:
     state = {
         "identity": identity,
-        "network": _copy(trained),
+        "network": _copy(kept),
         "optimizer": optimizer.state_dict(),
         "history": fitted.history,
         "best": fitted.best,

@@ -1,14 +1,14 @@
 """`probe`: how well the classes of pictures follow from frozen features, by k-NN and by logistic regression.
 
-The settings are those that Meta reports DINO's features with: weighted k-NN with k of 10, 20, 100 and 200 and a
-temperature of 0.07 (arXiv 2104.14294, appendix D), and logistic regression with the best of 45 values of C, from 1e-6
-to 1e5, as found on a tenth of the training set that is held out for it (arXiv 2304.07193, section 7.1). Features are
-CLS tokens of unit length.
+The settings are those of Meta's evaluation. dinov3/eval/knn.py: CLS tokens of unit length, votes of the 10, 20, 100
+and 200 nearest, weighted by a softmax of cosines at temperature 0.07. dinov3/eval/log_regression.py: CLS tokens as they
+are, in float64, the best of 45 values of C from 1e-6 to 1e5, as found on a part of the training set that is held out.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,13 +22,14 @@ from torch import Tensor
 
 from ..image import ImageProcessor
 from ..inference import optimize_for_inference
-from ..model import DINOv3ViT
+from ..loading import Backbone
 from .data import SUFFIXES
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 CS = 10 ** np.linspace(-6, 5, 45)
-HELD_OUT = 0.1  # of the training set, for choosing C
+HELD_OUT, HELD_OUT_OF_FEW = 0.1, 0.01  # of the training set, for choosing C; where few shots of the rest are drawn
+MAX_ITERATIONS, TOLERANCE = 1000, 1e-12
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def few_shot(labelled: Labelled, shots: int, seed: int) -> np.ndarray:
 @torch.no_grad()
 def embed(
     files: Sequence[str | os.PathLike[str]],
-    model: DINOv3ViT,
+    model: Backbone,
     processor: ImageProcessor,
     batch_size: int = 16,
     progress: Callable[[range], Iterable[int]] = iter,
@@ -139,51 +140,70 @@ class Probed:
     """(n,) int64, logistic regression's."""
 
 
-def probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray, seed: int = 0) -> Probed:
-    """Accuracies of k-NN and logistic regression: features (n, C) and labels (n,) int64 to train on and to test on.
+def probe(
+    train: Tensor,
+    train_labels: np.ndarray,
+    test: Tensor,
+    test_labels: np.ndarray,
+    held_out: tuple[Tensor, np.ndarray] | None = None,
+    seed: int = 0,
+) -> Probed:
+    """k-NN and logistic regression on features (n, C), with labels (n,) int64.
 
-    Each k larger than the number of training features is left out, except the smallest k.
+    held_out: features and labels by which the logistic regression's C is chosen. Unless given, a tenth of the training
+        set is taken for that, by chance, and then trained on too.
+
+    A k beyond the number of training features is that number.
     """
-    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
-    ks = [k for k in KS if k <= len(train)] or [len(train)]
+    ks = sorted({min(k, len(train)) for k in KS})
     knn = {k: float((nearest(train, train_labels, test, k) == test_labels).mean()) for k in ks}
-    predictions, C = logistic(train.numpy(), train_labels, test.numpy(), seed)
+    X, Y = (features.double().numpy() for features in (train, test))
+    held = None if held_out is None else (held_out[0].double().numpy(), held_out[1])
+    predictions, C = logistic(X, train_labels, Y, held, seed)
     return Probed(knn, float((predictions == test_labels).mean()), C, predictions)
 
 
 def nearest(train: Tensor, labels: np.ndarray, test: Tensor, k: int) -> np.ndarray:
-    """Predict classes by k-NN on unit features: each of the k nearest votes with weight exp(cosine / TEMPERATURE)."""
+    """Classes by votes of the k nearest by cosine, weighted by its softmax at TEMPERATURE."""
+    train, test = (F.normalize(features.float(), dim=1) for features in (train, test))
     one_hot = F.one_hot(torch.from_numpy(labels))
     found = []
     for queries in test.split(1024):
         similarity, index = (queries @ train.T).topk(k, dim=1)
-        votes = one_hot[index] * (similarity / TEMPERATURE).exp().unsqueeze(-1)  # (queries, k, classes)
+        votes = one_hot[index] * (similarity / TEMPERATURE).softmax(1).unsqueeze(-1)  # (queries, k, classes)
         found.append(votes.sum(1).argmax(1))
     return torch.cat(found).numpy()
 
 
-def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
-    """Predict classes by logistic regression; also return C, chosen on a held-out part before fitting to all."""
+def logistic(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, held_out: tuple[np.ndarray, np.ndarray] | None, seed: int
+) -> tuple[np.ndarray, float]:
+    """Classes by logistic regression, fitted to all of `train`, and the C that did best on what was held out."""
     try:
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ImportError(
             f"logistic regression needs scikit-learn ({error}): pip install 'dinov3-lite[tasks]'", name=error.name
         ) from error
-    classes, counts = np.unique(labels, return_counts=True)
-    held = max(len(classes), round(HELD_OUT * len(labels)))
-    if counts.min() < 2 or len(labels) - held < len(classes):
-        best = 1.0  # one or two of a class: nothing can be held out, and features have unit length
-    else:
-        part = train_test_split(np.arange(len(labels)), test_size=held, stratify=labels, random_state=seed)
-        model = LogisticRegression(max_iter=1000, warm_start=True)
-        scores = [
-            model.set_params(C=C).fit(train[part[0]], labels[part[0]]).score(train[part[1]], labels[part[1]])
-            for C in CS
-        ]
-        best = float(CS[int(np.argmax(scores))])
-    return LogisticRegression(C=best, max_iter=1000).fit(train, labels).predict(test), best
+    part, part_labels, best = train, labels, 1.0
+    if held_out is None:
+        classes, counts = np.unique(labels, return_counts=True)
+        held = max(len(classes), round(HELD_OUT * len(labels)))
+        if counts.min() >= 2 and len(labels) - held >= len(classes):  # else nothing can be held out, and C is 1
+            part, X, part_labels, y = train_test_split(
+                train, labels, test_size=held, stratify=labels, random_state=seed
+            )
+            held_out = X, y
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # so many iterations and no more are the setting
+        model = LogisticRegression(max_iter=MAX_ITERATIONS, tol=TOLERANCE, warm_start=True)
+        if held_out is not None:
+            scores = [model.set_params(C=C).fit(part, part_labels).score(*held_out) for C in CS]
+            best = float(CS[int(np.argmax(scores))])
+        model = LogisticRegression(C=best, max_iter=MAX_ITERATIONS, tol=TOLERANCE).fit(train, labels)
+    return model.predict(test), best
 
 
 def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

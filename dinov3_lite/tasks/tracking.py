@@ -1,8 +1,10 @@
 """`track`: the masks of a first frame carried through a video, from patch to similar patch.
 
-Label propagation with the constants of Meta's notebook on segmentation tracking, after arXiv 1906.05918 and DINO (arXiv
-2104.14294, section 4.2.2): each patch takes the labels of the 5 most similar patches of the first frame and of the 7
-frames before it, among those within 12 patches of its own place, weighted by a softmax of cosines at temperature 0.2.
+Label propagation (arXiv 2006.14613) with the constants of Meta's notebooks/segmentation_tracking.ipynb: each patch
+takes the labels of the 5 most similar patches of the first frame and of the 7 frames before it, among those within 12
+patches of its own place, weighted by a softmax of cosines at temperature 0.2. The notebook gives a patch of the first
+frame one label, and each pixel the label of its patch, after stretching each object's to its own minimum and maximum;
+here a patch has the shares of what lies in it, and pixels take the likeliest of shares interpolated between patches.
 """
 
 from __future__ import annotations

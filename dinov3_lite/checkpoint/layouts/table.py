@@ -70,7 +70,7 @@ class Family(NamedTuple):
     anchor: str
     """The tensor by which a backbone is found in a bigger model: what stands before it stands before all."""
     weight: str
-    """The tensor whose dtype is that of the weights."""
+    """The first projection, of the images: its dtype is that of the weights, its second axis their channels."""
     counts: tuple[str, ...]
     """The config fields that count modules and tokens, which may be dropped or appended."""
     unseen: tuple[str, ...]

@@ -1,0 +1,265 @@
+"""A model over 2 and 4 processes: its errors against the model in one, and what each process reads and holds.
+
+    python benchmarks/sharding.py [--variants vits16 ...] [--sparse]
+
+Every variant's widths at depth 1, made weights, four pictures of 64 px, gloo on one machine. Errors are relative,
+against float64 on the same weights: the worst of the outputs and the worst of the gradients of all tensors, beside the
+whole model's own. Reading and memory are those of `from_pretrained` in the process that has most, over the whole's.
+`--sparse` loads a file of the 7B's full shapes, 27 GB of holes, as the first and as the last of eight processes.
+
+Every row is written to benchmarks/results/sharding.json as soon as it is there, and a later call goes on from there.
+page.py makes the tables in docs/sharding.md of the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from environment import RESULTS, environment, headline, save
+from timing import in_a_child, peak_mib, relative_difference
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from dinov3_lite import DINOv3Config, DINOv3ViT
+from dinov3_lite.checkpoint.layouts import TRANSFORMERS
+from dinov3_lite.sharding.parameters import held_by, local_part
+
+VARIANTS = ("vits16", "vits16plus", "vitb16", "vitl16", "vitl16plus", "vith16plus", "vit7b16")
+MESHES = ("fsdp 2", "tp 2", "fsdp 4", "tp 4", "fsdp 2, tp 2")
+DTYPES = ("float32", "bfloat16")
+EIGHT = 8  # processes that share the sparse file
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--variants", nargs="*", default=VARIANTS)
+    parser.add_argument("--sparse", action="store_true")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="scratch space; with --rank that of the sparse file")
+    args = parser.parse_args()
+    if args.rank is not None:
+        print(json.dumps(load_as(args.rank, args.folder)))
+        return
+    file = RESULTS / "sharding.json"
+    result = json.loads(file.read_text()) if file.exists() else {"rows": [], "sparse": []}
+    result["environment"] = environment()
+    for variant in args.variants:
+        missing = [(m, d) for m in MESHES for d in DTYPES if fits(variant, m) and not find(result, variant, m, d)]
+        if missing:
+            with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+                prepare(Path(scratch), variant)
+                for world in (2, 4):
+                    cases = [case for case in missing if math.prod(sizes(case[0])) == world]
+                    if cases:
+                        mp.spawn(measure, (world, Path(scratch), cases), nprocs=world)
+                        rows = json.loads((Path(scratch) / "rows.json").read_text())
+                        result["rows"] += [{"variant": variant, **row} for row in rows]
+                        save("sharding", result)
+    if args.sparse:
+        with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+            size = write_sparse(Path(scratch), DINOv3Config.from_name("vit7b16"))
+            result["sparse"] = []
+            for rank in (0, EIGHT - 1):
+                found = json.loads(in_a_child(__file__, "--rank", rank, "--folder", scratch))
+                result["sparse"].append({"rank": rank, "bytes": size, **found})
+            save("sharding", result)
+    print(headline(result))
+    print(table(result), sparse_table(result), sep="\n\n")
+
+
+def sizes(mesh: str) -> list[int]:
+    return [int(dim.split()[1]) for dim in mesh.split(", ")]
+
+
+def names(mesh: str) -> tuple[str, ...]:
+    return tuple(dim.split()[0] for dim in mesh.split(", "))
+
+
+def fits(variant: str, mesh: str) -> bool:
+    """Six heads don't divide by four."""
+    return "tp 4" not in mesh or DINOv3Config.from_name(variant).num_attention_heads % 4 == 0
+
+
+def find(result: Row, *key: str) -> Row | None:
+    return next((row for row in result["rows"] if (row["variant"], row["mesh"], row["dtype"]) == key), None)
+
+
+# ---- values
+
+
+def prepare(folder: Path, variant: str) -> None:
+    """A checkpoint of one block with the statistics of trained weights, and the whole model's outputs and gradients."""
+    torch.manual_seed(0)
+    model = DINOv3ViT(replace(DINOv3Config.from_name(variant), num_hidden_layers=1)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.normal_(0, 0.7).exp_()
+            elif "gamma" in name:
+                parameter.uniform_(-2, 0).copy_(10**parameter)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+            elif parameter.ndim > 1:
+                parameter.normal_(0, 1 if "token" in name else parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder / "float32.safetensors")
+    model.save_pretrained(folder / "bfloat16.safetensors", dtype=torch.bfloat16)
+    for dtype in DTYPES:
+        truth = model = None
+        truth = gone_through(DINOv3ViT.from_pretrained(folder / f"{dtype}.safetensors").double())
+        model = gone_through(DINOv3ViT.from_pretrained(folder / f"{dtype}.safetensors"))
+        own = worst(model, truth)
+        torch.save({"truth": truth, "own": own}, folder / f"{dtype}.pt")
+
+
+def gone_through(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The last hidden state of four pictures, and the gradients of its mean square, by the names in a state dict."""
+    pictures = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out = model(pictures.to(model.dtype)).last_hidden_state
+    out.square().mean().backward()
+    found = {}
+    for held in held_by(model):
+        if held.tensor.grad is not None:
+            grad = held.tensor.grad
+            whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            held.tensor.grad = None
+            for name, part in zip(held.tensors, whole.flatten().chunk(len(held.tensors)), strict=True):
+                if name is not None:
+                    found[name] = part
+    return out.detach(), found
+
+
+def worst(found: tuple[Tensor, dict[str, Tensor]], truth: tuple[Tensor, dict[str, Tensor]]) -> list[float]:
+    """The relative error of the output, and the worst of the gradients'."""
+    gradients = [relative_difference(found[1][name], grad) for name, grad in truth[1].items() if grad.any()]
+    return [relative_difference(found[0], truth[0]), max(gradients)]
+
+
+def measure(rank: int, world: int, folder: Path, cases: list[tuple[str, str]]) -> None:
+    """One of the processes: a row a case, which the first writes down."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / f"{world}"), world), rank=rank, world_size=world)
+    rows = []
+    for mesh_name, dtype in cases:
+        mesh = init_device_mesh("cpu", tuple(sizes(mesh_name)), mesh_dim_names=names(mesh_name))
+        source = folder / f"{dtype}.safetensors"
+        DINOv3ViT.from_pretrained(source, mesh=mesh)  # what is imported at the first is no part of it
+        loaded: list[DINOv3ViT] = []
+        read, peak = reading(lambda: loaded.append(DINOv3ViT.from_pretrained(source, mesh=mesh)))  # noqa: B023
+        model = loaded[0]
+        mine = {
+            "read": read,
+            "peak": peak,
+            "held": sum(local_part(held.tensor).nbytes for held in held_by(model)),
+            "whole": sum(held.tensor.nbytes for held in held_by(model)),
+        }
+        everybody: list[Any] = [None] * world
+        dist.all_gather_object(everybody, mine)
+        found = gone_through(model)
+        if rank == 0:
+            kept = torch.load(folder / f"{dtype}.pt", mmap=True)
+            ranks = {name: [each[name] for each in everybody] for name in mine}
+            error = dict(zip(("forward", "gradients"), worst(found, kept["truth"]), strict=True))
+            rows.append({"mesh": mesh_name, "dtype": dtype, "error": error, "own": kept["own"], **ranks})
+            print(json.dumps(rows[-1]), file=sys.stderr)
+        dist.barrier()
+    if rank == 0:
+        (folder / "rows.json").write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ---- bytes
+
+
+def reading(call: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that this process reads during a call, and by how many its memory's peak rises (Linux)."""
+
+    def so_far() -> int:
+        with open("/proc/self/io") as file:
+            return int(file.readline().removeprefix("rchar: "))
+
+    before = so_far()
+    peak = int(peak_mib(call) * 2**20)
+    return so_far() - before, peak
+
+
+def write_sparse(folder: Path, config: DINOv3Config) -> int:
+    """A checkpoint in transformers' layout, float32, whose data is a hole; its bytes."""
+    header, offset = {}, 0
+    for equation in TRANSFORMERS.table(config).equations(config):
+        for name, shape in equation.theirs:
+            end = offset + 4 * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return offset
+
+
+def load_as(rank: int, folder: Path) -> Row:
+    """Load the sparse file as one of eight, alone: loading sends nothing, so that PyTorch's fake group will do."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=EIGHT)
+    mesh = init_device_mesh("cpu", (EIGHT,), mesh_dim_names=("tp",))
+    loaded: list[nn.Module] = []
+    start = time.perf_counter()
+    read, peak = reading(lambda: loaded.append(DINOv3ViT.from_pretrained(folder, mesh=mesh)))
+    seconds = time.perf_counter() - start
+    held = sum(local_part(held.tensor).nbytes for held in held_by(loaded[0]))
+    return {"read": read, "peak": peak, "held": held, "seconds": seconds}
+
+
+# ---- tables
+
+
+def table(result: Row) -> str:
+    lines = [
+        "| mesh | dtype | error of the output | the whole model's | of gradients | the whole model's | read | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for mesh in MESHES:
+        for dtype in DTYPES:
+            rows = [row for row in result["rows"] if (row["mesh"], row["dtype"]) == (mesh, dtype)]
+            if not rows:  # a run that was stopped
+                continue
+            errors = [row["error"]["forward"] for row in rows], [row["own"][0] for row in rows]
+            of_gradients = [row["error"]["gradients"] for row in rows], [row["own"][1] for row in rows]
+            cells = [f"{max(values):.1e}" for values in (*errors, *of_gradients)]
+            big = [row for row in rows if row["variant"] == "vit7b16"]
+            shares = [max(max(row[name]) / row["whole"][0] for row in big or rows) for name in ("read", "peak")]
+            lines.append(f"| {mesh} | {dtype} | {' | '.join(cells)} | {' | '.join(f'{s:.1%}' for s in shares)} |")
+    return "\n".join(lines)
+
+
+def sparse_table(result: Row) -> str:
+    lines = ["| process | reads | holds | peak | seconds |", "|---|---|---|---|---|"]
+    for row in result["sparse"]:
+        sizes_ = (f"{row[name] / 1e9:.2f} GB" for name in ("read", "held", "peak"))
+        lines.append(f"| {row['rank'] + 1} of {EIGHT} | {' | '.join(sizes_)} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

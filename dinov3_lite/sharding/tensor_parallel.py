@@ -1,0 +1,163 @@
+"""Tensor parallelism: each process has its own heads and its own hidden units (arXiv 1909.08053, section 3).
+
+    attention   qkv by output rows, head by head; proj by input columns
+    MLP         fc1 or w12 by output rows;        fc2 or w3 by input columns
+
+All else is whole in every process. A fused projection is cut matrix by matrix: its parameter is a DTensor (parts, F, C)
+in place of (parts * F, C), the same numbers in the same order, sharded along F. What a process holds of it, one below
+the other, is again a fused projection, of fewer heads. Gradients with respect to the input are sums over processes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+from ..layers import GatedMlp, Mlp, QKVProjection, SelfAttention
+from .mesh import device_of
+
+
+def shard_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
+    """Cut the projections of a model's blocks over a mesh of one dim."""
+    for i, block in enumerate(model.blocks):
+        attn, mlp = block.attn, block.mlp
+        gated = isinstance(mlp, GatedMlp)
+        first, last = ("w12", "w3") if gated else ("fc1", "fc2")
+        _check(f"blocks.{i}.attn", attn, (SelfAttention,), {"qkv": QKVProjection, "proj": nn.Linear})
+        _check(f"blocks.{i}.mlp", mlp, (GatedMlp, Mlp), {first: nn.Linear, last: nn.Linear})
+        attn.qkv = ColumnParallelQKV(attn.qkv, 3, mesh)
+        attn.__class__ = TensorParallelAttention
+        attn.mesh = mesh
+        mlp.add_module(first, ColumnParallel(getattr(mlp, first), 2 if gated else 1, mesh))
+        for parent, name in ((attn, "proj"), (mlp, last)):
+            style = RowParallel()
+            style.src_data_rank = None  # every process cuts what it has: nothing is sent
+            parallelize_module(getattr(parent, name), mesh, style)
+    model.rope_embed.register_forward_pre_hook(functools.partial(_draw_alike, mesh))
+
+
+def _check(name: str, module: Any, types: tuple[type, ...], children: dict[str, type]) -> None:
+    """Raise ValueError unless the projections are the plain ones that this knows how to cut."""
+    parts = [(name, module, types), *((f"{name}.{n}", getattr(module, n, None), (t,)) for n, t in children.items())]
+    for path, part, expected in parts:
+        if type(part) not in expected:
+            raise ValueError(
+                f"{path} is a {type(part).__module__}.{type(part).__name__}, which tensor parallelism can't cut: "
+                f"expected {' or '.join(t.__name__ for t in expected)}; merge adapters first, or shard over 'fsdp' "
+                "alone"
+            )
+
+
+class ColumnParallel(nn.Module):
+    """Some rows of each of the matrices of a projection, this process's: (..., C) -> (..., parts * F / processes)."""
+
+    def __init__(self, linear: nn.Linear, parts: int, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh, self.parts = mesh, parts
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = _cut(linear.weight, parts, mesh)
+        self._take_bias(linear)
+
+    def _take_bias(self, linear: nn.Linear) -> None:
+        self.bias = None if linear.bias is None else _cut(linear.bias, self.parts, self.mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = SumOfGradients.apply(x, self.mesh)
+        return F.linear(x, self.weight.to_local().flatten(0, 1), self._local_bias())  # type: ignore[attr-defined]
+
+    def _local_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.to_local().flatten()  # type: ignore[attr-defined]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, parts={self.parts}"
+
+
+class ColumnParallelQKV(ColumnParallel):
+    """Queries, keys and values of this process's heads. The biases that the config has are parameters of their own."""
+
+    def _take_bias(self, linear: QKVProjection) -> None:  # type: ignore[override]
+        self.names = list(linear.has_bias)
+        thirds = [None] * 3 if linear.bias is None else linear.bias.chunk(3)
+        for (name, present), third in zip(linear.has_bias.items(), thirds, strict=True):
+            bias = nn.Parameter(third, requires_grad=linear.bias.requires_grad) if present else None
+            self.register_parameter(name, None if bias is None else _distributed(bias, self.mesh, Shard(0)))
+
+    def _local_bias(self) -> Tensor | None:
+        there = [bias.to_local() for name in self.names if (bias := getattr(self, name)) is not None]
+        if not there:
+            return None
+        zeros = torch.zeros_like(there[0])
+        thirds = (zeros if bias is None else bias.to_local() for bias in (getattr(self, name) for name in self.names))
+        return torch.cat(tuple(thirds))
+
+
+class RowParallel(RowwiseParallel):
+    """PyTorch's, whose sum over processes is in float32 or wider, as the residual stream is that it goes to."""
+
+    @staticmethod
+    def _prepare_output_fn(layouts: Any, use_local: bool, module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Tensor:
+        return _summed(outputs.to_local(), mesh)
+
+
+class SumOfGradients(torch.autograd.Function):
+    """The identity, of an input that all processes have, and the sum over them of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:  # type: ignore[override]
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _summed(grad, ctx.mesh).to(grad.dtype), None
+
+
+def _summed(partial: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over processes in float32 or wider: half precision would round each of the addends once more."""
+    wide = partial.to(torch.promote_types(partial.dtype, torch.float32))
+    total = DTensor.from_local(wide, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
+    return total.to_local()
+
+
+class TensorParallelAttention(SelfAttention):
+    """Attention of this process's heads."""
+
+    mesh: DeviceMesh
+
+    def cls_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """As SelfAttention's, of the heads of all processes: (B, heads, N)."""
+        own = super().cls_attention(x, cos, sin)
+        return DTensor.from_local(own, self.mesh, [Shard(1)], run_check=False).full_tensor()
+
+
+def _draw_alike(mesh: DeviceMesh, module: nn.Module, args: Any) -> None:
+    """In training, go on from the first process's random numbers: all augment and drop alike, being one model."""
+    if not module.training:
+        return
+    random = torch if mesh.device_type == "cpu" else torch.get_device_module(mesh.device_type)
+    state = random.get_rng_state()
+    shared = state.to(device_of(mesh))
+    dist.broadcast(shared, dist.get_global_rank(mesh.get_group(), 0), mesh.get_group())
+    random.set_rng_state(shared.to(state.device))
+
+
+def _cut(parameter: nn.Parameter, parts: int, mesh: DeviceMesh) -> nn.Parameter:
+    """(parts * F, ...) as a DTensor (parts, F, ...), sharded along F."""
+    stacked = nn.Parameter(parameter.detach().unflatten(0, (parts, -1)), requires_grad=parameter.requires_grad)
+    return _distributed(stacked, mesh, Shard(1))
+
+
+def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Shard) -> nn.Parameter:
+    """A parameter that this process has whole, cut to its own part, in memory of its own."""
+    local = parameter.detach().chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].clone()
+    shape, stride = parameter.shape, parameter.detach().contiguous().stride()
+    tensor = DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)
+    return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
