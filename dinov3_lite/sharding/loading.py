@@ -54,6 +54,7 @@ def load_weights(
     model.weights_id, model.card = opened.weights_id, opened.card
 
 
+@torch.inference_mode(False)  # FSDP needs parameters whose versions are counted, wherever it is called
 def assign_sharded(
     model: nn.Module,
     opened: Checkpoint,
