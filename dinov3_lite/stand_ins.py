@@ -103,7 +103,7 @@ def way_of_product(choices: Choices, weight: Tensor, act: str, rows: int | None)
         sizes = ANY_ROWS if rows is None else (rows,)
         return [partial(product, _random(weight.dtype, 1, size, n_in)) for size in sizes]
 
-    return choices.way(question, ways_of_products(weight.dtype, rows is None), prepare)
+    return choices.way(question, ways_of_products(weight.dtype, rows is None, n_in), prepare)
 
 
 def way_of_attention(choices: Choices, q: Tensor, dynamic: bool) -> Attend:

@@ -194,7 +194,7 @@ def test_pinned_choices_give_the_same_bits(dtype, dynamic, cache, model):
     model.to(dtype)
     fast(images)
     bound = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    for product in ways_of_products(dtype, dynamic):
+    for product in ways_of_products(dtype, dynamic, terms=64):
         for attention in ways_of_attention(dtype):
             pinned = {"product": product, "attention": attention, "rows": "as they are"}
             pinned = {question: pinned[question.split()[0]] for question in fast.choices}

@@ -77,7 +77,8 @@ def paths(ours: DINOv3ViT, dtype: torch.dtype) -> Iterator[tuple[str, DINOv3ViT]
     if not available(torch.empty(0, dtype=dtype)):
         return
     for i, attention in enumerate(ways_of_attention(dtype)):
-        product = ways_of_products(dtype, for_any_rows=False)[i % len(ways_of_products(dtype, for_any_rows=False))]
+        products = ways_of_products(dtype, for_any_rows=False, terms=ours.config.intermediate_size)
+        product = products[i % len(products)]
         model = optimize_for_inference(
             ours, dynamic=False, choices=Pinned({"product": product, "attention": attention})
         )

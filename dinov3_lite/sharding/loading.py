@@ -54,6 +54,7 @@ def load_weights(
     model.weights_id, model.card = opened.weights_id, opened.card
 
 
+@torch.inference_mode(False)  # FSDP needs parameters whose versions are counted, wherever it is called
 def assign_sharded(
     model: nn.Module,
     opened: Checkpoint,
@@ -114,9 +115,11 @@ def read(spans: Iterable[Span], runs: Iterable[tuple[int, int]], name: str, dtyp
 
     Raises ValueError if float16 can't hold one of them.
     """
-    pending, parts, begin = list(runs), [], 0
+    pending, begin = list(runs), 0
+    parts: list[Tensor] = []
     for span in spans:
-        mine, rest = [], []
+        mine: list[tuple[int, int]] = []
+        rest: list[tuple[int, int]] = []
         for start, stop in pending:
             low, high = max(start, begin), min(stop, begin + span.size)
             if low < high:
@@ -124,6 +127,6 @@ def read(spans: Iterable[Span], runs: Iterable[tuple[int, int]], name: str, dtyp
             if stop > begin + span.size:
                 rest.append((start, stop))
         if mine:
-            parts.append(cast(span.load_parts(mine), name, dtype))
+            parts.append(cast(span.load(mine), name, dtype))
         pending, begin = rest, begin + span.size
     return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=dtype), *parts])

@@ -85,7 +85,7 @@ class ColumnParallelQKV(ColumnParallel):
 
     def _take_bias(self, linear: QKVProjection) -> None:  # type: ignore[override]
         self.names = list(linear.has_bias)
-        thirds = [None] * 3 if linear.bias is None else linear.bias.chunk(3)
+        thirds: Any = [None] * 3 if linear.bias is None else linear.bias.chunk(3)
         for (name, present), third in zip(linear.has_bias.items(), thirds, strict=True):
             bias = nn.Parameter(third, requires_grad=linear.bias.requires_grad) if present else None
             self.register_parameter(name, None if bias is None else _distributed(bias, self.mesh, Shard(0)))
@@ -111,13 +111,13 @@ class SumOfGradients(torch.autograd.Function):
     """The identity, of an input that all processes have, and the sum over them of its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
         ctx.mesh = mesh
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _summed(grad, ctx.mesh).to(grad.dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _summed(grads[0], ctx.mesh).to(grads[0].dtype), None
 
 
 def _summed(partial: Tensor, mesh: DeviceMesh) -> Tensor:
