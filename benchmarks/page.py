@@ -36,7 +36,6 @@ import segmentation
 import sharding
 import startup
 import steps
-import training_memory
 from environment import RESULTS, headline, processor
 
 ROOT = Path(__file__).parent.parent
@@ -158,7 +157,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare-amd-memory": of("compare_amd", compare_tables.memory_table),
     "compare-convnext": of("compare_convnext", compare_tables.time_table),
     "compare-convnext-memory": of("compare_convnext", compare_tables.memory_table),
-    "training-memory": of("training_memory", training_memory.table),
     "extract": of("extract", extract.table),
     "extract-bfloat16": of("extract_bfloat16", extract.table),
     "extract-workers": of("extract_workers", extract.workers_table),
