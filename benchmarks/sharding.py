@@ -241,7 +241,7 @@ def table(result: Row) -> str:
     for mesh in MESHES:
         for dtype in DTYPES:
             rows = [row for row in result["rows"] if (row["mesh"], row["dtype"]) == (mesh, dtype)]
-            if not rows:
+            if not rows:  # a run that was stopped
                 continue
             errors = [row["error"]["forward"] for row in rows], [row["own"][0] for row in rows]
             of_gradients = [row["error"]["gradients"] for row in rows], [row["own"][1] for row in rows]

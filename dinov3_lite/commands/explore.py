@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output}: is one of the photos: give another name")
     pictures = [(photo.name, read_picture(photo)) for photo in args.photos]
     model, processor = load_model_and_processor(args)
-    shown = model.patch_size or SHOWN
+    side = model.patch_size or SHOWN
     if isinstance(model, DINOv3ConvNeXt):
-        model.patch_size = shown  # to whose grid its stages are resized
-    places = model.stride // shown  # of the page's grid, in each of the model's
+        model.patch_size = side  # to whose grid its stages are resized
+    places = model.stride // side  # of the page's grid, in each of the model's
     grids = [(places * h, places * w) for h, w in (grid_of(p, args.size, model.stride) for _, p in pictures)]
     blocks = _blocks(args.blocks, model) if args.blocks else blocks_that_fit(grids, model)
     check_size(grids, model, blocks)

@@ -44,7 +44,7 @@ class Network:
         pixels: ImageProcessor | None,
     ) -> None:
         """outputs: names in OUTPUTS. blocks: ascending indices. pixels: makes the model take uint8 images."""
-        self.model = self.prepared(model, pixels)
+        self.model: Any = self.prepared(model, pixels)
         self.outputs, self.store, self.device = tuple(outputs), store, device_of(model)
         self.blocks = [model.depth - 1] if blocks is None else list(blocks)
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
