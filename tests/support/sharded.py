@@ -269,7 +269,7 @@ def clipping(rig: Rig) -> dict[str, float]:
     return result | errors(gradients(model), gradients(truth))
 
 
-@subject("fsdp", "tp")
+@subject("tp")
 def compiled(rig: Rig) -> dict[str, float]:
     model, truth = rig.whole("gated"), rig.whole("gated")
     for each in (model, truth):
