@@ -36,6 +36,7 @@ import segmentation
 import sharding
 import startup
 import steps
+import training_memory
 from environment import RESULTS, headline, processor
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth": of("growth", growth.table),
     "startup": of("startup", startup.table),
     "conversion": of("conversion", conversion.table),
+    "training-memory": of("training_memory", training_memory.table),
     "sharding": of("sharding", sharding.table),
     "sharding-sparse": of("sharding", sharding.sparse_table),
     "steps": of("steps", steps.table),
