@@ -28,8 +28,6 @@ from extract_kills import write_input
 
 from dinov3_lite.extraction.engines import extract
 
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
-
 DISTINCT = 60  # pictures; the others are links to them
 OUTPUTS = ("cls_token", "patch_tokens")
 SHARD = 512
@@ -44,6 +42,8 @@ NO_FILE: dict[str, Callable[[Path], object]] = {
 
 
 def bad_bytes() -> dict[str, bytes]:
+    """What the tests take for bad files."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))  # whose `pictures` is another
     from bad_pictures import BAD
 
     return {what: make() for what, (make, _) in BAD.items()}

@@ -95,9 +95,6 @@ class QKVProjection(nn.Linear):
         return F.linear(x, self.weight, bias)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("q_bias", "k_bias", "v_bias"):  # as a state dict names them, for those who follow its names
-            thirds = dict(zip(self.has_bias, self.bias.chunk(3), strict=True)) if any(self.has_bias.values()) else {}
-            return thirds[name] if self.has_bias[name] else None
         value = super().__getattr__(name)
         if name == "bias" and not torch.compiler.is_compiling() and type(value) is nn.Parameter:
             self._clear_absent_thirds(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, TINY, relative_error, write_checkpoint
-from launch import torchrun
+from launch import free_ports, torchrun
 from torch.nn.functional import cross_entropy
 
 from dinov3_lite import DINOv3ViT, parameter_groups
@@ -59,7 +59,8 @@ def runs(checkpoint, tmp_path_factory):
     }
     if importlib.util.find_spec("peft"):
         scripts["lora"] = ("lora.py", "--save", folder / "adapters")
-    lists = [[script, "--model", checkpoint, *OPTIONS, *options] for script, *options in scripts.values()]
+    ports = zip(free_ports(len(scripts)), scripts.values(), strict=True)
+    lists = [[port, script, "--model", checkpoint, *OPTIONS, *options] for port, (script, *options) in ports]
     words = json.dumps([[*map(str, words)] for words in lists])
     text = printed(2, Path(__file__).parent / "support" / "run_examples.py", words)
     found = dict(zip(scripts, re.split(r"^script \d+$", text, flags=re.MULTILINE)[1:], strict=True))

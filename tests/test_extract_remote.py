@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import fsspec
 import numpy as np
@@ -140,14 +142,14 @@ def s3():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    words = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
     env = {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
-    for line in server.stderr:  # says so when it listens
-        if b"Running on" in line:
+    while server.poll() is None:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
             break
+        time.sleep(0.1)
     before = dict(os.environ)
     os.environ.update(env)
     fsspec.filesystem("s3").mkdir("bucket")

@@ -10,6 +10,7 @@ by NCCL, which a single batch may not take to be read); the same command goes on
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -56,9 +57,10 @@ class Team:
         self._waits = True  # the others do, for words of the first
 
     def __enter__(self) -> Team:
-        self._made_group = not dist.is_initialized()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        if not dist.is_initialized():  # it is kept to the end: torchrun's processes can't make it a second time
+            atexit.register(self._leave)
         whole = init_device_mesh(self.device.type, (self.meshes, self.size), mesh_dim_names=("part", "tp"))
         self.mesh = whole["tp"]
         self.group = self.mesh.get_group()
@@ -66,10 +68,14 @@ class Team:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Let the others go. Where they are not waiting, they find out by the end of the group, or of this process."""
-        if self.leads and self._waits:
+        if not self._waits:
+            self._leave()
+        elif self.leads:
             with suppress(RuntimeError):  # they have ended by themselves
                 self._tell("end", None if error is None else f"the first process of the mesh ended: {error}")
-        if self._made_group and (self._waits or self.device.type == "cpu"):  # NCCL would wait for what is under way
+
+    def _leave(self) -> None:
+        if dist.is_initialized() and (self._waits or self.device.type == "cpu"):  # NCCL waits for what is under way
             dist.destroy_process_group()
 
     def part(self, told: Part, *, given: bool) -> Part:

@@ -30,7 +30,6 @@ def die_in_the_second_forward() -> None:
 
 if __name__ == "__main__":
     for i, arguments in enumerate(json.loads(sys.argv[1])):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(100 + i)  # under which the processes find each other
         if arguments.pop("dies", None) == RANK:
             die_in_the_second_forward()
         try:

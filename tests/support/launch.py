@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -19,3 +20,15 @@ def torchrun(processes: int, *words: object, restarts: int = 0, seconds: int = 1
             launcher.wait(60)
             raise
     return subprocess.CompletedProcess(command, launcher.returncode, out, err)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody uses."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()

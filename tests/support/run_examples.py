@@ -1,6 +1,7 @@
 """Run several of the scripts of examples/distributed, one after the other, in the processes that torchrun started here.
 
-Starting Python and torch takes most of the time of a tiny run. Arguments: a JSON list of [script, arguments...].
+Starting Python and torch takes most of the time of a tiny run. Arguments: a JSON list of [port, script, arguments...];
+each script's process group needs a free port of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
 
 if __name__ == "__main__":
     sys.path.insert(0, str(EXAMPLES))
-    for i, (script, *arguments) in enumerate(json.loads(sys.argv[1])):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(100 + i)  # under which the processes find each other
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's own store is for one process group
+    for i, (port, script, *arguments) in enumerate(json.loads(sys.argv[1])):
+        os.environ["MASTER_PORT"] = port
         sys.argv = [script, *arguments]
         if os.environ["RANK"] == "0":
             print(f"script {i}", flush=True)
