@@ -249,7 +249,8 @@ def table(result: Row) -> str:
             big = [row for row in rows if row["variant"] == "vit7b16"]
             shares = [max(max(row[name]) / row["whole"][0] for row in big or rows) for name in ("read", "peak")]
             lines.append(f"| {mesh} | {dtype} | {' | '.join(cells)} | {' | '.join(f'{s:.1%}' for s in shares)} |")
-    return "\n".join(lines)
+    run = [variant for variant in VARIANTS if any(row["variant"] == variant for row in result["rows"])]
+    return "\n".join([*lines, "", f"Widths of {', '.join(run)}."])
 
 
 def sparse_table(result: Row) -> str:

@@ -84,7 +84,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _tell(mesh: DeviceMesh, what: Any = None) -> Any:
     """Return in all processes what the mesh's first one tells: along its first dim, from there along the next."""
-    coordinate, told = mesh.get_coordinate() or [], [what]
+    coordinate: Any = mesh.get_coordinate()
+    told = [what]
     for dim in range(mesh.ndim):
         if not any(coordinate[dim + 1 :]):
             group = mesh.get_group(dim)

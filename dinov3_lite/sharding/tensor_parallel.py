@@ -149,7 +149,7 @@ def _draw_alike(mesh: DeviceMesh, module: nn.Module, args: Any) -> None:
     random.set_rng_state(shared.to(state.device))
 
 
-def _cut(parameter: nn.Parameter, parts: int, mesh: DeviceMesh) -> nn.Parameter:
+def _cut(parameter: Tensor, parts: int, mesh: DeviceMesh) -> nn.Parameter:
     """(parts * F, ...) as a DTensor (parts, F, ...), sharded along F."""
     stacked = nn.Parameter(parameter.detach().unflatten(0, (parts, -1)), requires_grad=parameter.requires_grad)
     return _distributed(stacked, mesh, Shard(1))
