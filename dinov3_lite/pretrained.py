@@ -182,7 +182,9 @@ class Origin:
 def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A few numbers of each parameter, of a DTensor of what lies here: none on the meta device, nor of other kinds."""
     for name, parameter in model.named_parameters():
-        here = parameter.to_local() if hasattr(parameter, "device_mesh") else parameter
+        here: Any = parameter
+        if hasattr(here, "device_mesh"):
+            here = here.to_local()
         if type(here) in (nn.Parameter, Tensor) and not here.is_meta:
             flat = here.detach().reshape(-1)
             yield name, flat[:: max(1, flat.numel() // SAMPLES)].cpu().clone()
