@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, TINY, relative_error, write_checkpoint
-from launch import free_ports, torchrun
+from launch import FOUR, free_ports, torchrun
 from torch.nn.functional import cross_entropy
 
 from dinov3_lite import DINOv3ViT, parameter_groups
@@ -102,6 +102,7 @@ def test_training_over_two_is_training(name, runs, alone):
     assert runs[1][name] == pytest.approx(alone, rel=1e-4)
 
 
+@FOUR
 def test_training_over_four_and_saving(checkpoint, alone, tmp_path):
     words = ("--model", checkpoint, *OPTIONS, "--tp", 2, "--save", tmp_path / "trained")
     assert losses(printed(4, EXAMPLES / "sharded.py", *words)) == pytest.approx(alone, rel=1e-4)

@@ -189,7 +189,7 @@ def test_a_head_beside_the_model_trains_at_the_full_rate():
     assert (weight["lr"], weight["weight_decay"], bias["lr"], bias["weight_decay"]) == (1e-3, 0.05, 1e-3, 0.0)
     freeze_but_last(detector, 1)
     assert detector["head"].weight.requires_grad and not model.cls_token.requires_grad
-    with pytest.raises(ValueError, match="model is a Linear without a DINOv3ViT inside"):
+    with pytest.raises(ValueError, match="model is a Linear without a DINOv3ViT or DINOv3ConvNeXt inside"):
         parameter_groups(torch.nn.Linear(2, 2), 1e-3)
     with pytest.raises(ValueError, match="layer_decay is 0: expected a number above zero"):
         parameter_groups(model, 1e-3, layer_decay=0)

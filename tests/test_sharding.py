@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import TINY, trained_like, write_checkpoint
+from launch import FOUR
 from sharded import CONFIGS, SHAPES, SUBJECTS, run
 
 from convert import convert
@@ -53,7 +54,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder) -> dict[tuple[str, str], Any]:
     """Of every subject on every mesh. Four processes first: two read what they have written."""
-    return run(folder, "fsdp, tp") | run(folder, "fsdp", "tp")
+    over_four = {} if FOUR.args[0] else run(folder, "fsdp, tp")
+    return over_four | run(folder, "fsdp", "tp")
 
 
 @pytest.fixture
@@ -67,7 +69,8 @@ def result(results, request) -> Any:
 def on(name: str, *dims: str) -> pytest.MarkDecorator:
     """The result of a subject on each of its meshes, or on these."""
     keys = [(mesh, name) for mesh in SHAPES if mesh in (dims or SUBJECTS[name][1])]
-    return pytest.mark.parametrize("result", keys, ids=[mesh for mesh, _ in keys], indirect=True)
+    params = [pytest.param(key, id=key[0], marks=[FOUR] if key[0] == "fsdp, tp" else []) for key in keys]
+    return pytest.mark.parametrize("result", params, indirect=True)
 
 
 def limit(request) -> float:
@@ -77,18 +80,18 @@ def limit(request) -> float:
 
 def test_every_subject_is_asked_after():
     asked = {
-        key[1]
+        param.values[0][1]
         for function in globals().values()
         for mark in getattr(function, "pytestmark", ())
         if mark.name == "parametrize"
-        for key in mark.args[1]
+        for param in mark.args[1]
     }
     assert asked == set(SUBJECTS)
 
 
 def test_every_method_that_computes_fetches_the_weights():
     quiet = {"from_name", "from_pretrained", "from_checkpoint", "forward", "init_weights", "save_pretrained"}
-    quiet |= {"block_indices", "check_images", "forget_origin", "extra_repr"}
+    quiet |= {"block_indices", "check_images", "forget_origin", "extra_repr", "grid_of"}
     ours = [cls for cls in DINOv3ViT.__mro__ if cls.__module__.startswith("dinov3_lite")]
     public = {
         name
@@ -272,6 +275,7 @@ def test_training_goes_on_from_a_distributed_checkpoint(result):
     assert max(result.values()) == 0.0
 
 
+@FOUR
 @on("distributed_checkpoint_of_another_world")
 def test_training_goes_on_in_another_world(result):
     assert max(result.values()) <= 1e-4, result

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 CLASSES = 4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +33,11 @@ def start() -> torch.device:
     device = torch.device(DEVICE, int(os.environ["LOCAL_RANK"])) if DEVICE == "cuda" else torch.device("cpu")
     if DEVICE == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo")  # both: what is offloaded has a norm
+    backends = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"  # both: what is offloaded has a norm
+    store, rank, processes = next(rendezvous("env://"))
+    # what torchrun starts again finds the same store, and in it, by the same names, the addresses of the dead
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backends, store=store, rank=rank, world_size=processes)
     return device
 
 

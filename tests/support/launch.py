@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+
+import pytest
+
+FOUR = pytest.mark.skipif(
+    (os.cpu_count() or 1) < 4 and not os.environ.get("FOUR_PROCESSES"),
+    reason="four processes want four cores: `make test-distributed` runs them on fewer",
+)
 
 
 def torchrun(processes: int, *words: object, restarts: int = 0, seconds: int = 170) -> subprocess.CompletedProcess[str]:

@@ -547,7 +547,7 @@ def lora(rig: Rig) -> dict[str, float]:
     for shards in (True, False):
         torch.manual_seed(0)
         model = rig.whole()
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["qkv", "proj", "fc1", "fc2"]))
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["qkv", "attn.proj", "fc1", "fc2"]))
         if shards:
             sharding.shard(model, rig.mesh)
         optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
