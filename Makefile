@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 REFERENCES := .venv/references
 OLD_TRANSFORMERS := $(REFERENCES)/transformers-4.57.6
 
-.PHONY: demo test test-distributed test-processors lint types docs bench gpu pages clean
+.PHONY: demo test test-thorough test-processors lint types docs bench gpu pages clean
 
 # The main job: make a checkpoint, convert it, features and picture of a photograph. Of trained weights, where there is a
 # network: make demo MODEL=robbyant/lingbot-vision-vit-small (or any other hub id, folder or file).
@@ -26,12 +26,12 @@ endif
 test: export OMP_NUM_THREADS = 1
 test: .venv/installed-dev
 	$(BIN)/pytest -n auto --dist loadfile
-	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest tests/test_parity.py tests/test_convnext_parity.py tests/test_checkpoint_layouts.py
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest -n auto tests/test_parity.py tests/test_convnext_parity.py tests/test_checkpoint_layouts.py
 
-# Sharding and training over four processes too, which `make test` leaves out on fewer than four cores.
-test-distributed: export FOUR_PROCESSES = 1
-test-distributed: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_sharding.py tests/test_distributed.py tests/test_extract_mesh.py
+# What `make test` leaves out for its time: four processes on fewer than four cores, the kernels built by older Tritons.
+test-thorough: export THOROUGH = 1
+test-thorough: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_sharding.py tests/test_distributed.py tests/test_kernel_builds.py
 
 # The tests whose numbers depend on the processor's instructions, as on one without AMX, on one without AVX-512 either,
 # and with a torch that lacks oneDNN: each with a cache of inductor's own, since what was compiled for other instructions

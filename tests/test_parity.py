@@ -76,7 +76,7 @@ def paths(ours: DINOv3ViT, dtype: torch.dtype) -> Iterator[tuple[str, DINOv3ViT]
     yield "folded", folded
     del folded
     yield "prepared for all sizes", optimize_for_inference(ours)
-    if not available(torch.empty(0, dtype=dtype)) or ours.config.hidden_size > 1024:
+    if not available(torch.empty(0, dtype=dtype)) or ours.config.hidden_size > 768:
         return
     for i, attention in enumerate(ways_of_attention(dtype)):
         products = ways_of_products(dtype, for_any_rows=False, terms=ours.config.intermediate_size)

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 FOUR = pytest.mark.skipif(
-    (os.cpu_count() or 1) < 4 and not os.environ.get("FOUR_PROCESSES"),
-    reason="four processes want four cores: `make test-distributed` runs them on fewer",
+    (os.cpu_count() or 1) < 4 and not os.environ.get("THOROUGH"),
+    reason="four processes want four cores: `make test-thorough` runs them on fewer",
 )
 
 
