@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -177,14 +176,6 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
                 nn.init.ones_(parameter)
             else:
                 nn.init.trunc_normal_(parameter, std=self.config.initializer_range)
-
-    @classmethod
-    def from_name(cls, name: str, **config_changes: Any) -> DINOv3ConvNeXt:
-        """A released variant with random weights; `config_changes` are fields of `DINOv3ConvNeXtConfig` to replace.
-
-        Raises ValueError for an unknown name or a contradictory config, TypeError for an unknown field.
-        """
-        return cls(replace(DINOv3ConvNeXtConfig.from_name(name), **config_changes))
 
     @classmethod
     def from_pretrained(

@@ -20,6 +20,7 @@ from .convnext import DINOv3ConvNeXt
 from .image import ImageProcessor
 from .model import DINOv3ViT
 from .prepared import Prepared, PreparedBackbone, PreparedConvNeXt, PreparedViT, become
+from .pretrained import sharded_parameters
 
 BACKBONES = (DINOv3ViT, DINOv3ConvNeXt)
 BACKENDS = ("auto", "prepacked", "inductor")
@@ -71,7 +72,7 @@ def optimize_for_inference(
             f"model is a {type(model).__name__} without a DINOv3ViT inside: there is nothing to prepare, and no "
             "DINOv3ConvNeXt either"
         )
-    if parts := [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]:
+    if parts := sharded_parameters(model):
         raise ValueError(
             f"the model is sharded, {parts[0]!r} lies in parts on several devices: expected a whole one; compile the "
             "sharded one's blocks by torch.compile"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .pages import give_back
+from .pretrained import version
 
 Unpack = Callable[[], Tensor]
 _LOCK = threading.RLock()
@@ -127,8 +128,3 @@ class Lent(dict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (self.copy(),)
-
-
-def version(parameter: Tensor) -> int:
-    """How often it was written to; what torch does not count of inference tensors."""
-    return 0 if parameter.is_inference() else parameter._version

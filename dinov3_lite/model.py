@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -128,13 +127,6 @@ class DINOv3ViT(features.Sizes, Pretrained):
             else:
                 nn.init.trunc_normal_(parameter, std=std)
         self.rope_embed.periods.copy_(rope_periods(self.config))
-
-    @classmethod
-    def from_name(cls, name: str, **config_changes: Any) -> DINOv3ViT:
-        """A released variant with random weights; `config_changes` are fields of `DINOv3Config` to replace.
-        Raises ValueError for an unknown name or a contradictory config, TypeError for an unknown field.
-        """
-        return cls(replace(DINOv3Config.from_name(name), **config_changes))
 
     @classmethod
     def from_pretrained(

@@ -20,10 +20,11 @@ from .folding import fold, for_pixels
 from .graphs import Graphs, Tensors
 from .image import ImageProcessor
 from .layers import Block, PatchEmbed, untouched
-from .lent import Lent, version
+from .lent import Lent
 from .model import DINOv3ViT, attention_of, run_stack
 from .packing import Tokens
 from .prepacked import available
+from .pretrained import version
 from .stand_ins import PreparedAttention, stand_in
 
 

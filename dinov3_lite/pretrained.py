@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from weakref import ReferenceType, ref
@@ -60,10 +61,18 @@ class Pretrained(nn.Module):
     """Base of both architectures: where the weights came from (`weights_id`), and `save_pretrained`."""
 
     config: Any
-    config_class: ClassVar[type]
+    config_class: ClassVar[Any]
     card: Card | None = None
     """What was said of the weights where they were loaded from: preprocessing, licence, a note."""
     _origin: Origin | None = None
+
+    @classmethod
+    def from_name(cls, name: str, **config_changes: Any) -> Self:
+        """A released variant with random weights; `config_changes` are fields of its config to replace.
+
+        Raises ValueError for an unknown name or a contradictory config, TypeError for an unknown field.
+        """
+        return cls(replace(cls.config_class.from_name(name), **config_changes))
 
     @classmethod
     def from_checkpoint(
@@ -131,13 +140,28 @@ class Pretrained(nn.Module):
         the mesh writes. Raises ValueError if its modules are not those of a model of its config (merge adapters first),
         or if the layout can't hold what they are.
         """
-        if any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
+        if sharded_parameters(self):
             from .sharding.saving import save_sharded
 
             return save_sharded(self, Path(path), layout, dtype)
         from .checkpoint.saving import save_model
 
         return save_model(self, Path(path), layout, dtype)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which a part lies here; without importing what knows them."""
+    return hasattr(tensor, "device_mesh")
+
+
+def sharded_parameters(model: nn.Module) -> list[str]:
+    """The names of those that lie in parts on the processes of a mesh."""
+    return [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+
+
+def version(parameter: Tensor) -> int:
+    """How often it was written to; what torch does not count of inference tensors."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 class Origin:
@@ -158,7 +182,7 @@ class Origin:
     def _holds(self, model: nn.Module) -> bool:
         if not self.samples:
             return True
-        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        if sharded_parameters(model):
             from .sharding.parameters import resharded
 
             resharded(model)
@@ -183,7 +207,7 @@ def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A few numbers of each parameter, of a DTensor of what lies here: none on the meta device, nor of other kinds."""
     for name, parameter in model.named_parameters():
         here: Any = parameter
-        if hasattr(here, "device_mesh"):
+        if is_sharded(here):
             here = here.to_local()
         if type(here) in (nn.Parameter, Tensor) and not here.is_meta:
             flat = here.detach().reshape(-1)
@@ -192,7 +216,4 @@ def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _writes(model: nn.Module) -> dict[str, tuple[ReferenceType[Tensor], int]]:
     """Which tensor each parameter is, and how often it has been written to."""
-    return {
-        name: (ref(parameter), 0 if parameter.is_inference() else parameter._version)
-        for name, parameter in model.named_parameters()
-    }
+    return {name: (ref(parameter), version(parameter)) for name, parameter in model.named_parameters()}

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,21 @@ def own_cache(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def model(tmp_path) -> Any:
+    """A tiny ViT with trained-like weights, from its checkpoint in transformers' layout."""
+    from helpers import TINY, write_checkpoint
+
+    from dinov3_lite import DINOv3ViT
+
+    return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY))
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 40, 24)
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, run_python, trained_like, write_checkpoint
-from safetensors.torch import save_file
+from helpers import ROOT, TINY, run_python, save_shards, trained_like, write_checkpoint
 
 from convert import convert
 from dinov3_lite import DINOv3ViT, ImageProcessor
@@ -19,16 +17,6 @@ from dinov3_lite.checkpoint import open_checkpoint
 @pytest.fixture
 def folder(tmp_path):
     return write_checkpoint(tmp_path / "checkpoint", TINY)
-
-
-def save_shards(folder, weights, n=3):
-    """The same weights in n shards with an index, as transformers writes big models."""
-    names = sorted(weights)
-    weight_map = {name: f"model-{i % n + 1:05}-of-{n:05}.safetensors" for i, name in enumerate(names)}
-    for file in set(weight_map.values()):
-        save_file({name: weights[name] for name in names if weight_map[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def test_a_hub_id_in_the_cache(folder, tmp_path, monkeypatch):

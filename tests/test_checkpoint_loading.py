@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, TINY_GATED, run_python, trained_like, write_checkpoint
-from safetensors.torch import save_file
+from helpers import TINY, TINY_GATED, run_python, save_shards, trained_like, write_checkpoint
 
 from convert import convert
 from dinov3_lite import DINOv3ViT
@@ -23,16 +22,6 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's a
 @pytest.fixture
 def folder(tmp_path):
     return write_checkpoint(tmp_path / "checkpoint", TINY)
-
-
-def save_shards(folder, weights, n=3):
-    """The same weights in n shards with an index, as transformers writes big models."""
-    names = sorted(weights)
-    weight_map = {name: f"model-{i % n + 1:05}-of-{n:05}.safetensors" for i, name in enumerate(names)}
-    for file in set(weight_map.values()):
-        save_file({name: weights[name] for name in names if weight_map[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def edit_config(folder, **changes):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from extracted import OUTPUTS, tree
 from helpers import run_python
+from launch import free_ports
 
 import dinov3_lite
 from dinov3_lite.__main__ import main
@@ -139,9 +140,7 @@ def s3():
     """The environment that its clients need; a bucket is there."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     words = [sys.executable, "-m", "moto.server", "-p", str(port)]
     server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -115,7 +115,7 @@ EDGES = {
     "dinov3_lite/window.py": {"checks", "loading"},
     "dinov3_lite/export.py": {"loading", "model"},
     "dinov3_lite/pages.py": set(),
-    "dinov3_lite/lent.py": {"pages"},
+    "dinov3_lite/lent.py": {"pages", "pretrained"},
     "dinov3_lite/prepacked.py": set(),
     "dinov3_lite/attention_ways.py": set(),
     "dinov3_lite/stopwatch.py": set(),
@@ -128,9 +128,9 @@ EDGES = {
     "dinov3_lite/graphs.py": set(),
     "dinov3_lite/prepared.py": {
         *("attention", "checks", "choices", "convnext", "folding", "graphs", "image", "layers", "lent", "model"),
-        *("packing", "prepacked", "stand_ins"),
+        *("packing", "prepacked", "pretrained", "stand_ins"),
     },
-    "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared"},
+    "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared", "pretrained"},
     "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {
         *("checkpoint.layouts", "checkpoint.layouts.cards", "config", "convnext", "image", "model")

@@ -11,17 +11,6 @@ from helpers import TINY, TINY_GATED, relative_error, write_checkpoint
 
 from dinov3_lite import DINOv3ViT
 
-
-@pytest.fixture
-def model(tmp_path) -> DINOv3ViT:
-    return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY))
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(2, 3, 40, 24)
-
-
 # ---- what comes out
 
 

@@ -10,16 +10,6 @@ from dinov3_lite import DINOv3ViT
 from dinov3_lite.attention import eager_attention
 
 
-@pytest.fixture
-def model(tmp_path) -> DINOv3ViT:
-    return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY))
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(2, 3, 40, 24)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_outputs(tmp_path, dtype):
     model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY), dtype=dtype)

@@ -12,16 +12,6 @@ from helpers import TINY, TINY_GATED, relative_error, trained_like, write_checkp
 from dinov3_lite import DINOv3ViT
 
 
-@pytest.fixture
-def model(tmp_path) -> DINOv3ViT:
-    return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY))
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(2, 3, 40, 24)
-
-
 def test_compile_has_no_graph_break_and_few_recompilations(model):
     """A few graphs serve every batch size and resolution."""
     torch._dynamo.reset()

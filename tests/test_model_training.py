@@ -7,20 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TINY, TINY_GATED, write_checkpoint
+from helpers import TINY, TINY_GATED
 
 from dinov3_lite import DINOv3ViT
 from dinov3_lite.attention import eager_attention
-
-
-@pytest.fixture
-def model(tmp_path) -> DINOv3ViT:
-    return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY))
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(2, 3, 40, 24)
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])

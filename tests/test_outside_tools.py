@@ -12,14 +12,9 @@ import torch
 from helpers import TINY, relative_error, write_checkpoint
 from torch import nn
 
-from dinov3_lite import DINOv3ViT, optimize_for_inference, parameter_groups
+from dinov3_lite import optimize_for_inference, parameter_groups
 
 TARGETS = ["attn.qkv", "attn.proj"]
-
-
-@pytest.fixture
-def model(tmp_path) -> DINOv3ViT:
-    return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, TINY))
 
 
 @pytest.fixture

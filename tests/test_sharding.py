@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import TINY, trained_like, write_checkpoint
-from launch import FOUR
+from launch import FOUR, OVER_FOUR
 from sharded import CONFIGS, SHAPES, SUBJECTS, run
 
 from convert import convert
@@ -54,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder) -> dict[tuple[str, str], Any]:
     """Of every subject on every mesh. Four processes first: two read what they have written."""
-    over_four = {} if FOUR.args[0] else run(folder, "fsdp, tp")
+    over_four = run(folder, "fsdp, tp") if OVER_FOUR else {}
     return over_four | run(folder, "fsdp", "tp")
 
 

@@ -46,6 +46,16 @@ TINY_GATED = replace(
 )
 
 
+def save_shards(folder: Path, weights: dict[str, Tensor], n: int = 3) -> None:
+    """The same weights in n shards with an index, as transformers writes big models."""
+    names = sorted(weights)
+    weight_map = {name: f"model-{i % n + 1:05}-of-{n:05}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({name: weights[name] for name in names if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors").unlink(missing_ok=True)
+
+
 def trained_like(config: DINOv3Config, seed: int = 0, outliers: bool = False) -> dict[str, Tensor]:
     """A state dict in transformers' layout with the statistics of trained weights, which plain initial ones hide.
 
