@@ -52,10 +52,14 @@ def open_source(
     Raises FileNotFoundError and ValueError as `checkpoint.hub.locate` and `open_checkpoint` do.
     """
     from .checkpoint import open_checkpoint  # files and names are read when something is loaded, not with the network
-    from .checkpoint.channels import with_channels
     from .checkpoint.hub import locate
 
-    return with_channels(open_checkpoint(locate(source, **place), prefix=prefix), num_channels, channel_rule)
+    opened = open_checkpoint(locate(source, **place), prefix=prefix)
+    if num_channels is None:
+        return opened
+    from .checkpoint.channels import with_channels
+
+    return with_channels(opened, num_channels, channel_rule)
 
 
 class Pretrained(nn.Module):
