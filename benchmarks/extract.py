@@ -5,9 +5,11 @@
 Every contender runs in a process of its own, in turn, on one core with one thread, from files that the system has in
 memory; start-up is left out. `transformers` is its model behind a DataLoader with its image processor, `timm` its model
 behind its own transform and a DataLoader, as its inference.py does it, `a bare loop` our model and image processor, a
-batch at a time, nothing ahead. Pictures are made (noise in several frequencies, as large as photographs). `--workers`
-measures two workers against one instead, by torchrun, by --part and by Ray. Writes benchmarks/results/extract.json, or
-extract_workers.json.
+batch at a time, nothing ahead. All three run in batches of 8, in which a CPU is faster than in 32, and `extract`, asked
+for batches of 32, does so by itself. Pictures are made (noise in several frequencies, as large as photographs).
+`--workers` measures two workers against one instead, by torchrun, by --part and by Ray. Writes
+benchmarks/results/extract.json, extract_bfloat16.json or extract_workers.json; `--add` keeps the rows of other variants
+and sizes that are there.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import environment, headline, save
+from environment import RESULTS, environment, headline, save
 from peers import REFERENCES, import_timm, write_checkpoint
 from PIL import Image
 from timing import in_a_child, turns
 
 SIZES = {"500 x 375": (500, 375), "4000 x 3000": (4000, 3000)}
-BATCH = 32
+BATCH, OTHERS_BATCH = 32, 8
 SHARES = ("read", "decode", "resize", "forward", "write")
 
 
@@ -79,8 +81,8 @@ def by_a_bare_loop(photos: Path, checkpoint: Path, dtype: torch.dtype) -> dict[s
     model = optimize_for_inference(DINOv3ViT.from_pretrained(checkpoint, dtype=dtype))
     processor, files = ImageProcessor(), sorted(photos.iterdir())
     start, rows = time.perf_counter(), []
-    for i in range(0, len(files), BATCH):
-        images = processor([str(file) for file in files[i : i + BATCH]])["pixel_values"]
+    for i in range(0, len(files), OTHERS_BATCH):
+        images = processor([str(file) for file in files[i : i + OTHERS_BATCH]])["pixel_values"]
         rows.append(model(images).cls_token.half().numpy())
     with tempfile.TemporaryFile() as file:
         np.save(file, np.concatenate(rows))
@@ -119,7 +121,7 @@ def by_timm(photos: Path, checkpoint: Path, dtype: torch.dtype) -> dict[str, Any
 
 
 def _by_a_loader(dataset: Any, model: Any) -> dict[str, Any]:
-    loader = torch.utils.data.DataLoader(dataset, batch_size=BATCH, num_workers=1)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=OTHERS_BATCH, num_workers=1)
     start, rows = time.perf_counter(), []
     with torch.inference_mode():
         for batch in loader:
@@ -165,6 +167,15 @@ def measure(root: Path, variants: list[str], counts: dict[str, int], rounds: int
             }
             rows.append(row)
     return rows
+
+
+def add(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a result, and of another one those that it has not; all in one order."""
+    rows = {(row["variant"], row["size"]): row for row in (*other["rows"], *result["rows"])}
+    return {
+        **result,
+        "rows": [rows[key] for key in sorted(rows, key=lambda key: (key[0] != "vits16", key[1][0] != "5"))],
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -241,7 +252,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=["vits16", "vitb16"])
     parser.add_argument("--pictures", type=int, default=512, help="small ones; a quarter as many large ones")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--add", action="store_true", help="keep the rows of other variants and sizes")
     parser.add_argument("--workers", action="store_true", help="measure two workers against one instead")
     parser.add_argument("--dry", action="store_true", help="print only, write no results")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -254,18 +267,20 @@ def main() -> None:
         name, photos, checkpoint = args.run
         print(json.dumps(CONTENDERS[name](Path(photos), Path(checkpoint), getattr(torch, args.dtype))))
         return
+    name = "extract" if args.dtype == "float32" else f"extract_{args.dtype}"
     with tempfile.TemporaryDirectory() as folder:
         if args.workers:
             result = {"environment": environment("ray"), "pictures": args.pictures}
             result |= workers(Path(folder), args.pictures, args.rounds)
             print(headline(result), workers_table(result), sep="\n\n")
         else:
-            counts = {"500 x 375": args.pictures, "4000 x 3000": args.pictures // 4}
+            counts = {size: args.pictures if size == "500 x 375" else args.pictures // 4 for size in args.sizes}
             result = {"environment": environment("timm", "pillow", "simplejpeg")}
             result["rows"] = measure(Path(folder), args.variants, counts, args.rounds, args.dtype)
+            if args.add and (before := RESULTS / f"{name}.json").exists():
+                result = add(result, json.loads(before.read_text()))
             print(headline(result), table(result), sep="\n\n")
     if not args.dry:
-        name = "extract" if args.dtype == "float32" else f"extract_{args.dtype}"
         save("extract_workers" if args.workers else name, result)
 
 

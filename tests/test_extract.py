@@ -15,6 +15,7 @@ from pictures import PREPROCESSING_48
 import dinov3_lite
 from dinov3_lite import DINOv3ViT, ImageProcessor
 from dinov3_lite.__main__ import main
+from dinov3_lite.extraction.compute import images_at_once
 
 Image = pytest.importorskip("PIL.Image")
 ImageOps = pytest.importorskip("PIL.ImageOps")
@@ -139,6 +140,15 @@ def test_pictures_in_their_native_size(checkpoint, photos, names, tmp_path, bloc
             assert relative_error(torch.from_numpy(store[output][i]), expected) < 2e-6, (name, output)
     assert len(sizes) > 3
     assert [len(block) for block in store["patch_tokens"].blocks()] == [9, 7]
+
+
+def test_a_batch_that_runs_in_several_forwards_has_the_same_rows(complete, checkpoint, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinov3_lite.extraction.compute.AT_ONCE", 5 * 48 * 48)
+    assert (images_at_once(48, 48), images_at_once(48, 96), images_at_once(480, 480)) == (4, 2, 1)
+    store = dinov3_lite.extract(photos, checkpoint, tmp_path, outputs=OUTPUTS, store="float32", batch_size=7)
+    for output in OUTPUTS:
+        expected = torch.from_numpy(np.asarray(complete[output]))
+        assert relative_error(torch.from_numpy(np.asarray(store[output])), expected) < 2e-6
 
 
 def test_float16_files_and_half_precision(checkpoint, photos, complete, tmp_path):
