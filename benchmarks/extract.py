@@ -172,10 +172,8 @@ def measure(root: Path, variants: list[str], counts: dict[str, int], rounds: int
 def add(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The rows of a result, and of another one those that it has not; all in one order."""
     rows = {(row["variant"], row["size"]): row for row in (*other["rows"], *result["rows"])}
-    return {
-        **result,
-        "rows": [rows[key] for key in sorted(rows, key=lambda key: (key[0] != "vits16", key[1][0] != "5"))],
-    }
+    in_order = [(variant, size) for variant in ("vits16", "vitb16") for size in SIZES]
+    return {**result, "rows": [rows[key] for key in in_order if key in rows]}
 
 
 def table(result: dict[str, Any]) -> str:
