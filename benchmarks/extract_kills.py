@@ -196,7 +196,7 @@ def kill_local(root: Path, kills: int, expected: str, rng: random.Random, parts:
 class Doomed(dinov3_lite.extraction.engines.RayWorker):
     """An actor of Ray's that takes a warrant, if one lies there, and notes each shard that it begins."""
 
-    def __init__(self, setup: dict[str, Any], digest: str) -> None:
+    def __init__(self, setup: dict[str, Any]) -> None:
         self.root = Path(setup["folder"]).parent
         taken = self.root / f"warrant.{os.getpid()}"
         with suppress(FileNotFoundError):
@@ -207,7 +207,7 @@ class Doomed(dinov3_lite.extraction.engines.RayWorker):
                 kill_at(warrant["step"], warrant["calls"], note)
             else:
                 threading.Timer(warrant["after"], die, (note,)).start()
-        super().__init__(setup, digest)
+        super().__init__(setup)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         missing = sum(not self.worker.folder.has(self.worker.folder.marker(int(i))) for i in batch["shard"])

@@ -50,16 +50,22 @@ class Network:
         blocks: Sequence[int] | None,
         store: torch.dtype,
         pixels: ImageProcessor | None,
+        batch: tuple[int, int, int] | None = None,
     ) -> None:
-        """outputs: names in OUTPUTS. blocks: ascending indices. pixels: makes the model take uint8 images."""
-        self.model: Any = self.prepared(model, pixels)
+        """outputs: names in OUTPUTS. blocks: ascending indices. pixels: makes the model take uint8 images.
+        batch: images, height and width of a batch; None where they have sizes of their own.
+        """
         self.outputs, self.store, self.device = tuple(outputs), store, device_of(model)
+        self.at_once = 0  # images of a forward: always as many where they have one size, which is faster
+        if batch is not None:
+            self.at_once = min(batch[0], images_at_once(*batch[1:])) if self.device.type == "cpu" else batch[0]
+        self.model: Any = self.prepared(model, pixels)
         self.blocks = [model.depth - 1] if blocks is None else list(blocks)
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def prepared(self, model: Backbone, pixels: ImageProcessor | None) -> Backbone:
         """The model that runs."""
-        return optimize_for_inference(model, pixels)
+        return optimize_for_inference(model, pixels, dynamic=not self.at_once or self.device.type == "cuda")
 
     def run(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, h, w) -> for each output (B, ..) or, of K > 1 blocks, (B, K, ..), in the dtype of the files."""
@@ -94,10 +100,11 @@ class Network:
         return tuple((xs[0] if len(xs) == 1 else torch.stack(xs, dim=1)).to(self.store) for xs in picked)
 
     def submit(self, images: Tensor) -> Any:
-        """Start on a batch (B, 3, h, w), in pinned memory for a GPU: a call that waits for the outputs."""
+        """Start on a batch (B, 3, h, w), for a GPU in pinned memory: a call that waits for the outputs."""
         if self.copies is None:
-            some = map(self.run, images.split(images_at_once(*images.shape[-2:])))
-            outputs = [torch.cat(parts).numpy() for parts in zip(*some, strict=True)]
+            filled = torch.cat((images, images.new_zeros(-len(images) % self.at_once, *images.shape[1:])))
+            some = map(self.run, filled.split(self.at_once))
+            outputs = [torch.cat(parts)[: len(images)].numpy() for parts in zip(*some, strict=True)]
             return lambda: outputs
         compute = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.copies):

@@ -157,7 +157,7 @@ def extract(
             if not shards:
                 failures = {}
             elif engine == "ray":
-                failures = run_ray(setup, job, shards, bar, workers)
+                failures = run_ray(setup, shards, bar, workers)
             else:
                 given = None if isinstance(source, str) else source
                 failures = run_local(Worker(setup, job["model"]["weights"], bar.add, given, team), shards, bar)
@@ -223,15 +223,15 @@ def _ends_after_the_shard() -> Iterator[Callable[[], bool]]:
 class RayWorker:
     """A Worker in an actor of Ray Data: a row in is a shard's number, a row out what became of it."""
 
-    def __init__(self, setup: dict[str, Any], digest: str) -> None:
-        self.worker = Worker(Setup(**setup), digest)
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self.worker = Worker(Setup(**setup))  # which compares the weights: they may be others by now
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         reasons = [extract_shard(self.worker, int(shard)) for shard in batch["shard"]]
         return {"shard": batch["shard"], "reason": [reason or "" for reason in reasons]}
 
 
-def run_ray(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, workers: int | None) -> dict[int, str]:
+def run_ray(setup: Setup, shards: list[int], bar: Bar, workers: int | None) -> dict[int, str]:
     """Do the shards in a pool of Ray's actors. Neither pictures nor features pass through its object store.
 
     Ray replaces actors that die and gives their shards to others; what a shard's files hold it does not know.
@@ -246,14 +246,14 @@ def run_ray(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, work
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        return {i: reason for i, reason in _ray_outcomes(ray, setup, job, shards, workers, bar) if reason}
+        return {i: reason for i, reason in _ray_outcomes(ray, setup, shards, workers, bar) if reason}
     finally:
         if started_here:
             ray.shutdown()
 
 
 def _ray_outcomes(
-    ray: Any, setup: Setup, job: dict[str, Any], shards: list[int], workers: int | None, bar: Bar
+    ray: Any, setup: Setup, shards: list[int], workers: int | None, bar: Bar
 ) -> Iterable[tuple[int, str]]:
     resources = ray.cluster_resources()
     gpu = setup.device.startswith("cuda")
@@ -268,7 +268,6 @@ def _ray_outcomes(
         compute=ray.data.ActorPoolStrategy(size=workers),
         fn_constructor_kwargs={
             "setup": {**asdict(setup), "device": "cuda" if gpu else setup.device},  # Ray shows an actor its GPU alone
-            "digest": job["model"]["weights"],
         },
         num_cpus=cores if gpu else 1,
         num_gpus=1 if gpu else 0,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import glob
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -61,6 +64,26 @@ def filesystem(url: str, **options: Any) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise ValueError(f"{url}: {error}") from error
+
+
+_STATUS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}  # of HTTP
+
+
+@contextmanager
+def naming(url: str, *but: type[Exception]) -> Iterator[None]:
+    """What goes wrong behind a URL is an OSError that names it: each store's library has errors of its own.
+
+    but: errors that stay as they are.
+    """
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        number = errno.ENOENT if isinstance(error, FileNotFoundError) else getattr(error, "errno", None)
+        number = number or _STATUS.get(getattr(error, "status", 0), errno.EIO)
+        words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise OSError(number, words, url) from error
 
 
 def find_sources(inputs: list[str]) -> list[Source]:
@@ -168,7 +191,9 @@ def _lines(path: str) -> Iterator[str]:
     import fsspec
 
     with fsspec.open(path, "rb") if is_url(path) else open(path, "rb") as file:
-        for line in file:
+        for i, line in enumerate(file):
+            if i == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)  # which editors on Windows put there
             if text := line.rstrip(b"\r\n").decode("utf-8", "surrogateescape"):
                 yield text
 
