@@ -151,15 +151,17 @@ CONTENDERS = {
 }
 
 
-def measure(root: Path, variants: list[str], counts: dict[str, int], rounds: int, dtype: str) -> list[dict[str, Any]]:
+def measure(
+    root: Path, variants: list[str], counts: dict[str, int], names: list[str], rounds: int, dtype: str
+) -> list[dict[str, Any]]:
     rows = []
     for size, count in counts.items():
         write_photos(root / size, count * 3 // 2, SIZES[size])
         for variant in variants:
             checkpoint = write_checkpoint(root / variant, variant)
             (checkpoint / "preprocessor_config.json").write_text('{"size": {"height": 224, "width": 224}}')
-            times: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-            for _, name in turns(CONTENDERS, rounds):
+            times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+            for _, name in turns(names, rounds):
                 printed = in_a_child(__file__, "--dtype", dtype, "--run", name, root / size, checkpoint)
                 times[name].append(json.loads(printed))
             row: dict[str, Any] = {
@@ -173,7 +175,7 @@ def measure(root: Path, variants: list[str], counts: dict[str, int], rounds: int
                 name: statistics.median(
                     a["whole"] / b["whole"] for a, b in zip(times[name], times["extract"], strict=True)
                 )
-                for name in CONTENDERS
+                for name in names
             }
             rows.append(row)
     return rows
@@ -193,8 +195,11 @@ def table(result: dict[str, Any]) -> str:
     for name in CONTENDERS:
         cells = []
         for row in result["rows"]:
-            seconds = statistics.median(t["whole"] for t in row["seconds"][name])
-            cells.append(f"{row['pictures'] / seconds:.1f} ({row['ratios'][name]:.2f})")
+            if name in row["ratios"]:
+                seconds = statistics.median(t["whole"] for t in row["seconds"][name])
+                cells.append(f"{row['pictures'] / seconds:.1f} ({row['ratios'][name]:.2f})")
+            else:
+                cells.append("")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for share in SHARES:
         cells = []
@@ -261,6 +266,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["vits16", "vitb16"])
     parser.add_argument("--pictures", type=int, default=512, help="small ones; a quarter as many large ones")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--add", action="store_true", help="keep the rows of other variants and sizes")
     parser.add_argument("--workers", action="store_true", help="measure two workers against one instead")
@@ -284,7 +290,7 @@ def main() -> None:
         else:
             counts = {size: args.pictures if size == "500 x 375" else args.pictures // 4 for size in args.sizes}
             result = {"environment": environment("timm", "pillow", "simplejpeg")}
-            result["rows"] = measure(Path(folder), args.variants, counts, args.rounds, args.dtype)
+            result["rows"] = measure(Path(folder), args.variants, counts, args.contenders, args.rounds, args.dtype)
             if args.add and (before := RESULTS / f"{name}.json").exists():
                 result = add(result, json.loads(before.read_text()))
             print(headline(result), table(result), sep="\n\n")

@@ -210,7 +210,8 @@ class Doomed(dinov3_lite.extraction.engines.RayWorker):
         super().__init__(setup)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        missing = sum(not self.worker.folder.has(self.worker.folder.marker(int(i))) for i in batch["shard"])
+        output = folder.Folder(self.setup.folder)
+        missing = sum(not output.has(output.marker(int(i))) for i in batch["shard"])
         with (self.root / "begun").open("a") as begun:
             begun.write(f"{os.getpid()}\n" * missing)
         return super().__call__(batch)

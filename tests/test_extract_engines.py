@@ -143,10 +143,11 @@ except RuntimeError as error:
 def test_an_actor_that_begins_late_finds_that_the_checkpoint_was_exchanged(job, tmp_path):
     dinov3_lite.extract(job / "in", job / "model", tmp_path / "out", part="1/7", **OPTIONS)
     setup = asdict(Setup(str(tmp_path / "out"), str(job / "model"), "cpu", decode_threads=1))
-    RayWorker(setup).worker.close()
+    assert RayWorker(setup)({"shard": [2]}) == {"shard": [2], "reason": [""], "error": [""]}
     other = write_checkpoint(tmp_path / "model", TINY, trained_like(TINY, seed=1), PREPROCESSING_48)
-    with pytest.raises(ValueError, match="other weights than those of the job"):
-        RayWorker({**setup, "model": str(other)})
+    (told,) = RayWorker({**setup, "model": str(other)})({"shard": [3]})["error"]
+    assert told.startswith(f"{other}: other weights than those of the job in {tmp_path / 'out'}: name the same model")
+    assert dinov3_lite.open_features(tmp_path / "out").shards == [1, 2]
 
 
 def test_sigterm_in_a_thread_that_is_not_the_main_one_stays_whose_it_was(job, tmp_path):

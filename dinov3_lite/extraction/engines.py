@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..console import sentence
 from ..image import ImageProcessor
 from ..loading import Backbone
 from .commit import complete
@@ -111,6 +112,12 @@ def extract(
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if not re.fullmatch(r"\d+%?|\d+\.\d+%", str(max_rejects)):
         raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
+    for name, count in (("decode_threads", decode_threads), ("workers", workers)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}: expected at least 1")
+    if workers is not None and engine != "ray":
+        raise ValueError(f"workers is {workers}, and engine {engine!r} is this process: ask for engine 'ray'")
+    _check_device(device)
     _check_model(model, engine, device)
     source: str | Backbone = model if isinstance(model, Backbone) else os.fspath(model)
     if mesh and (engine != "local" or not isinstance(source, str)):
@@ -172,6 +179,16 @@ def _anywhere(source: str) -> str:
     return os.path.abspath(source) if os.path.exists(source) else source
 
 
+def _check_device(device: str | None) -> None:
+    """Raises ValueError for a device that PyTorch does not know, and for a GPU where there is none."""
+    try:
+        kind = None if device is None else torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: expected 'cpu', 'cuda' or, of several GPUs, 'cuda:1'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: PyTorch finds no GPU here: leave it out, or give 'cpu'")
+
+
 def _check_model(model: Any, engine: str, device: str | None) -> None:
     """Raises TypeError or ValueError for an object that is no model, or can't be run as is asked."""
     if isinstance(model, (str, os.PathLike)):
@@ -221,14 +238,24 @@ def _ends_after_the_shard() -> Iterator[Callable[[], bool]]:
 
 
 class RayWorker:
-    """A Worker in an actor of Ray Data: a row in is a shard's number, a row out what became of it."""
+    """A Worker in an actor of Ray Data: a row in is a shard's number, a row out what became of it.
+
+    Errors that end the job are told, not raised: Ray would bury their sentence in pages of its own.
+    """
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        self.worker = Worker(Setup(**setup))  # which compares the weights: they may be others by now
+        self.setup = Setup(**setup)
+        self.worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        reasons = [extract_shard(self.worker, int(shard)) for shard in batch["shard"]]
-        return {"shard": batch["shard"], "reason": [reason or "" for reason in reasons]}
+        (shard,) = batch["shard"]
+        reason, error = None, ""
+        try:
+            self.worker = self.worker or Worker(self.setup)  # which compares the weights: they may be others by now
+            reason = extract_shard(self.worker, int(shard))
+        except Exception as raised:
+            error = sentence(raised)
+        return {"shard": [shard], "reason": [reason or ""], "error": [error]}
 
 
 def run_ray(setup: Setup, shards: list[int], bar: Bar, workers: int | None) -> dict[int, str]:
@@ -273,5 +300,7 @@ def _ray_outcomes(
         num_gpus=1 if gpu else 0,
     )
     for row in done.iter_rows():
+        if row["error"]:
+            raise RuntimeError(row["error"])
         bar.count()
         yield int(row["shard"]), row["reason"]

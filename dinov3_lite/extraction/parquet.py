@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .sources import filesystem, is_url
+from .sources import filesystem, is_url, naming
 
 
 def open_parquet(path: str) -> Any:
@@ -18,7 +18,8 @@ def open_parquet(path: str) -> Any:
     try:
         if is_url(path):
             fs, inner = filesystem(path)
-            return pyarrow.parquet.ParquetFile(fs.open(inner, "rb"))
+            with naming(path, pyarrow.ArrowInvalid):
+                return pyarrow.parquet.ParquetFile(fs.open(inner, "rb"))
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a whole parquet file ({' '.join(str(error).split())})") from error

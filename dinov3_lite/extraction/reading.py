@@ -129,7 +129,8 @@ def _open(shard: dict[str, Any]) -> IO[bytes]:
     path = shard["path"]
     if is_url(path):
         fs, inner = filesystem(path)
-        size, file = fs.size(inner), fs.open(inner, "rb")
+        with naming(path):
+            size, file = fs.size(inner), fs.open(inner, "rb")
     else:
         size, file = os.path.getsize(path), open(path, "rb")  # noqa: SIM115 - its caller closes it
     if size != shard["bytes"]:

@@ -82,7 +82,8 @@ def naming(url: str, *but: type[Exception]) -> Iterator[None]:
     except Exception as error:
         number = errno.ENOENT if isinstance(error, FileNotFoundError) else getattr(error, "errno", None)
         number = number or _STATUS.get(getattr(error, "status", 0), errno.EIO)
-        words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        said = " ".join(str(error).split())
+        words = getattr(error, "strerror", None) or (os.strerror(number) if said in ("", url) else said)
         raise OSError(number, words, url) from error
 
 
@@ -133,7 +134,8 @@ def _matches(pattern: str) -> list[str]:
     if not is_url(pattern):
         return sorted(glob.glob(pattern))
     fs, path = filesystem(pattern)
-    return sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
+    with naming(pattern):
+        return sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -152,8 +154,9 @@ def _kind(path: str) -> str:
         if suffix in _BY_SUFFIX:
             return _BY_SUFFIX[suffix]
         fs, inner = filesystem(path)
-        if fs.isdir(inner):
-            return "folder"
+        with naming(path):
+            if fs.isdir(inner):
+                return "folder"
         raise FileNotFoundError(f"{path}: neither a folder there nor {_EXPECTED}")
     if os.path.isdir(path):
         return "folder"
@@ -179,10 +182,11 @@ def pictures(source: Source, listing: Listing) -> Iterator[str]:
     """
     if source.kind == "pictures":
         yield from source.members
+    elif is_url(source.path):
+        with naming(source.path):
+            yield from _lines(source.path) if source.kind == "list" else _walk_url(source.path, listing)
     elif source.kind == "list":
         yield from _lines(source.path)
-    elif is_url(source.path):
-        yield from _walk_url(source.path, listing)
     else:
         yield from _walk(source.path, "", (), listing)
 
