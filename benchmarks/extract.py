@@ -6,10 +6,10 @@ Every contender runs in a process of its own, in turn, on one core with one thre
 memory; start-up is left out, and so is each model's first run: of `extract` the first shard of three. `transformers` is
 its model behind a DataLoader with its image processor, `timm` its model behind its own transform and a DataLoader, as
 its inference.py does it, `a bare loop` our model and image processor, a batch at a time, nothing ahead. All three run
-in batches of 8, in which a CPU is faster than in 32, and `extract`, asked for batches of 32, does so by itself.
+in batches of 8, in which a CPU is faster than in 32 (transformers in both); `extract` is asked for batches of 32.
 Pictures are made (noise in several frequencies, as large as photographs). `--workers` measures two workers against one
 instead, by torchrun, by --part and by Ray. Writes benchmarks/results/extract.json, extract_bfloat16.json or
-extract_workers.json; `--add` keeps the rows of other variants and sizes that are there.
+extract_workers.json; `--add` keeps other rows and contenders that are there.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def by_a_bare_loop(photos: Path, checkpoint: Path, dtype: torch.dtype) -> dict[s
     return {"whole": time.perf_counter() - start}
 
 
-def by_transformers(photos: Path, checkpoint: Path, dtype: torch.dtype) -> dict[str, Any]:
+def by_transformers(
+    photos: Path, checkpoint: Path, dtype: torch.dtype, batch_size: int = OTHERS_BATCH
+) -> dict[str, Any]:
     sys.path += [str(REFERENCES), str(Path(__file__).parent.parent / "tests" / "support")]
     import torchvision_shim  # noqa: F401
 
@@ -115,7 +117,7 @@ def by_transformers(photos: Path, checkpoint: Path, dtype: torch.dtype) -> dict[
         def __getitem__(self, i: int) -> torch.Tensor:
             return processor(Image.open(files[i]).convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
-    return _by_a_loader(Photos(), lambda x: model(pixel_values=x.to(dtype)).pooler_output)
+    return _by_a_loader(Photos(), lambda x: model(pixel_values=x.to(dtype)).pooler_output, batch_size)
 
 
 def by_timm(photos: Path, checkpoint: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -129,10 +131,10 @@ def by_timm(photos: Path, checkpoint: Path, dtype: torch.dtype) -> dict[str, Any
     return _by_a_loader(dataset, lambda x: model(x.to(dtype)))
 
 
-def _by_a_loader(dataset: Any, model: Any) -> dict[str, Any]:
-    loader = torch.utils.data.DataLoader(dataset, batch_size=OTHERS_BATCH, num_workers=1)
+def _by_a_loader(dataset: Any, model: Any, batch_size: int = OTHERS_BATCH) -> dict[str, Any]:
+    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=1)
     with torch.inference_mode():
-        model(torch.zeros(OTHERS_BATCH, 3, 224, 224))
+        model(torch.zeros(batch_size, 3, 224, 224))
         start, rows = time.perf_counter(), []
         for batch in loader:
             rows.append(model(batch[0] if isinstance(batch, (list, tuple)) else batch).half().numpy())
@@ -147,6 +149,7 @@ CONTENDERS = {
     "extract, --scaled-decoding": lambda *job: by_extract(*job, scaled_decoding=True),
     "a bare loop": by_a_bare_loop,
     "transformers": by_transformers,
+    "transformers, batches of 32": lambda *job: by_transformers(*job, batch_size=BATCH),
     "timm": by_timm,
 }
 
@@ -182,8 +185,12 @@ def measure(
 
 
 def add(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The rows of a result, and of another one those that it has not; all in one order."""
-    rows = {(row["variant"], row["size"]): row for row in (*other["rows"], *result["rows"])}
+    """The rows of a result, and of another one the rows and contenders that it has not; all in one order."""
+    rows = {(row["variant"], row["size"]): row for row in other["rows"]}
+    for row in result["rows"]:
+        before = rows.get((row["variant"], row["size"]), {})
+        both = {name: {**before.get(name, {}), **row[name]} for name in ("seconds", "ratios")}
+        rows[row["variant"], row["size"]] = {**row, **both}
     in_order = [(variant, size) for variant in ("vits16", "vitb16") for size in SIZES]
     return {**result, "rows": [rows[key] for key in in_order if key in rows]}
 
@@ -268,7 +275,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--add", action="store_true", help="keep the rows of other variants and sizes")
+    parser.add_argument("--add", action="store_true", help="keep other rows and contenders")
     parser.add_argument("--workers", action="store_true", help="measure two workers against one instead")
     parser.add_argument("--dry", action="store_true", help="print only, write no results")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
