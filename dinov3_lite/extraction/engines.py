@@ -117,7 +117,7 @@ def extract(
             raise ValueError(f"{name} is {count}: expected at least 1")
     if workers is not None and engine != "ray":
         raise ValueError(f"workers is {workers}, and engine {engine!r} is this process: ask for engine 'ray'")
-    _check_device(device)
+    _check_device(device, engine)
     _check_model(model, engine, device)
     source: str | Backbone = model if isinstance(model, Backbone) else os.fspath(model)
     if mesh and (engine != "local" or not isinstance(source, str)):
@@ -179,13 +179,13 @@ def _anywhere(source: str) -> str:
     return os.path.abspath(source) if os.path.exists(source) else source
 
 
-def _check_device(device: str | None) -> None:
-    """Raises ValueError for a device that PyTorch does not know, and for a GPU where there is none."""
+def _check_device(device: str | None, engine: str) -> None:
+    """Raises ValueError for a device that PyTorch does not know, and for a GPU where this process has none."""
     try:
         kind = None if device is None else torch.device(device).type
     except RuntimeError as error:
         raise ValueError(f"device {device!r}: expected 'cpu', 'cuda' or, of several GPUs, 'cuda:1'") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and engine == "local" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: PyTorch finds no GPU here: leave it out, or give 'cpu'")
 
 

@@ -80,7 +80,8 @@ def naming(url: str, *but: type[Exception]) -> Iterator[None]:
     except but:
         raise
     except Exception as error:
-        number = errno.ENOENT if isinstance(error, FileNotFoundError) else getattr(error, "errno", None)
+        kinds = ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES))  # which may have no number
+        number = next((number for kind, number in kinds if isinstance(error, kind)), getattr(error, "errno", None))
         number = number or _STATUS.get(getattr(error, "status", 0), errno.EIO)
         said = " ".join(str(error).split())
         words = getattr(error, "strerror", None) or (os.strerror(number) if said in ("", url) else said)
