@@ -9,7 +9,7 @@ its inference.py does it, `a bare loop` our model and image processor, a batch a
 in batches of 8, in which a CPU is faster than in 32 (transformers in both); `extract` is asked for batches of 32.
 Pictures are made (noise in several frequencies, as large as photographs). `--workers` measures two workers against one
 instead, by torchrun, by --part and by Ray. Writes benchmarks/results/extract.json, extract_bfloat16.json or
-extract_workers.json; `--add` keeps other rows and contenders that are there.
+extract_workers.json; `--add` keeps what is there and adds other rows and contenders.
 """
 
 from __future__ import annotations
@@ -185,11 +185,11 @@ def measure(
 
 
 def add(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The rows of a result, and of another one the rows and contenders that it has not; all in one order."""
+    """What another result has, and the rows and contenders of this one that it has not; all in one order."""
     rows = {(row["variant"], row["size"]): row for row in other["rows"]}
     for row in result["rows"]:
         before = rows.get((row["variant"], row["size"]), {})
-        both = {name: {**before.get(name, {}), **row[name]} for name in ("seconds", "ratios")}
+        both = {name: {**row[name], **before.get(name, {})} for name in ("seconds", "ratios")}
         rows[row["variant"], row["size"]] = {**row, **both}
     in_order = [(variant, size) for variant in ("vits16", "vitb16") for size in SIZES]
     return {**result, "rows": [rows[key] for key in in_order if key in rows]}
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--add", action="store_true", help="keep other rows and contenders")
+    parser.add_argument("--add", action="store_true", help="add rows and contenders to those that are there")
     parser.add_argument("--workers", action="store_true", help="measure two workers against one instead")
     parser.add_argument("--dry", action="store_true", help="print only, write no results")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
