@@ -75,6 +75,10 @@ def write_plan(
         except OSError:
             if not folder.plan.is_dir():
                 raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, f"can't write the plan ({error.strerror})", str(folder)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
