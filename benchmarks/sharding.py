@@ -2,9 +2,10 @@
 
     python benchmarks/sharding.py [--variants vits16 ...] [--sparse]
 
-Every variant's widths at depth 1, made weights, four pictures of 64 px, gloo on one machine. Errors are relative,
-against float64 on the same weights: the worst of the outputs and the worst of the gradients of all tensors, beside the
-whole model's own. Reading and memory are those of `from_pretrained` in the process that has most, over the whole's.
+Every variant's widths at depth 1, gloo on one machine, several draws of weights and of four pictures of 64 px. Errors
+are relative, against float64 on the same weights: of the output and the worst of the gradients of all tensors, beside
+the whole model's own in the same draw. Reading and memory are those of `from_pretrained` in the process that has most,
+over the whole's.
 `--sparse` loads a file of the 7B's full shapes, 27 GB of holes, as the first and as the last of eight processes.
 
 Every row is written to benchmarks/results/sharding.json as soon as it is there, and a later call goes on from there.
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ from dinov3_lite.sharding.parameters import held_by, local_part
 VARIANTS = ("vits16", "vits16plus", "vitb16", "vitl16", "vitl16plus", "vith16plus", "vit7b16")
 MESHES = ("fsdp 2", "tp 2", "fsdp 4", "tp 4", "fsdp 2, tp 2")
 DTYPES = ("float32", "bfloat16")
+DRAWS = 4
 EIGHT = 8  # processes that share the sparse file
 
 Row = dict[str, Any]
@@ -62,15 +65,8 @@ def main() -> None:
     for variant in args.variants:
         missing = [(m, d) for m in MESHES for d in DTYPES if fits(variant, m) and not find(result, variant, m, d)]
         if missing:
-            with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-                prepare(Path(scratch), variant)
-                for world in (2, 4):
-                    cases = [case for case in missing if math.prod(sizes(case[0])) == world]
-                    if cases:
-                        mp.spawn(measure, (world, Path(scratch), cases), nprocs=world)
-                        rows = json.loads((Path(scratch) / "rows.json").read_text())
-                        result["rows"] += [{"variant": variant, **row} for row in rows]
-                        save("sharding", result)
+            result["rows"] += measured(variant, missing, args.folder)
+            save("sharding", result)
     if args.sparse:
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
             size = write_sparse(Path(scratch), DINOv3Config.from_name("vit7b16"))
@@ -81,6 +77,23 @@ def main() -> None:
             save("sharding", result)
     print(headline(result))
     print(table(result), sparse_table(result), sep="\n\n")
+
+
+def measured(variant: str, missing: list[tuple[str, str]], folder: Path | None) -> list[Row]:
+    """A row for each mesh and dtype, with the errors of every draw."""
+    rows: dict[tuple[str, str], Row] = {}
+    for draw in range(DRAWS):
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            prepare(Path(scratch), variant, draw)
+            for world in (2, 4):
+                cases = [case for case in missing if math.prod(sizes(case[0])) == world]
+                if cases:
+                    mp.spawn(measure, (world, Path(scratch), cases, draw), nprocs=world)
+                for found in json.loads((Path(scratch) / "rows.json").read_text()) if cases else ():
+                    errors = found.pop("errors")
+                    row = rows.setdefault((found["mesh"], found["dtype"]), {"variant": variant, **found, "errors": []})
+                    row["errors"].append(errors)
+    return list(rows.values())
 
 
 def sizes(mesh: str) -> list[int]:
@@ -103,9 +116,9 @@ def find(result: Row, *key: str) -> Row | None:
 # ---- values
 
 
-def prepare(folder: Path, variant: str) -> None:
+def prepare(folder: Path, variant: str, draw: int) -> None:
     """A checkpoint of one block with the statistics of trained weights, and the whole model's outputs and gradients."""
-    torch.manual_seed(0)
+    torch.manual_seed(draw)
     model = DINOv3ViT(replace(DINOv3Config.from_name(variant), num_hidden_layers=1)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -121,15 +134,15 @@ def prepare(folder: Path, variant: str) -> None:
     model.save_pretrained(folder / "bfloat16.safetensors", dtype=torch.bfloat16)
     for dtype in DTYPES:
         truth = model = None
-        truth = gone_through(DINOv3ViT.from_pretrained(folder / f"{dtype}.safetensors").double())
-        model = gone_through(DINOv3ViT.from_pretrained(folder / f"{dtype}.safetensors"))
+        truth = gone_through(DINOv3ViT.from_pretrained(folder / f"{dtype}.safetensors").double(), draw)
+        model = gone_through(DINOv3ViT.from_pretrained(folder / f"{dtype}.safetensors"), draw)
         own = worst(model, truth)
         torch.save({"truth": truth, "own": own}, folder / f"{dtype}.pt")
 
 
-def gone_through(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def gone_through(model: Any, draw: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """The last hidden state of four pictures, and the gradients of its mean square, by the names in a state dict."""
-    pictures = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pictures = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1 + draw)).bfloat16()
     out = model(pictures.to(model.dtype)).last_hidden_state
     out.square().mean().backward()
     found = {}
@@ -150,7 +163,7 @@ def worst(found: tuple[Tensor, dict[str, Tensor]], truth: tuple[Tensor, dict[str
     return [relative_difference(found[0], truth[0]), max(gradients)]
 
 
-def measure(rank: int, world: int, folder: Path, cases: list[tuple[str, str]]) -> None:
+def measure(rank: int, world: int, folder: Path, cases: list[tuple[str, str]], draw: int) -> None:
     """One of the processes: a row a case, which the first writes down."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / f"{world}"), world), rank=rank, world_size=world)
@@ -170,12 +183,12 @@ def measure(rank: int, world: int, folder: Path, cases: list[tuple[str, str]]) -
         }
         everybody: list[Any] = [None] * world
         dist.all_gather_object(everybody, mine)
-        found = gone_through(model)
+        found = gone_through(model, draw)
         if rank == 0:
             kept = torch.load(folder / f"{dtype}.pt", mmap=True)
             ranks = {name: [each[name] for each in everybody] for name in mine}
-            error = dict(zip(("forward", "gradients"), worst(found, kept["truth"]), strict=True))
-            rows.append({"mesh": mesh_name, "dtype": dtype, "error": error, "own": kept["own"], **ranks})
+            errors = {"sharded": worst(found, kept["truth"]), "own": kept["own"]}
+            rows.append({"mesh": mesh_name, "dtype": dtype, "errors": errors, **ranks})
             print(json.dumps(rows[-1]), file=sys.stderr)
         dist.barrier()
     if rank == 0:
@@ -235,7 +248,7 @@ def load_as(rank: int, folder: Path) -> Row:
 
 def table(result: Row) -> str:
     lines = [
-        "| mesh | dtype | error of the output | the whole model's | of gradients | the whole model's | read | memory |",
+        "| mesh | dtype | error of the output | over the whole's | of gradients | over the whole's | read | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for mesh in MESHES:
@@ -243,14 +256,21 @@ def table(result: Row) -> str:
             rows = [row for row in result["rows"] if (row["mesh"], row["dtype"]) == (mesh, dtype)]
             if not rows:  # a run that was stopped
                 continue
-            errors = [row["error"]["forward"] for row in rows], [row["own"][0] for row in rows]
-            of_gradients = [row["error"]["gradients"] for row in rows], [row["own"][1] for row in rows]
-            cells = [f"{max(values):.1e}" for values in (*errors, *of_gradients)]
+            cells = [cell for kind in (0, 1) for cell in compared([e for row in rows for e in row["errors"]], kind)]
             big = [row for row in rows if row["variant"] == "vit7b16"]
-            shares = [max(max(row[name]) / row["whole"][0] for row in big or rows) for name in ("read", "peak")]
-            lines.append(f"| {mesh} | {dtype} | {' | '.join(cells)} | {' | '.join(f'{s:.1%}' for s in shares)} |")
+            cells += [
+                f"{max(max(row[name]) / row['whole'][0] for row in big or rows):.1%}" for name in ("read", "peak")
+            ]
+            lines.append(f"| {mesh} | {dtype} | {' | '.join(cells)} |")
     run = [variant for variant in VARIANTS if any(row["variant"] == variant for row in result["rows"])]
-    return "\n".join([*lines, "", f"Widths of {', '.join(run)}."])
+    return "\n".join([*lines, "", f"Widths of {', '.join(run)}; {DRAWS} draws of each."])
+
+
+def compared(errors: list[Row], kind: int) -> tuple[str, str]:
+    """The worst error, and how many times the whole model's they are: their geometric mean, least and most."""
+    ratios = [each["sharded"][kind] / each["own"][kind] for each in errors]
+    worst_error = max(each["sharded"][kind] for each in errors)
+    return f"{worst_error:.1e}", f"{geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def sparse_table(result: Row) -> str:

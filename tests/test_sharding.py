@@ -123,7 +123,14 @@ def test_runs_of_a_box():
 
 @on("outputs")
 def test_outputs_are_those_of_the_whole_model(result, request):
-    assert max(result.values()) <= limit(request), max(result.items(), key=lambda item: item[1])
+    rounded_more = "attention_maps" if limit(request) else "nothing"  # see maps_in_float64
+    errors = {name: error for name, error in result.items() if rounded_more not in name}
+    assert max(errors.values()) <= limit(request), max(errors.items(), key=lambda item: item[1])
+
+
+@on("maps_in_float64")
+def test_attention_maps_are_those_of_the_whole_model(result, request):
+    assert result <= min(1e-13, limit(request))
 
 
 @on("in_inference_mode")
@@ -149,6 +156,11 @@ def test_bfloat16_is_no_worse_than_the_whole_model(result):
     """Where a product is rounded once, its parts are, once each: other roundings, of the same size on average."""
     sharded, own = (sum(errors) for errors in zip(*result.values(), strict=True))
     assert sharded <= 1.05 * own, result
+
+
+@on("sums_in_bfloat16")
+def test_no_sum_over_processes_is_rounded(result):
+    assert result == (True, torch.float32, torch.bfloat16)
 
 
 @on("in_float16")
@@ -177,7 +189,7 @@ def test_our_kernels_take_local_heads(result):
 
 @on("clipping")
 def test_gradients_are_clipped_by_their_whole_norm(result):
-    assert max(result.values()) <= 2e-6, result
+    assert max(result.values()) <= 1e-13, result
 
 
 @on("compiled")
