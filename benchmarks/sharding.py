@@ -33,7 +33,7 @@ import torch.multiprocessing as mp
 from environment import RESULTS, environment, headline, save
 from timing import in_a_child, peak_mib, relative_difference
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from dinov3_lite import DINOv3Config, DINOv3ViT
@@ -43,7 +43,7 @@ from dinov3_lite.sharding.parameters import held_by, local_part
 VARIANTS = ("vits16", "vits16plus", "vitb16", "vitl16", "vitl16plus", "vith16plus", "vit7b16")
 MESHES = ("fsdp 2", "tp 2", "fsdp 4", "tp 4", "fsdp 2, tp 2")
 DTYPES = ("float32", "bfloat16")
-DRAWS = 4
+DRAWS = 2
 EIGHT = 8  # processes that share the sparse file
 
 Row = dict[str, Any]
@@ -81,19 +81,16 @@ def main() -> None:
 
 def measured(variant: str, missing: list[tuple[str, str]], folder: Path | None) -> list[Row]:
     """A row for each mesh and dtype, with the errors of every draw."""
-    rows: dict[tuple[str, str], Row] = {}
-    for draw in range(DRAWS):
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            prepare(Path(scratch), variant, draw)
-            for world in (2, 4):
-                cases = [case for case in missing if math.prod(sizes(case[0])) == world]
-                if cases:
-                    mp.spawn(measure, (world, Path(scratch), cases, draw), nprocs=world)
-                for found in json.loads((Path(scratch) / "rows.json").read_text()) if cases else ():
-                    errors = found.pop("errors")
-                    row = rows.setdefault((found["mesh"], found["dtype"]), {"variant": variant, **found, "errors": []})
-                    row["errors"].append(errors)
-    return list(rows.values())
+    rows = []
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for draw in range(DRAWS):
+            prepare(Path(scratch) / str(draw), variant, draw)
+        for world in (2, 4):
+            cases = [case for case in missing if math.prod(sizes(case[0])) == world]
+            if cases:
+                mp.spawn(measure, (world, Path(scratch), cases), nprocs=world)
+                rows += json.loads((Path(scratch) / "rows.json").read_text())
+    return [{"variant": variant, **row} for row in rows]
 
 
 def sizes(mesh: str) -> list[int]:
@@ -118,6 +115,7 @@ def find(result: Row, *key: str) -> Row | None:
 
 def prepare(folder: Path, variant: str, draw: int) -> None:
     """A checkpoint of one block with the statistics of trained weights, and the whole model's outputs and gradients."""
+    folder.mkdir()
     torch.manual_seed(draw)
     model = DINOv3ViT(replace(DINOv3Config.from_name(variant), num_hidden_layers=1)).eval()
     with torch.no_grad():
@@ -163,31 +161,25 @@ def worst(found: tuple[Tensor, dict[str, Tensor]], truth: tuple[Tensor, dict[str
     return [relative_difference(found[0], truth[0]), max(gradients)]
 
 
-def measure(rank: int, world: int, folder: Path, cases: list[tuple[str, str]], draw: int) -> None:
+def measure(rank: int, world: int, folder: Path, cases: list[tuple[str, str]]) -> None:
     """One of the processes: a row a case, which the first writes down."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / f"{world}"), world), rank=rank, world_size=world)
     rows = []
     for mesh_name, dtype in cases:
         mesh = init_device_mesh("cpu", tuple(sizes(mesh_name)), mesh_dim_names=names(mesh_name))
-        source = folder / f"{dtype}.safetensors"
-        DINOv3ViT.from_pretrained(source, mesh=mesh)  # what is imported at the first is no part of it
-        loaded: list[DINOv3ViT] = []
-        read, peak = reading(lambda: loaded.append(DINOv3ViT.from_pretrained(source, mesh=mesh)))  # noqa: B023
-        model = loaded[0]
-        mine = {
-            "read": read,
-            "peak": peak,
-            "held": sum(local_part(held.tensor).nbytes for held in held_by(model)),
-            "whole": sum(held.tensor.nbytes for held in held_by(model)),
-        }
+        mine = loading(folder / "0" / f"{dtype}.safetensors", mesh)
         everybody: list[Any] = [None] * world
         dist.all_gather_object(everybody, mine)
-        found = gone_through(model, draw)
+        errors = []
+        for draw in range(DRAWS):
+            source = folder / str(draw) / f"{dtype}.safetensors"
+            found = gone_through(DINOv3ViT.from_pretrained(source, mesh=mesh), draw)
+            if rank == 0:
+                kept = torch.load(source.with_suffix(".pt"), mmap=True)
+                errors.append({"sharded": worst(found, kept["truth"]), "own": kept["own"]})
         if rank == 0:
-            kept = torch.load(folder / f"{dtype}.pt", mmap=True)
             ranks = {name: [each[name] for each in everybody] for name in mine}
-            errors = {"sharded": worst(found, kept["truth"]), "own": kept["own"]}
             rows.append({"mesh": mesh_name, "dtype": dtype, "errors": errors, **ranks})
             print(json.dumps(rows[-1]), file=sys.stderr)
         dist.barrier()
@@ -198,6 +190,16 @@ def measure(rank: int, world: int, folder: Path, cases: list[tuple[str, str]], d
 
 
 # ---- bytes
+
+
+def loading(source: Path, mesh: DeviceMesh) -> Row:
+    """What this process reads of the file, and holds and needs at the peak; and how much the whole model is."""
+    DINOv3ViT.from_pretrained(source, mesh=mesh)  # what is imported at the first is no part of it
+    loaded: list[DINOv3ViT] = []
+    read, peak = reading(lambda: loaded.append(DINOv3ViT.from_pretrained(source, mesh=mesh)))
+    held = list(held_by(loaded[0]))
+    whole = sum(each.tensor.nbytes for each in held)
+    return {"read": read, "peak": peak, "held": sum(local_part(each.tensor).nbytes for each in held), "whole": whole}
 
 
 def reading(call: Callable[[], object]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ CONFIGS = {
     "gated": replace(TINY_GATED, num_attention_heads=4, num_hidden_layers=4, hidden_size=64, value_bias=True),
 }
 SHAPES = {"fsdp": (2,), "tp": (2,), "fsdp, tp": (2, 2)}
+FSDP_RUNS = hasattr(torch.cpu.Stream, "record_event")  # on CPUs; that of PyTorch 2.6 does not
 
 
 class Rig(NamedTuple):
@@ -616,9 +618,14 @@ def refusals(rig: Rig) -> dict[str, str]:
         replaced = rig.whole()
         replaced.blocks[1].mlp.fc2 = nn.Sequential(replaced.blocks[1].mlp.fc2)
         said["a replaced part"] = _said(lambda: sharding.shard(replaced, rig.mesh))
+    if rig.dims == "fsdp":
+        with patch.object(torch.cpu, "Stream", object):
+            said["an old PyTorch"] = _said(lambda: rig.load())
     if rig.dims == "tp":
         import peft
 
         said["a policy"] = _said(lambda: sharding.shard(rig.whole(), rig.mesh, reshard_after_forward=True))
-        said["lora"] = _said(lambda: peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"])))
+        for name, target in (("lora", "qkv"), ("lora behind", "attn.proj")):
+            config = peft.LoraConfig(target_modules=[target])
+            said[name] = _said(lambda: peft.get_peft_model(rig.load(), config))  # noqa: B023
     return said
