@@ -11,34 +11,40 @@ from torch import Tensor
 
 from ..choose import prefixes
 from ..files import short
-from .lite import LITE
+from .lite import LITE, STATE_DICT
 from .meta import META
-from .table import Card, Config, Layout, Read, Shape, Table, numel, pattern
+from .table import Card, Config, Layout, Named, Read, Shape, Table, numel, pattern
 from .timm import TIMM
 from .transformers import TRANSFORMERS
 
 LAYOUTS = {layout.name: layout for layout in (LITE, TRANSFORMERS, META, TIMM)}
-__all__ = ["LAYOUTS", "LITE", "META", "TIMM", "TRANSFORMERS", "backbones", "detect", "model_tensors", "rename"]
+__all__ = ["LAYOUTS", "LITE", "META", "STATE_DICT", "TIMM", "TRANSFORMERS"]
+__all__ += ["backbones", "detect", "model_tensors", "rename"]
 
 
 @functools.lru_cache(maxsize=8)
 def model_tensors(config: Config) -> Mapping[str, tuple[Shape, int]]:
-    """Shape and number of fused tensors of each of the model's tensors by its name, in the order of its state dict."""
+    """Shape and number of fused tensors of each of the model's tensors by its name in our file, in order."""
     return MappingProxyType(LITE.table(config).family.shapes(config))
 
 
-def rename(weights: Mapping[str, Tensor], layout: Layout, config: Config) -> dict[str, Tensor]:
+def rename(state: Mapping[str, Tensor], layout: Layout, config: Config) -> dict[str, Tensor]:
     """A state dict of the model in that layout: names and cuts are theirs, data is shared where nothing is joined."""
+    tensors: dict[str, Tensor] = {}
     result: dict[str, Tensor] = {}
+    for equation in STATE_DICT.table(config).equations(config):
+        tensors |= _recut(state, equation.theirs, equation.ours)
     for equation in layout.table(config).equations(config):
-        parts = [
-            weights[name].flatten() if name in weights else torch.zeros(shape).flatten()
-            for name, shape in equation.ours
-        ]
-        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-        cut = flat.split([numel(shape) for _, shape in equation.theirs])
-        result |= {name: t.view(shape) for (name, shape), t in zip(equation.theirs, cut, strict=True)}
+        result |= _recut(tensors, equation.ours, equation.theirs)
     return result | layout.table(config).masks(config)
+
+
+def _recut(tensors: Mapping[str, Tensor], given: Named, wanted: Named) -> dict[str, Tensor]:
+    """What the given tensors hold, one after the other, as the wanted ones."""
+    parts = [tensors[name].flatten() for name, _ in given]
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+    cut = flat.split([numel(shape) for _, shape in wanted])
+    return {name: part.view(shape) for (name, shape), part in zip(wanted, cut, strict=True)}
 
 
 def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) -> tuple[Layout, type]:
@@ -50,7 +56,7 @@ def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) ->
     patterns = set(map(pattern, names))
     marked = [layout for layout in LAYOUTS.values() if layout.mark and layout.mark in (metadata or {})]
     best: tuple[int, bool, Layout, type] | None = None
-    for layout in marked or LAYOUTS.values():
+    for layout in marked or (*LAYOUTS.values(), STATE_DICT):
         for config_class, table in layout.tables.items():
             known = len(patterns & table.patterns)
             if known and (best is None or (known, not layout.mark) > best[:2]):
