@@ -19,7 +19,7 @@ from .transformers import TRANSFORMERS
 
 LAYOUTS = {layout.name: layout for layout in (LITE, TRANSFORMERS, META, TIMM)}
 __all__ = ["LAYOUTS", "LITE", "META", "STATE_DICT", "TIMM", "TRANSFORMERS"]
-__all__ += ["backbones", "detect", "model_tensors", "rename"]
+__all__ += ["backbones", "detect", "model_tensors", "rename", "tensors_of"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -30,21 +30,32 @@ def model_tensors(config: Config) -> Mapping[str, tuple[Shape, int]]:
 
 def rename(state: Mapping[str, Tensor], layout: Layout, config: Config) -> dict[str, Tensor]:
     """A state dict of the model in that layout: names and cuts are theirs, data is shared where nothing is joined."""
-    tensors: dict[str, Tensor] = {}
+    tensors = tensors_of(state, config)
     result: dict[str, Tensor] = {}
-    for equation in STATE_DICT.table(config).equations(config):
-        tensors |= _recut(state, equation.theirs, equation.ours)
     for equation in layout.table(config).equations(config):
-        result |= _recut(tensors, equation.ours, equation.theirs)
+        parts = [
+            tensors[name].flatten() if name in tensors else torch.zeros(shape).flatten()
+            for name, shape in equation.ours
+        ]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        result |= _cut(flat, equation.theirs)
     return result | layout.table(config).masks(config)
 
 
-def _recut(tensors: Mapping[str, Tensor], given: Named, wanted: Named) -> dict[str, Tensor]:
-    """What the given tensors hold, one after the other, as the wanted ones."""
-    parts = [tensors[name].flatten() for name, _ in given]
-    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-    cut = flat.split([numel(shape) for _, shape in wanted])
-    return {name: part.view(shape) for (name, shape), part in zip(wanted, cut, strict=True)}
+def tensors_of(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """A state dict of the model by the names of our file: what is fused in one of its tensors is cut, as views."""
+    tensors = dict(state)
+    for equation in STATE_DICT.table(config).equations(config):
+        name = equation.theirs[0][0]
+        if len(equation.ours) > 1 and name in tensors:
+            parts = _cut(tensors.pop(name).flatten(), equation.ours)
+            tensors |= {ours: part for ours, part in parts.items() if ours in model_tensors(config)}
+    return tensors
+
+
+def _cut(flat: Tensor, wanted: Named) -> dict[str, Tensor]:
+    parts = flat.split([numel(shape) for _, shape in wanted])
+    return {name: part.view(shape) for (name, shape), part in zip(wanted, parts, strict=True)}
 
 
 def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) -> tuple[Layout, type]:
