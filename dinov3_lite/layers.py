@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all_modules
 from torch.utils._device import DeviceContext
 
 from .attention import AttentionFn, fuses_rows
@@ -269,6 +269,10 @@ class Block(nn.Module):
 
 OURS = {Block, LayerNorm, SelfAttention, QKVProjection, Mlp, GatedMlp, LayerScale, DropPath, PatchEmbed}
 OURS |= {nn.Linear, nn.Conv2d}
+GLOBAL_HOOKS = (
+    *(of_all_modules._global_forward_pre_hooks, of_all_modules._global_forward_hooks),
+    *(of_all_modules._global_backward_pre_hooks, of_all_modules._global_backward_hooks),
+)
 
 
 def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
@@ -280,7 +284,7 @@ def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
     modules. past_modes: also if a mode watches PyTorch's functions or operators, which our kernels need not mind: they
     are operators like others, and overwrite nothing.
     """
-    return not (_has_any_global_hook() or (past_modes and _modes_watch())) and all(
+    return not (any(GLOBAL_HOOKS) or (past_modes and _modes_watch())) and all(
         type(module) in OURS
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)

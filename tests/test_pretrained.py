@@ -11,12 +11,14 @@ import pytest
 import torch
 from helpers import PREPROCESSING, TINY, TINY_GATED, trained_like, write_checkpoint
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convert import convert
 from dinov3_lite import DINOv3ViT, ImageProcessor, load_weights, optimize_for_inference
 from dinov3_lite.checkpoint import open_checkpoint
 from dinov3_lite.checkpoint.files import StoredTensor
 from dinov3_lite.checkpoint.saving import checkpoint_of
+from dinov3_lite.pretrained import WithoutWeights
 
 CHANGED = "transformers, changed since it was loaded"
 WIDE = replace(TINY, hidden_size=128, num_attention_heads=2, intermediate_size=96)  # timm's files don't say heads
@@ -147,6 +149,7 @@ CHANGES = {
         model.blocks[0].attn.proj.weight, "data", model.blocks[0].attn.proj.weight.data + 0.01
     ),
     "writing through .data": lambda model: model.blocks[1].mlp.fc1.weight.data.mul_(1.01),
+    "a few numbers through .data": lambda model: model.blocks[1].mlp.fc1.weight.data.view(4, -1)[2, 15].add_(1),
     "another parameter": lambda model: setattr(model.norm, "weight", torch.nn.Parameter(torch.ones(32))),
     "a block less": lambda model: model.blocks.pop(-1),
 }
@@ -272,3 +275,35 @@ def test_an_index_with_a_name_that_no_file_can_have(folder):
     with pytest.raises(ValueError, match="index.json: shard .* is not the name of a file") as error:
         DINOv3ViT.from_pretrained(folder)
     assert len(str(error.value)) < 600
+
+
+def test_a_load_initialises_nothing(folder):
+    """What would draw random numbers on the meta device takes longer than the modules, and sympy in older PyTorch."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    called = set()
+    with Watch():
+        DINOv3ViT.from_pretrained(folder)
+    assert torch.ops.aten.empty in called
+    assert not called & {
+        torch.ops.aten.uniform_,
+        torch.ops.aten.normal_,
+        torch.ops.aten.uniform,
+        torch.ops.prims.uniform,
+    }
+
+
+def test_a_skeleton_is_the_model_without_its_weights():
+    with WithoutWeights():
+        skeleton = DINOv3ViT(TINY_GATED)
+    model, state = DINOv3ViT(TINY_GATED), skeleton.state_dict()
+    assert {name: (t.shape, t.dtype) for name, t in state.items()} == {
+        name: (t.shape, t.dtype) for name, t in model.state_dict().items()
+    }
+    assert all(tensor.is_meta for tensor in state.values()) and not torch.empty(1).is_meta
+    skeleton.load_state_dict(model.state_dict(), assign=True)
+    assert same_features(skeleton.eval(), model.eval())

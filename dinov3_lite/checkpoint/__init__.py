@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..pages import empty, give_back
 from .choose import choose, without_wrappers
 from .containers import cast, read_headers
-from .files import Span, StoredTensor, cut, few
+from .files import Span, StoredTensor, cut, few, samples
 from .folders import SeveralFiles, check_index, read_license, weight_files
 from .json_files import read_json
 from .layouts import (
@@ -162,12 +162,13 @@ class Checkpoint:
     @functools.cached_property
     def samples(self) -> list[tuple[str, Tensor]]:
         """A few numbers of each tensor, of each of those that are fused in one of ours."""
-        return [
-            (name, span.sample())
+        spans = [
+            (name, span)
             for name, (shape, fused) in model_tensors(self.config).items()
             if name not in ("rope_embed.periods", "mask_token")  # not stored in every layout
             for span in itertools.chain(*cut(self.spans[name], [numel(shape) // fused] * fused))
         ]
+        return [(name, sample) for (name, _), sample in zip(spans, samples(span for _, span in spans), strict=True)]
 
     @property
     def weights_id(self) -> str:

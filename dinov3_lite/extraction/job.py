@@ -93,6 +93,8 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
     """
     wanted = describe(request)
     if not folder.has(folder.job):
+        if folder.path.is_file():
+            raise NotADirectoryError(f"{folder}: is a file: the output is a folder, name another")
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.plan.is_dir():
             write_plan(

@@ -13,11 +13,13 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from helpers import TINY, TINY_GATED, relative_error
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
@@ -36,6 +38,7 @@ CONFIGS = {
     "gated": replace(TINY_GATED, num_attention_heads=4, num_hidden_layers=4, hidden_size=64, value_bias=True),
 }
 SHAPES = {"fsdp": (2,), "tp": (2,), "fsdp, tp": (2, 2)}
+FSDP_RUNS = hasattr(torch.cpu.Stream, "record_event")  # on CPUs; that of PyTorch 2.6 does not
 
 
 class Rig(NamedTuple):
@@ -171,6 +174,14 @@ def outputs(rig: Rig) -> dict[str, float]:
     return result
 
 
+@subject()
+def maps_in_float64(rig: Rig) -> float:
+    """Attention maps are a softmax of large scores: in float32 the whole model's own error is 1e-6."""
+    maps = (load(dtype=torch.float64).attention_maps(x.double(), 1) for load in (rig.load, rig.whole))
+    with torch.no_grad():
+        return relative_error(*maps)
+
+
 @subject("fsdp", "tp")
 def in_inference_mode(rig: Rig) -> float:
     model, truth = rig.load(), rig.whole()
@@ -225,6 +236,20 @@ def in_bfloat16(rig: Rig) -> dict[str, tuple[float, float]]:
     return result
 
 
+@subject("tp")
+def sums_in_bfloat16(rig: Rig) -> tuple[bool, torch.dtype, torch.dtype]:
+    """Is a sum of addends in bfloat16 exact? And the dtype that gradients come back in, and of what is normed without."""
+    block = rig.load(dtype=torch.bfloat16).blocks[0]
+    proj, group = block.attn.proj, rig.mesh.get_group()
+    mine = torch.randn(3, 32, generator=torch.Generator().manual_seed(dist.get_rank())).bfloat16()
+    addends = [torch.empty(3, 64) for _ in range(2)]
+    dist.all_gather(addends, F.linear(mine, proj.weight.to_local()).float().detach(), group)
+    exact = torch.equal(proj(mine), sum(addends) + proj.bias.float())
+    normed = block.norm1(torch.randn(2, 64))
+    with torch.no_grad():
+        return exact, normed.dtype, block.norm1(torch.randn(2, 64)).dtype
+
+
 @subject("fsdp", "tp")
 def in_float16(rig: Rig) -> tuple[float, torch.dtype]:
     model = rig.load(dtype=torch.float16)
@@ -265,9 +290,9 @@ def with_our_kernels(rig: Rig) -> float:
 
 @subject()
 def clipping(rig: Rig) -> dict[str, float]:
-    model, truth = rig.load(), rig.whole()
+    model, truth = rig.load(dtype=torch.float64), rig.whole(dtype=torch.float64)
     for each in (model, truth):
-        each(x).patch_tokens.square().sum().backward()
+        each(x.double()).patch_tokens.square().sum().backward()
     norm = torch.nn.utils.clip_grad_norm_(truth.parameters(), 1.0)
     result = {"norm": relative_error(sharding.clip_grad_norm_(model.parameters(), 1.0), norm)}
     return result | errors(gradients(model), gradients(truth))
@@ -596,9 +621,14 @@ def refusals(rig: Rig) -> dict[str, str]:
         replaced = rig.whole()
         replaced.blocks[1].mlp.fc2 = nn.Sequential(replaced.blocks[1].mlp.fc2)
         said["a replaced part"] = _said(lambda: sharding.shard(replaced, rig.mesh))
+    if rig.dims == "fsdp":
+        with patch.object(torch.cpu, "Stream", object):
+            said["an old PyTorch"] = _said(lambda: rig.load())
     if rig.dims == "tp":
         import peft
 
         said["a policy"] = _said(lambda: sharding.shard(rig.whole(), rig.mesh, reshard_after_forward=True))
-        said["lora"] = _said(lambda: peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"])))
+        for name, target in (("lora", "qkv"), ("lora behind", "attn.proj")):
+            config = peft.LoraConfig(target_modules=[target])
+            said[name] = _said(lambda: peft.get_peft_model(rig.load(), config))  # noqa: B023
     return said

@@ -30,7 +30,7 @@ Config = Any  # a frozen dataclass, one class a model family
 Read = Callable[[str], Tensor]
 """A tensor of a file by its name in the file."""
 
-
+NUMBER = re.compile(r"(?<![^.])(\d+|\{\w+\})(?![^.])")
 HEADS = {
     *("head", "heads", "head_dist", "fc", "fc_norm", "classifier", "cls_head", "linear_head", "dino_head", "ibot_head"),
     *("projector", "projectors", "projection", "projection_head", "proj_head"),
@@ -277,7 +277,7 @@ class Layout(NamedTuple):
 
 def pattern(name: str) -> str:
     """The name with # for each number and for each `{i}`: names of one row have one pattern."""
-    return re.sub(r"(?<![^.])(\d+|\{\w+\})(?![^.])", "#", name)
+    return NUMBER.sub("#", name)
 
 
 def numel(shape: Shape) -> int:
