@@ -88,7 +88,7 @@ EDGES = {
     },
     "dinov3_lite/sharding/*": {
         *("dinov3_lite/sharding/*", "checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.hub"),
-        *("checkpoint.layouts", "checkpoint.saving", "config", "layers"),
+        *("checkpoint.saving", "config", "layers"),
     },
     "dinov3_lite/checkpoint/channels.py": {"checkpoint", "checkpoint.files"},
     "dinov3_lite/checkpoint/saving.py": {
