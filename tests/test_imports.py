@@ -172,7 +172,7 @@ EDGES = {
             (
                 "job",
                 ("commit", "compute", "decode", "folder", "plan", "sources"),
-                {"checkpoint", "checkpoint.hub", "image", "loading"},
+                {"checkpoint", "checkpoint.hub", "checkpoint.layouts", "image", "loading"},
             ),
             (
                 "shard",
