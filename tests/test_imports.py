@@ -189,7 +189,7 @@ EDGES = {
                     *("commit", "compute", "folder", "job", "mesh", "parts", "plan", "progress", "remote", "shard"),
                     "store",
                 ),
-                {"image", "loading"},
+                {"console", "image", "loading"},
             ),
             ("formats", ("store",), {"checkpoint.files"}),
             ("command", ("check", "engines", "formats", "remote"), {"commands.arguments", "console"}),
