@@ -144,14 +144,11 @@ def gone_through(model: Any, draw: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     out = model(pictures.to(model.dtype)).last_hidden_state
     out.square().mean().backward()
     found = {}
-    for held in held_by(model):
-        if held.tensor.grad is not None:
-            grad = held.tensor.grad
-            whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-            held.tensor.grad = None
-            for name, part in zip(held.tensors, whole.flatten().chunk(len(held.tensors)), strict=True):
-                if name is not None:
-                    found[name] = part
+    for name, tensor, shape in held_by(model):
+        if tensor.grad is not None:
+            grad = tensor.grad
+            found[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).view(shape)
+            tensor.grad = None
     return out.detach(), found
 
 

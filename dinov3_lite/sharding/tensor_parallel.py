@@ -68,39 +68,30 @@ class ColumnParallel(nn.Module):
         self.mesh, self.parts = mesh, parts
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = _cut(linear.weight, parts, mesh)
-        self._take_bias(linear)
-
-    def _take_bias(self, linear: nn.Linear) -> None:
-        self.bias = None if linear.bias is None else _cut(linear.bias, self.parts, self.mesh)
+        self.bias = None if linear.bias is None else _cut(linear.bias, parts, mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to_local().flatten(0, 1)  # type: ignore[attr-defined]
-        return F.linear(SumOfGradients.apply(x, self.mesh).to(weight.dtype), weight, self._local_bias())
+        bias = None if self.bias is None else self._acting(self.bias.to_local()).flatten()  # type: ignore[attr-defined]
+        return F.linear(SumOfGradients.apply(x, self.mesh).to(weight.dtype), weight, bias)
 
-    def _local_bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.to_local().flatten()  # type: ignore[attr-defined]
+    def _acting(self, bias: Tensor) -> Tensor:
+        return bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, parts={self.parts}"
 
 
 class ColumnParallelQKV(ColumnParallel):
-    """Queries, keys and values of this process's heads. The biases that the config has are parameters of their own."""
+    """Queries, keys and values of this process's heads. What the config lacks of `bias`, (3, C), does not act."""
 
-    def _take_bias(self, linear: QKVProjection) -> None:  # type: ignore[override]
-        self.names = list(linear.has_bias)
-        thirds: Any = [None] * 3 if linear.bias is None else linear.bias.chunk(3)
-        for (name, present), third in zip(linear.has_bias.items(), thirds, strict=True):
-            bias = nn.Parameter(third, requires_grad=linear.bias.requires_grad) if present else None
-            self.register_parameter(name, None if bias is None else _distributed(bias, self.mesh, Shard(0)))
+    def __init__(self, qkv: QKVProjection, parts: int, mesh: DeviceMesh) -> None:
+        super().__init__(qkv, parts, mesh)
+        self.has_bias = qkv.has_bias
 
-    def _local_bias(self) -> Tensor | None:
-        there = [bias.to_local() for name in self.names if (bias := getattr(self, name)) is not None]
-        if not there:
-            return None
-        zeros = torch.zeros_like(there[0])
-        thirds = (zeros if bias is None else bias.to_local() for bias in (getattr(self, name) for name in self.names))
-        return torch.cat(tuple(thirds))
+    def _acting(self, bias: Tensor) -> Tensor:
+        thirds = zip(bias, self.has_bias.values(), strict=True)
+        return torch.stack([third if present else torch.zeros_like(third) for third, present in thirds])
 
 
 class RowParallel(nn.Module):
@@ -188,7 +179,7 @@ def _cut(parameter: Tensor, parts: int, mesh: DeviceMesh) -> nn.Parameter:
     return _distributed(stacked, mesh, Shard(1))
 
 
-def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Shard) -> nn.Parameter:
+def _distributed(parameter: Tensor, mesh: DeviceMesh, placement: Shard) -> nn.Parameter:
     """A parameter that this process has whole, cut to its own part, in memory of its own."""
     local = parameter.detach().chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].clone()
     shape, stride = parameter.shape, parameter.detach().contiguous().stride()
