@@ -269,6 +269,15 @@ def test_the_library_never_names_its_references():
             assert not {name.split(".")[0] for name in names} & {"transformers", "timm", "torchvision"}, file
 
 
+def test_no_private_name_is_imported_from_pytorch():
+    """One such was not there in PyTorch 2.6, which the library says that it runs on, and nothing could be imported."""
+    for file in library_files():
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+                private = [a.name for a in node.names if a.name.startswith("_") and a.name != "_pytree"]
+                assert not private, f"{file} imports {private} from {node.module}"
+
+
 def test_the_package_imports_a_name_when_it_is_used():
     code = """
 import sys, torch, dinov3_lite
