@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from convnexts import made
 from helpers import TINY, write_checkpoint
 
 from dinov3_lite import DINOv3ViT, ImageProcessor
@@ -248,6 +249,51 @@ def test_blocks_cls_and_attention(page, truth, folder):
         page.mouse.move(*at(page, 0, 4, 3))
         page.mouse.move(*at(page, 0, 4, 2))
         assert abs(readout(page) - expected[4, 2].item()) <= maps.max().item() / 255 + 5e-5
+
+
+def test_what_is_pinned_is_marked_under_the_pointer_too(page):
+    click(page, 0, 2, 3)
+    click(page, 0, 4, 1, "Alt")
+    colour = "(c, [x, y]) => [...c.getContext('2d').getImageData(x, y, 1, 1).data]"
+    marks = page.locator(".marks").first
+    assert marks.evaluate(colour, [3 * 16 + 2, 2 * 16 + 2]) == [0x35, 0xD0, 0x7F, 255]
+    assert marks.evaluate(colour, [1 * 16 + 2, 4 * 16 + 2]) == [0xFF, 0x4D, 0x4D, 255]
+
+
+def test_pictures_of_one_row_have_one_height_and_only_what_the_view_has_is_shown(page):
+    boxes = [page.locator(".stack").nth(p).bounding_box() for p in (0, 1)]
+    assert boxes[0]["y"] == boxes[1]["y"] and abs(boxes[0]["height"] - boxes[1]["height"]) < 1
+    for view, shown in (("similarity", "nearest"), ("attention", "head"), ("pca", "over")):
+        page.check(f"input[name=view][value={view}]")
+        fields = ("nearest", "head", "over")
+        assert [name for name in fields if page.locator(f"#{name}-field").is_visible()] == [shown]
+    page.set_viewport_size({"width": 360, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_convnexts_stages_are_looked_at_as_blocks_are(browser, folder):
+    model = made()
+    model.save_pretrained(folder / "convnext", layout="transformers")
+    command = ["explore", str(folder / "first.png"), "--model", str(folder / "convnext"), "--size", "128"]
+    assert main([*command, "--output", str(folder / "convnext.html")]) == 0
+    model.patch_size = 16
+    with torch.no_grad():
+        stages = model.get_intermediate_layers(
+            ImageProcessor((96, 128))(folder / "first.png")["pixel_values"], n=range(4)
+        )
+    page = browser.new_page(viewport={"width": 1100, "height": 1400})
+    page.goto((folder / "convnext.html").as_uri())
+    assert "stages 0, 1, 2, 3" in page.locator("#footer").text_content()
+    assert not page.locator("input[value=attention]").is_visible()
+    off = json.loads(re.search(r'"cosineError":([^,]+)', (folder / "convnext.html").read_text("utf-8"))[1]) + 5e-5
+    click(page, 0, 2, 3)
+    for stage in (3, 1):
+        set_range(page, "#block", stage)
+        page.mouse.move(*at(page, 0, 5, 5))
+        page.mouse.move(*at(page, 0, 4, 6))
+        vectors = stages[stage][0]
+        assert abs(readout(page) - cosine(vectors[2 * 8 + 3], vectors[4 * 8 + 6])) <= off, stage
+    page.close()
 
 
 def test_the_footer_tells_what_was_run_and_what_int8_costs(page, folder):
