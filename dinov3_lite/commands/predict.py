@@ -79,4 +79,4 @@ def _check_outputs(args: argparse.Namespace, pictures: dict[str, Path]) -> None:
     for name in pictures:
         for output in _outputs(args, name):
             if output.resolve() in read:
-                raise ValueError(f"{output}: its prediction would be written over it: give another --output")
+                raise ValueError(f"{output}: a prediction would be written over this picture: give another --output")
