@@ -127,7 +127,9 @@ def made(variant: str, dtype: torch.dtype, shared: bool = False) -> Backbone:
     if isinstance(config, DINOv3ConvNeXtConfig):
         if shared:
             raise ValueError(f"{variant} does not fit into memory: free some")
-        return DINOv3ConvNeXt(config).to(dtype).eval()
+        model = skeleton(config).to(dtype).to_empty(device="cpu")  # made in float32, it would peak so
+        model.init_weights()
+        return model.eval()
     model = DINOv3ViT.from_name(variant, num_hidden_layers=1).to(dtype).eval()
     block = model.blocks[0]
     more = range(config.num_hidden_layers - 1)

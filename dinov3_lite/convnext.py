@@ -55,8 +55,8 @@ class Stem(nn.Module):
 class Downsample(nn.Module):
     """Half the resolution, between two stages: (B, h, w, C) -> (B, h/2, w/2, C').
 
-    The convolution gets channels first: in float32 oneDNN then errs 2 to 5 times less than with channels last (measured
-    for C from 96 to 768), in the same time.
+    In float32 the convolution gets channels first: oneDNN then errs 2 to 5 times less than with channels last (measured
+    for C from 96 to 768). In half precision both err alike, and channels last need no copy.
     """
 
     def __init__(self, channels: int, out_channels: int, eps: float) -> None:
@@ -65,8 +65,10 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, out_channels, kernel_size=2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        half = self.conv(self.norm(x).permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
-        return half.to(x.dtype).contiguous()
+        normed = self.norm(x).permute(0, 3, 1, 2)
+        if normed.dtype == torch.float32:
+            normed = normed.contiguous()
+        return self.conv(normed).permute(0, 2, 3, 1).to(x.dtype).contiguous()
 
 
 class NoStep(nn.Identity):

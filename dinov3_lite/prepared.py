@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import resolve_attention
 from .checks import BATCH, check_count
 from .choices import Answer, Choices
-from .convnext import ConvNeXtBlock, DINOv3ConvNeXt, Stem, run_units
+from .convnext import ConvNeXtBlock, DINOv3ConvNeXt, Downsample, Stem, run_units
 from .folding import fold, for_pixels
 from .graphs import Graphs, Tensors
 from .image import ImageProcessor
@@ -208,9 +208,9 @@ class PreparedBackbone(Prepared):
         if isinstance(module, (PatchEmbed, Stem)):
             assert self._processor is not None
             return for_pixels(module, self._processor)
-        assert isinstance(module, (Block, ConvNeXtBlock))
         if self._graphs is None:
             return stand_in(module, self._choices, self._dynamic)
+        assert isinstance(module, (Block, ConvNeXtBlock))
         folded = fold(module)
         if before is not None and before.modules == tuple(module.modules()):  # what was compiled keeps its tensors
             for old, new in zip(before.stand_in.parameters(), folded.parameters(), strict=True):
@@ -304,7 +304,8 @@ class PreparedConvNeXt(PreparedBackbone, DINOv3ConvNeXt):
             blocks = [self._stand_in(block) for block in stage.blocks]
             stands_in = stands_in and not any(map(operator.is_, blocks, stage.blocks))
             stands_in = stands_in and untouched(*stage.downsample.modules())
-            units += [stage.downsample, *blocks]
+            is_prepacked = self._graphs is None and isinstance(stage.downsample, Downsample)
+            units += [self._stand_in(stage.downsample) if is_prepacked else stage.downsample, *blocks]
             ends.append(len(units) - 1)
         unit_taps = tuple(ends[i] for i in taps)
         if self._graphs is None or not stands_in:

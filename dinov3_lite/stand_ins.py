@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attention import ATTENTION
 from .attention_ways import ATTENTIONS, Attend, ways_of_attention
 from .choices import Choices
-from .convnext import ConvNeXtBlock
+from .convnext import ConvNeXtBlock, Downsample
 from .folding import copy_sharing_weights
 from .layers import Block, GatedMlp, LayerNorm, Mlp
 from .lent import Lent
@@ -236,11 +236,51 @@ class FastNorm(nn.Module):
         return torch.layer_norm(x, self.shape, self.weight.to(wide), self.bias.to(wide), self.eps).to(self.dtype)
 
 
-def stand_in(block: nn.Module, choices: Choices, dynamic: bool) -> nn.Module:
-    """What computes the same as this block, packed when it first runs."""
-    if isinstance(block, Block):
-        return FastBlock(block, choices, dynamic)
-    assert isinstance(block, ConvNeXtBlock)
-    copied = copy_sharing_weights(block)
-    copied.mlp = FastMlp(block.mlp, choices, dynamic)
-    return copied
+class FastConvNeXtBlock(nn.Module):
+    """A ConvNeXt's block: (B, h, w, C) -> (B, h, w, C)."""
+
+    def __init__(self, block: ConvNeXtBlock, choices: Choices, dynamic: bool) -> None:
+        super().__init__()
+        self.dwconv = copy_sharing_weights(block.dwconv)
+        for name, weight in block.dwconv.named_parameters():
+            setattr(self.dwconv, name, nn.Parameter(weight.detach().float(), requires_grad=False))
+        self.norm = FastNorm(block.norm)
+        self.mlp = FastMlp(block.mlp, choices, dynamic)
+        self.gamma = block.ls.gamma.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolved = self.dwconv(x)
+        return torch.addcmul(x, self.mlp(self.norm(convolved)), self.gamma, out=convolved)  # whose memory is at hand
+
+
+class FastDownsample(nn.Module):
+    """A step down as a matrix product, of patches of 2 x 2 pixels: (B, h, w, C) -> (B, h/2, w/2, C')."""
+
+    @staticmethod
+    def fits(conv: nn.Conv2d) -> bool:
+        """Whether every patch is of its own pixels, and of all channels."""
+        pixels = conv.kernel_size == conv.stride == (2, 2) and conv.dilation == (1, 1) and conv.padding == (0, 0)
+        return pixels and conv.groups == 1
+
+    def __init__(self, step: Downsample, choices: Choices, dynamic: bool) -> None:
+        super().__init__()
+        self.norm = FastNorm(step.norm)
+        product = nn.Linear(4 * step.conv.in_channels, step.conv.out_channels, device="meta")
+        product.weight = nn.Parameter(step.conv.weight.detach().permute(0, 2, 3, 1).flatten(1), requires_grad=False)
+        product.bias = step.conv.bias
+        self.product = Projection(product, choices, dynamic)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[1] // 2, x.shape[2] // 2
+        pixels = self.norm(x[:, : 2 * h, : 2 * w]).unflatten(2, (w, 2)).unflatten(1, (h, 2))  # (B, h, 2, w, 2, C)
+        return self.product(pixels.transpose(2, 3).flatten(3)).to(x.dtype)
+
+
+def stand_in(module: nn.Module, choices: Choices, dynamic: bool) -> nn.Module:
+    """What computes the same as this block or step down, packed when it first runs."""
+    if isinstance(module, Block):
+        return FastBlock(module, choices, dynamic)
+    if isinstance(module, Downsample):
+        return FastDownsample(module, choices, dynamic) if FastDownsample.fits(module.conv) else module
+    assert isinstance(module, ConvNeXtBlock)
+    return FastConvNeXtBlock(module, choices, dynamic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -11,14 +12,15 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import convnexts
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from convnexts import made
+from convnexts import TINY_CONVNEXT, renamed
 from helpers import TINY, write_checkpoint
 
-from dinov3_lite import DINOv3ViT, ImageProcessor
+from dinov3_lite import DINOv3ConvNeXt, DINOv3ViT, ImageProcessor
 from dinov3_lite.__main__ import main
 from dinov3_lite.explore import Quantised, blocks_that_fit, check_size, explore, grid_of, page_bytes
 
@@ -72,7 +74,14 @@ def browser():
 
 @pytest.fixture
 def page(browser, folder):
-    """The page, newly opened; what its scripts complain of, and what they would fetch, fails the test."""
+    """The page of the vision transformer, newly opened."""
+    with opened(browser, folder / "page.html") as page:
+        yield page
+
+
+@contextlib.contextmanager
+def opened(browser, file):
+    """A page, newly opened; what its scripts complain of, and what they would fetch, fails the test."""
     page = browser.new_page(viewport={"width": 1100, "height": 1400})
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -80,7 +89,7 @@ def page(browser, folder):
     page.on(
         "request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or errors.append(request.url)
     )
-    page.goto((folder / "page.html").as_uri())
+    page.goto(file.as_uri())
     yield page
     page.close()
     assert not errors
@@ -108,9 +117,9 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return F.cosine_similarity(a, b, dim=0).item()
 
 
-def error(folder) -> float:
+def error(folder, name: str = "page.html") -> float:
     """What the page says that int8 costs, and half a unit of the last digit shown."""
-    text = (folder / "page.html").read_text("utf-8")
+    text = (folder / name).read_text("utf-8")
     return json.loads(re.search(r'"cosineError":([^,]+)', text)[1]) + 5e-5
 
 
@@ -271,29 +280,39 @@ def test_pictures_of_one_row_have_one_height_and_only_what_the_view_has_is_shown
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_a_convnexts_stages_are_looked_at_as_blocks_are(browser, folder):
-    model = made()
-    model.save_pretrained(folder / "convnext", layout="transformers")
-    command = ["explore", str(folder / "first.png"), "--model", str(folder / "convnext"), "--size", "128"]
+def test_the_stages_of_a_convnext(browser, folder):
+    weights = renamed(convnexts.trained_like(TINY_CONVNEXT), convnexts.TRANSFORMERS)
+    write_checkpoint(folder / "convnext", TINY_CONVNEXT, weights)
+    photos = [str(folder / "first.png"), str(folder / EVIL)]
+    command = ["explore", *photos, "--model", str(folder / "convnext"), "--size", str(2 * SIZE)]
     assert main([*command, "--output", str(folder / "convnext.html")]) == 0
-    model.patch_size = 16
+    model = DINOv3ConvNeXt.from_pretrained(folder / "convnext", patch_size=16)
     with torch.no_grad():
-        stages = model.get_intermediate_layers(
-            ImageProcessor((96, 128))(folder / "first.png")["pixel_values"], n=range(4)
-        )
-    page = browser.new_page(viewport={"width": 1100, "height": 1400})
-    page.goto((folder / "convnext.html").as_uri())
-    assert "stages 0, 1, 2, 3" in page.locator("#footer").text_content()
-    assert not page.locator("input[value=attention]").is_visible()
-    off = json.loads(re.search(r'"cosineError":([^,]+)', (folder / "convnext.html").read_text("utf-8"))[1]) + 5e-5
-    click(page, 0, 2, 3)
-    for stage in (3, 1):
-        set_range(page, "#block", stage)
-        page.mouse.move(*at(page, 0, 5, 5))
-        page.mouse.move(*at(page, 0, 4, 6))
-        vectors = stages[stage][0]
-        assert abs(readout(page) - cosine(vectors[2 * 8 + 3], vectors[4 * 8 + 6])) <= off, stage
-    page.close()
+        stages = [
+            model.get_intermediate_layers(
+                ImageProcessor(size)(folder / name)["pixel_values"], n=4, return_class_token=True
+            )
+            for name, size in (("first.png", (96, 128)), (EVIL, (128, 96)))
+        ]
+    with opened(browser, folder / "convnext.html") as page:
+        footer = page.locator("#footer").text_content()
+        assert "convnext" in footer and "blocks 0, 1, 2, 3" in footer and model.weights_id in footer
+        assert not page.locator("input[name=view][value=attention]").is_visible()
+        for block in range(4):
+            set_range(page, "#block", block)
+            page.check("input[name=view][value=similarity]")
+            click(page, 0, 2, 3)
+            query = stages[0][block][0][0][2 * 8 + 3]
+            for picture, row, column in ((0, 0, 0), (0, 5, 7), (1, 7, 0), (1, 3, 5)):
+                page.mouse.move(*at(page, picture, row, column))
+                patch = stages[picture][block][0][0][row * (8, 6)[picture] + column]
+                told = abs(readout(page) - cosine(query, patch)) <= error(folder, "convnext.html")
+                assert told, (block, picture, row, column)
+            page.keyboard.press("Escape")
+            page.check("input[name=view][value=cls]")
+            page.mouse.move(*at(page, 1, 4, 2))
+            expected = cosine(stages[1][block][1][0], stages[1][block][0][0][4 * 6 + 2])
+            assert abs(readout(page) - expected) <= 2 * error(folder, "convnext.html")
 
 
 def test_the_footer_tells_what_was_run_and_what_int8_costs(page, folder):
