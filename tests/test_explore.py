@@ -260,6 +260,26 @@ def test_blocks_cls_and_attention(page, truth, folder):
         assert abs(readout(page) - expected[4, 2].item()) <= maps.max().item() / 255 + 5e-5
 
 
+def test_what_is_pinned_is_marked_under_the_pointer_too(page):
+    click(page, 0, 2, 3)
+    click(page, 0, 4, 1, "Alt")
+    read = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+    pixels = np.array(page.locator(".marks").first.evaluate(read)).reshape(6 * 16, 8 * 16, 4)
+    assert pixels[2 * 16 + 2, 3 * 16 + 2].tolist() == [0x35, 0xD0, 0x7F, 255]
+    assert pixels[4 * 16 + 2, 1 * 16 + 2].tolist() == [0xFF, 0x4D, 0x4D, 255]
+
+
+def test_pictures_of_one_row_have_one_height_and_only_what_the_view_has_is_shown(page):
+    boxes = [page.locator(".stack").nth(p).bounding_box() for p in (0, 1)]
+    assert boxes[0]["y"] == boxes[1]["y"] and abs(boxes[0]["height"] - boxes[1]["height"]) < 1
+    for view, shown in (("similarity", "nearest"), ("attention", "head"), ("pca", "over")):
+        page.check(f"input[name=view][value={view}]")
+        fields = ("nearest", "head", "over")
+        assert [name for name in fields if page.locator(f"#{name}-field").is_visible()] == [shown]
+    page.set_viewport_size({"width": 360, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
 def test_the_stages_of_a_convnext(browser, folder):
     weights = renamed(convnexts.trained_like(TINY_CONVNEXT), convnexts.TRANSFORMERS)
     write_checkpoint(folder / "convnext", TINY_CONVNEXT, weights)
@@ -276,7 +296,7 @@ def test_the_stages_of_a_convnext(browser, folder):
         ]
     with opened(browser, folder / "convnext.html") as page:
         footer = page.locator("#footer").text_content()
-        assert "convnext" in footer and "blocks 0, 1, 2, 3" in footer and model.weights_id in footer
+        assert "convnext" in footer and "stages 0, 1, 2, 3" in footer and model.weights_id in footer
         assert not page.locator("input[name=view][value=attention]").is_visible()
         for block in range(4):
             set_range(page, "#block", block)
@@ -364,7 +384,7 @@ def test_what_a_browser_would_not_open_is_said_before(folder, capsys):
         grid_of(np.zeros((30, 60, 3), np.uint8), 100, 16)
     command = ["explore", str(folder / "first.png"), "--model", str(folder / "checkpoint"), "--output"]
     for extra, message in (
-        ([str(folder / "first.png")], "first.png: is one of the photos"),
+        ([str(folder / "first.png")], "first.png: is one of the pictures"),
         ([str(folder / "no" / "page.html")], "there is no folder"),
         ([str(folder / "p.html"), "--blocks", "1,9"], "--blocks 1,9: expected indices from 0 to 2"),
         ([str(folder / "p.html"), "--blocks", "x"], "--blocks x: expected indices from 0 to 2"),

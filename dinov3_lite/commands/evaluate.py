@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         args.predictions,
         args.truth,
         classes=args.classes,
-        report=lambda line: complain(f"dinov3_lite: {line}"),
+        report=lambda line: complain(f"dinov3_lite: {' '.join(line.split())}"),
         progress=lambda stems: progress(stems, unit="picture"),
     )
     write = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "json": lambda t: json.dumps(t, indent=2)}

@@ -44,13 +44,10 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.files import whole_files
     from ..convnext import DINOv3ConvNeXt
     from ..explore import blocks_that_fit, check_size, explore, grid_of
-    from ..tasks.data import read_picture
+    from ..tasks.data import check_output, read_picture
     from .loading import load_model_and_processor
 
-    if not args.output.parent.is_dir():
-        raise FileNotFoundError(f"{args.output}: there is no folder {args.output.parent}: make it first")
-    if args.output.resolve() in {photo.resolve() for photo in args.photos}:
-        raise ValueError(f"{args.output}: is one of the photos: give another name")
+    check_output(args.output, args.photos)
     pictures = [(photo.name, read_picture(photo)) for photo in args.photos]
     model, processor = load_model_and_processor(args)
     side = model.patch_size or SHOWN

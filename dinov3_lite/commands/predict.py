@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..console import progress, say
+from ..console import complain, progress, say, sentence
 from .arguments import MODEL, add_device_and_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Write an 8-bit PNG for each picture, of its size and with its stem."
-    parser.epilog = (
-        "example:\n  %(prog)s dataset/TestDataset/CAMO/Image --model checkpoint --head head.safetensors "
-        "--output predictions/CAMO"
+    parser.description = (
+        "Write an 8-bit PNG for each picture, of its size and with its stem. A picture that can't be read is named at\n"
+        "the end, with exit status 1; the others are predicted."
     )
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGES", help="pictures, or folders of them")
+    parser.epilog = (
+        "example:\n  %(prog)s dataset/TestDataset --model checkpoint --head head.safetensors --output predictions\n\n"
+        "Of a folder of data sets, each gets a folder of its name in DIR, which evaluate takes as it is."
+    )
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGES", help="pictures, folders, or data sets")
     parser.add_argument("--model", required=True, help=MODEL + ": the one that the head was fitted to")
     parser.add_argument("--head", required=True, type=Path, help="a file that fit wrote")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the predictions")
@@ -26,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_and_dtype(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     from ..tasks import load_head
     from ..tasks.data import read_picture
     from ..tasks.drawing import overlay, save_picture
@@ -34,30 +37,46 @@ def run(args: argparse.Namespace) -> None:
     from .loading import load_model_and_processor
 
     pictures = pictures_of(args.pictures)
-    _check_output(args.output, pictures)
+    _check_outputs(args, pictures)
     model, _ = load_model_and_processor(args)
     network, settings = load_head(args.head, model)
     say(f"{model.config.name}  weights {settings.fingerprint}, head {args.head}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    if args.overlay:
-        (args.output / "overlay").mkdir(exist_ok=True)
-    for stem, file in progress(pictures.items(), unit="picture"):
-        pixels = read_picture(file)
-        prediction = predict(network, pixels, settings, sliding=args.sliding)
-        save_picture(prediction, args.output / f"{stem}.png")
-        if args.overlay:
-            save_picture(overlay(pixels, prediction, settings.classes), args.output / "overlay" / f"{stem}.png")
+    for folder in {output.parent for name in pictures for output in _outputs(args, name)}:
+        folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name, file in progress(pictures.items(), unit="picture"):
+        try:
+            pixels = read_picture(file)
+            prediction = predict(network, pixels, settings, sliding=args.sliding)
+        except (OSError, ValueError) as error:
+            failed.append(f"{file}: {sentence(error).removeprefix(f'{file}: ')}")
+            continue
+        output, *drawing = _outputs(args, name)
+        save_picture(prediction, output)
+        if drawing:
+            save_picture(overlay(pixels, prediction, settings.classes), drawing[0])
     kind = (
         "255 times the probability of the foreground"
         if settings.classes == 1
         else f"classes 0 to {settings.classes - 1}"
     )
-    say(f"{args.output}: {len(pictures)} predictions, {kind}")
+    say(f"{args.output}: {len(pictures) - len(failed)} predictions, {kind}")
+    for reason in failed:
+        complain(f"dinov3_lite: {reason}")
+    return 1 if failed else 0
 
 
-def _check_output(output: Path, pictures: dict[str, Path]) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output}: is a file: expected a folder for the predictions")
-    for stem, file in pictures.items():
-        if (output / f"{stem}.png").resolve() == file.resolve():
-            raise ValueError(f"{file}: its prediction would be written over it: give another --output")
+def _outputs(args: argparse.Namespace, name: str) -> list[Path]:
+    """Where a picture's prediction goes and, if it is drawn, the drawing."""
+    output = args.output / f"{name}.png"
+    return [output, output.parent / "overlay" / output.name] if args.overlay else [output]
+
+
+def _check_outputs(args: argparse.Namespace, pictures: dict[str, Path]) -> None:
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"{args.output}: is a file: expected a folder for the predictions")
+    read = {file.resolve() for file in pictures.values()}
+    for name in pictures:
+        for output in _outputs(args, name):
+            if output.resolve() in read:
+                raise ValueError(f"{output}: a prediction would be written over this picture: give another --output")

@@ -79,12 +79,15 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         say(json.dumps(result, indent=2))
         return
-    say(f"{len(test.classes)} classes, {result['train']} to train on, {result['test']} to test on, {args.seeds} seeds")
+    seeds = f", {args.seeds} seeds" if args.seeds > 1 else ""
+    say(f"{len(test.classes)} classes, {result['train']} to train on, {result['test']} to test on{seeds}")
     for name, accuracy in result["accuracy"].items():
         spread = f" +- {accuracy['std']:.4f}" if args.seeds > 1 else ""
         say(f"{name:<20} {accuracy['mean']:.4f}{spread}")
-    say("confused most often by logistic regression (true, predicted, times):")
-    for true, predicted, times in confused(matrix, test.classes):
+    pairs = confused(matrix, test.classes)
+    if pairs:
+        say("confused most often by logistic regression (true, predicted, times):")
+    for true, predicted, times in pairs:
         say(f"  {true} -> {predicted}  {times}")
 
 

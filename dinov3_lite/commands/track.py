@@ -11,7 +11,7 @@ from ..console import progress, say
 from .arguments import MODEL, add_device_and_dtype
 
 if TYPE_CHECKING:
-    import numpy as np
+    from torch import Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Carry the objects of a first frame's mask through a video or a folder of frames, and write a mask a frame."
     )
     parser.epilog = (
-        "example:\n  %(prog)s frames --mask first.png --model checkpoint --size 480 --output tracked\n\n"
+        "example:\n  %(prog)s frames --mask first.png --model checkpoint --size 480 --output tracked --overlay\n\n"
         "The mask is an 8-bit picture: 0 is the background, any other value an object."
     )
     parser.add_argument("video", type=Path, metavar="VIDEO", help="a video, or a folder of frames in order of names")
@@ -29,47 +29,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, default=960, metavar="N", help="pixels of the shorter side (default: %(default)s)"
     )
-    parser.add_argument("--truth", type=Path, metavar="DIR", help="true masks of all frames, to print DAVIS' J and F")
+    parser.add_argument("--overlay", action="store_true", help="draw the masks into the frames too: DIR/overlay")
+    parser.add_argument("--truth", type=Path, metavar="DIR", help="true masks of all frames, for DAVIS' J and F")
     add_device_and_dtype(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
+    import numpy as np
 
     from ..tasks.data import pictures_in, read_mask
-    from ..tasks.drawing import save_picture
+    from ..tasks.drawing import overlay, save_picture
     from ..tasks.tracking import j_and_f, read_frames, track
     from .loading import feature_map, load_model_and_processor
 
     mask, palette = read_mask(args.mask), _palette(args.mask)
     if args.output.exists() and (not args.output.is_dir() or args.output.resolve() == args.video.resolve()):
         raise ValueError(f"{args.output}: is a file or the folder of frames: give another folder for the masks")
+    truth = pictures_in(args.truth) if args.truth else {}
     model, processor = load_model_and_processor(args)
     names: list[str] = []
+    shown: list[np.ndarray] = []  # the frame that is looked at
 
     def frames() -> Iterator[np.ndarray]:
         for name, frame in progress(read_frames(args.video), unit="frame"):
+            if args.truth and name not in truth:
+                raise ValueError(f"{args.truth}: holds no mask for the frame {name}: expected one a frame, by stem")
+            if args.truth and not names and set(np.unique(read_mask(truth[name]))) != set(np.unique(mask)):
+                raise ValueError(f"{truth[name]}: has other values than {args.mask}: expected the same objects")
             names.append(name)
+            shown[:] = [frame]
             yield frame
 
-    def features(frame: np.ndarray) -> torch.Tensor:
+    def features(frame: np.ndarray) -> Tensor:
         scale = args.size / min(frame.shape[:2])
         rows, columns = (max(1, round(scale * side / model.stride)) for side in frame.shape[:2])
         return feature_map(model, processor, frame, (rows, columns))
 
     say(f"{model.config.name}  weights {model.weights_id}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    found: list[np.ndarray] = []
+    (args.output / "overlay" if args.overlay else args.output).mkdir(parents=True, exist_ok=True)
     for tracked in track(frames(), mask, features):
-        save_picture(tracked, args.output / f"{names[len(found)]}.png", palette)
-        found.append(tracked)
-    say(f"{args.output}: {len(found)} masks")
+        save_picture(tracked, args.output / f"{names[-1]}.png", palette)
+        if args.overlay:
+            save_picture(overlay(shown[0], tracked, 256), args.output / "overlay" / f"{names[-1]}.png")
+    say(f"{args.output}: {len(names)} masks")
     if args.truth:
-        truth = pictures_in(args.truth)
-        missing = [name for name in names if name not in truth]
-        if missing:
-            raise ValueError(f"{args.truth}: holds no mask for the frame {missing[0]}: expected one a frame, by stem")
-        measures = j_and_f(found, [read_mask(truth[name]) for name in names])
+        found = (read_mask(args.output / f"{name}.png") for name in names)
+        measures = j_and_f(found, (read_mask(truth[name]) for name in names))
         say("  ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 
 

@@ -41,7 +41,9 @@ function makeView(picture, p) {
   const caption = element("figcaption", {}, element("strong", { textContent: picture.name }),
     element("span", { textContent: `${picture.width} x ${picture.height} px, ${rows} x ${columns} patches` }),
     button("download mask", "mask"), button("download heat map", "heat"));
-  $("pictures").append(element("figure", {}, stack, caption));
+  const figure = element("figure", {}, stack, caption);
+  figure.style.setProperty("--aspect", picture.width / picture.height);
+  $("pictures").append(figure);
 
   const patchAt = (event) => {
     const box = stack.getBoundingClientRect();
@@ -54,8 +56,10 @@ function makeView(picture, p) {
     pin(p, patchAt(event), event);
     stack.focus({ preventScroll: true });
   });
+  const middle = Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+  stack.addEventListener("focus", () => stack.matches(":focus-visible") && state.pointer?.picture !== p && point(p, middle));
   stack.addEventListener("keydown", (event) => {
-    const here = state.pointer?.picture === p ? state.pointer.patch : Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+    const here = state.pointer?.picture === p ? state.pointer.patch : middle;
     const y = Math.floor(here / columns), x = here % columns;
     const moved = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     if (moved) {
@@ -161,6 +165,8 @@ function draw() {
   $("high").textContent = high.toFixed(chosen("view") === "attention" ? 4 : 2);
   $("ramp").hidden = $("low").hidden = $("high").hidden = chosen("view") === "pca";
   $("head-field").hidden = chosen("view") !== "attention";
+  $("over-field").hidden = chosen("view") !== "pca";
+  $("nearest-field").hidden = chosen("view") !== "similarity";
 }
 
 // Frames, the line under the controls, and the list of the nearest.
@@ -177,11 +183,11 @@ function decorate() {
     };
     const first = best.find((b) => b.picture === p);
     if (first && p !== (state.pins[0] ?? state.pointer).picture) frame(first.patch, "#ffd400");
-    for (const one of state.pins) if (one.picture === p) frame(one.patch, one.sign > 0 ? "#35d07f" : "#ff4d4d");
     if (state.pointer?.picture === p) frame(state.pointer.patch, "#ffffff");
+    for (const one of state.pins) if (one.picture === p) frame(one.patch, one.sign > 0 ? "#35d07f" : "#ff4d4d");
   });
   const at = state.pointer;
-  if (!at) $("readout").textContent = "no patch";
+  if (!at) $("readout").textContent = "point at a patch";
   else {
     const columns = data.pictures[at.picture].columns;
     const value = state.maps[at.picture]?.[at.patch];

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import Pair, Reading, read_mask, read_picture
+from .data import Pair, Reading, read_picture
 
 
 class Examples(Dataset[tuple[Tensor, Tensor]]):
@@ -30,7 +30,7 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
         picture = torch.from_numpy(read_picture(pair.picture)).permute(2, 0, 1).float()
-        mask = torch.from_numpy(self.reading(read_mask(pair.mask)).astype(np.int64))
+        mask = torch.from_numpy(self.reading.of(pair.mask).astype(np.int64))
         if not self.augment:
             return resize(picture, mask, self.size)
         rng = np.random.default_rng((self.seed, self.epoch, index))

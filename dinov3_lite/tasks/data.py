@@ -9,18 +9,24 @@ pysodmetrics has it); for several classes the classes' numbers, with 255 for wha
 from __future__ import annotations
 
 import os
+import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ..pixels import ORIENTATION_TAG, open_file, opened
+from ..pixels import ORIENTATION_TAG, TURNS, open_file, opened, orientation
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PICTURE_FOLDERS = ("image", "images", "img", "imgs", "im")
 MASK_FOLDERS = ("gt", "gts", "mask", "masks")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 IGNORE = 255  # in a mask of classes: a pixel that counts neither in the loss nor in a measure
 THRESHOLD = 128  # a grey level above it is foreground
 
@@ -38,13 +44,19 @@ def pictures_in(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file():
-            if file.stem in found:
+            stem = stem_of(file)
+            if stem in found:
                 raise ValueError(
-                    f"{folder}: {found[file.stem].name} and {file.name} have one stem, by which pictures, masks and "
+                    f"{folder}: {found[stem].name} and {file.name} have one stem, by which pictures, masks and "
                     "predictions are matched: rename one of them"
                 )
-            found[file.stem] = file
+            found[stem] = file
     return found
+
+
+def stem_of(file: Path) -> str:
+    """A file's name without its ending; an accented letter is one character, which macOS writes as two."""
+    return unicodedata.normalize("NFC", file.stem)
 
 
 def folders_of(data: Path) -> tuple[Path, Path] | None:
@@ -99,27 +111,50 @@ def _and_more(files: Sequence[object]) -> str:
 
 def read_picture(file: Path) -> np.ndarray:
     """A picture as people see it, turned as its camera was held: (H, W, 3) uint8. ValueError if it is damaged."""
+    with open_file(file) as image:
+        _check_one_frame(image)
     with opened(file, channels=3) as picture:
         rows = picture.rows(0, picture.height)  # (3, H, W), float32 where it was more than 8 bits
     return rows.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
-def read_mask(file: Path) -> np.ndarray:
-    """The values of a mask as they are stored: (H, W) uint8.
+def read_mask(file: Path, levels: bool = False) -> np.ndarray:
+    """The values of a mask as they are stored, turned as its own EXIF says: (H, W) uint8.
 
-    Raises ValueError for a mask that is not 8-bit, for one in colours and for a damaged file.
+    levels: of a palette of greys, the greys; else, as of a palette of colours, the numbers in the palette.
+
+    Raises ValueError for a mask that is not 8-bit, for one in colours or in the alpha channel and for a damaged file.
     """
+    from PIL.Image import Transpose
+
     with open_file(file) as image:
+        _check_one_frame(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             raise ValueError(f"is a mask of more than 8 bits ({image.mode}): save it with values 0 to 255")
-        if image.mode in ("1", "LA"):
-            return np.array(image.convert("L"))
-        values = np.array(image if image.mode in ("L", "P") else image.convert("RGB"))
-        if values.ndim == 3:
-            if (values != values[..., :1]).any():
-                raise ValueError("is a mask in colours: expected grey values or classes' numbers in one channel")
-            values = values[..., 0]
-    return values
+        turn = TURNS.get(orientation(image))
+        upright = image.transpose(Transpose[turn[0]]) if turn else image
+        return _values(upright, levels)
+
+
+def _values(image: Image.Image, levels: bool) -> np.ndarray:
+    if image.mode in ("1", "L"):
+        return np.array(image.convert("L"))
+    colours = np.array(image.convert("RGB"))
+    grey = not (colours != colours[..., :1]).any()
+    if image.mode == "P" and not (levels and grey):
+        return np.array(image)
+    if not grey:
+        raise ValueError("is a mask in colours: expected grey values or classes' numbers in one channel")
+    alpha = np.array(image.getchannel("A")) if "A" in image.getbands() else colours
+    if colours.min() == colours.max() and alpha.min() < alpha.max():
+        raise ValueError("is a mask in the alpha channel, of one colour: save it as grey values in one channel")
+    return colours[..., 0]
+
+
+def _check_one_frame(image: Image.Image) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a JPEG in which a phone keeps a second picture
+        raise ValueError(f"holds {frames} pictures, as an animation does: expected one")
 
 
 def picture_size(file: Path) -> tuple[int, int]:
@@ -142,6 +177,10 @@ class Reading:
         """Stored values -> (H, W) uint8: 0 and 1, or classes' numbers."""
         return values if self.classes > 1 else (values > self.above).astype(np.uint8)
 
+    def of(self, file: Path) -> np.ndarray:
+        """The mask in a file: (H, W) uint8, 0 and 1, or classes' numbers."""
+        return self(read_mask(file, levels=self.classes == 1))
+
 
 def read_masks(files: Sequence[Path], classes: int, masks: Iterable[np.ndarray] | None = None) -> Reading:
     """Look at all masks of a data set once, and tell how they are read.
@@ -149,7 +188,8 @@ def read_masks(files: Sequence[Path], classes: int, masks: Iterable[np.ndarray] 
     masks: their values, where they have been read already. Raises ValueError where the values leave open what is
     foreground, where a class has a number that is not below `classes`, and where there is one class only.
     """
-    counts = [np.bincount(values.ravel(), minlength=256) for values in masks or map(read_mask, files)]
+    masks = masks or (read_mask(file, levels=classes == 1) for file in files)
+    counts = [np.bincount(values.ravel(), minlength=256) for values in masks]
     present = np.array(counts) > 0  # (masks, 256)
     values = np.flatnonzero(present.any(0)).tolist()
     if classes > 1:
@@ -174,6 +214,9 @@ def read_masks(files: Sequence[Path], classes: int, masks: Iterable[np.ndarray] 
 
 
 def _as_classes(files: Sequence[Path], classes: int, present: np.ndarray, values: list[int]) -> Reading:
+    blurred = next((file for file in files if file.suffix.lower() in (".jpg", ".jpeg")), None)
+    if blurred:
+        raise ValueError(f"{blurred}: is a JPEG, which changes classes' numbers where they meet: save masks as PNGs")
     beyond = [value for value in values if classes <= value < IGNORE]
     if beyond:
         file = files[int(present[:, beyond[0]].argmax())]
@@ -198,7 +241,7 @@ def check_pairs(pairs: Sequence[Pair], classes: int) -> tuple[Reading, list[Path
 
     def values() -> Iterator[np.ndarray]:
         for pair in pairs:
-            mask, size = read_mask(pair.mask), picture_size(pair.picture)
+            mask, size = read_mask(pair.mask, levels=classes == 1), picture_size(pair.picture)
             if mask.shape != size:
                 raise ValueError(
                     f"{pair.mask}: is {mask.shape[0]} x {mask.shape[1]} pixels and its picture {pair.picture}, turned "
@@ -211,6 +254,23 @@ def check_pairs(pairs: Sequence[Pair], classes: int) -> tuple[Reading, list[Path
     reading = read_masks([pair.mask for pair in pairs], classes, values())
     low = 0 if classes > 1 else reading.above
     return reading, [pair.mask for pair, most in zip(pairs, maxima, strict=True) if most <= low]
+
+
+def check_output(file: Path, inputs: Iterable[Path] = ()) -> None:
+    """Say before the work what would fail after it: raise OSError where `file` can't be written, ValueError where it is
+    one of the inputs.
+    """
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file}: there is no folder {file.parent}: make it first")
+    if file.is_dir():
+        raise IsADirectoryError(f"{file}: is a folder: name a file in it")
+    if file.resolve() in {path.resolve() for path in inputs}:
+        raise ValueError(f"{file}: is one of the pictures: give another name")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{file}: can't be written: {error.strerror or error}") from error
 
 
 def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:

@@ -107,11 +107,12 @@ def _report_alone(data_set: DataSet, report: Callable[[str], None]) -> None:
 def _measure(data_set: DataSet, classes: int, report: Callable[[str], None], progress: Progress) -> dict[str, Any]:
     reading = read_masks([data_set.masks[stem] for stem in data_set.both], classes)
     measures = Measures(classes)
-    other_size = []
+    other_size, brightest = [], 0
     for stem in progress(data_set.both):
-        mask = reading(read_mask(data_set.masks[stem]))
+        mask = reading.of(data_set.masks[stem])
         file = data_set.predictions[stem]
-        prediction = read_mask(file)
+        prediction = read_mask(file, levels=classes == 1)
+        brightest = max(brightest, int(prediction.max()))
         if classes > 1 and prediction.max() >= classes:
             raise ValueError(f"{file}: holds the value {prediction.max()}: expected classes 0 to {classes - 1}")
         if prediction.shape != mask.shape:
@@ -123,6 +124,8 @@ def _measure(data_set: DataSet, classes: int, report: Callable[[str], None], pro
             f"{data_set.name}: {len(other_size)} predictions have another size than their mask, such as "
             f"{other_size[0]}: resized in memory"
         )
+    if classes == 1 and brightest == 1:
+        report(f"{data_set.name}: predictions hold 0 and 1 and were read as 0 and 1 of 255: write them with 0 and 255")
     return {**measures.result(), "pictures": len(data_set.both)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from ..finetune import parameter_groups
 from ..image import ImageProcessor
 from ..loading import Backbone
-from .data import check_pairs, find_pairs, hold_out
+from .data import check_output, check_pairs, find_pairs, hold_out
 from .head import DenseHead, HeadSettings, NormedQuarters, Segmenter, fingerprint, save_head
 from .loop import Fitted, Recipe, train
 
@@ -50,8 +51,7 @@ def fit(
     output = Path(output)
     folders = [data] if isinstance(data, (str, os.PathLike)) else data
     resume = output.with_name(f"{output.name}.resume")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output}: there is no folder {output.parent}: make it first")
+    check_output(output)
     if output.exists() and not resume.exists():
         raise FileExistsError(f"{output}: is there already: give another name or remove it")
     if not 1 <= classes <= 255:
@@ -63,6 +63,11 @@ def fit(
         recipe = replace(recipe, mean=mean, std=std)
     backbone.grid_of(*recipe.size)
     pairs = [pair for folder in folders for pair in find_pairs(folder)]
+    twice = [file for file, times in Counter(pair.picture.resolve() for pair in pairs).items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"{twice[0]}: is given twice, so that it would be trained on and held out: give each folder once"
+        )
     reading, empty = check_pairs(pairs, classes)
     if empty:
         report(
@@ -98,7 +103,7 @@ def fit(
         reading,
         recipe,
         parameter_groups=groups,
-        on_best=lambda measures: save_head(network, settings, output, measures),
+        on_best=lambda entry: save_head(network, settings, output, entry),
         resume=resume,
         report=report,
         workers=workers,

@@ -166,10 +166,10 @@ def sample(parameter: Tensor) -> bytes:
     return flat[:: max(1, flat.numel() // 16)].double().cpu().numpy().tobytes()
 
 
-def save_head(network: Segmenter, settings: HeadSettings, path: Path, measures: dict[str, float]) -> None:
-    """Write what was trained, its settings and its measures on the part held out, as one safetensors file."""
+def save_head(network: Segmenter, settings: HeadSettings, path: Path, entry: dict[str, float]) -> None:
+    """Write what was trained, its settings and its epoch's loss and measures, as one safetensors file."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in network.named_parameters() if p.requires_grad}
-    metadata = {"format": FORMAT, "settings": json.dumps(asdict(settings)), "held_out": json.dumps(measures)}
+    metadata = {"format": FORMAT, "settings": json.dumps(asdict(settings)), "epoch": json.dumps(entry)}
     with whole_files() as out, out.create(path) as file:
         file.write(save(tensors, metadata))
 

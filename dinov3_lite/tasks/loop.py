@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,13 @@ def train(
     parameter_groups: for AdamW; every parameter that trains, at the recipe's rate, unless given.
     loss: of (what the network returned, masks (B, H, W) int64); `structure_loss` for one foreground and
         `class_loss` for several classes, of logits resized to the masks, unless given.
-    on_best: called with the measures whenever they are the best so far.
+    on_best: called with the epoch's entry of the history whenever its measures are the best so far, while the network
+        has that epoch's weights.
     resume: a file to keep the run's state in after each epoch, removed at the end. A run that finds it goes on from
         there, and its curve is that of one that was never stopped.
     report: called with a line an epoch. workers: processes that read pictures.
 
-    Raises ValueError where `resume` is another run's, and where the loss is not finite.
+    Raises ValueError where `resume` is of a run with other settings, which it names, and where the loss is not finite.
     """
     device = next(network.parameters()).device
     trained: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -103,9 +104,12 @@ def train(
     identity = _identity(network, recipe, train_pairs, held_out, reading)
     if resume is not None and resume.exists():
         state = _read_state(resume, identity)
+        fitted, best_state = Fitted(state["history"], state["best"]), state["best_network"]
+        if on_best:  # again, as the run may have been killed before it came to that
+            _put(kept, best_state)
+            on_best(fitted.history[fitted.best])
         _put(kept, state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        fitted, best_state = Fitted(state["history"], state["best"]), state["best_network"]
         report(f"{resume}: going on after epoch {len(fitted.history)}")
 
     for epoch in range(len(fitted.history), recipe.epochs):
@@ -132,10 +136,10 @@ def train(
         better = fitted.best < 0 or _choice(measures) > _choice(fitted.history[fitted.best])
         if better:
             fitted.best, best_state = epoch, _copy(kept)
-            if on_best:
-                on_best(measures)
         if resume is not None:
             _write_state(resume, identity, kept, optimizer, fitted, best_state)
+        if better and on_best:
+            on_best(fitted.history[epoch])
         figures = "  ".join(f"{name} {value:.4f}" for name, value in fitted.history[-1].items())
         mark = "  best" if better else ""
         report(f"epoch {epoch + 1}/{recipe.epochs}  {figures}  {time.perf_counter() - start:.0f} s{mark}")
@@ -224,14 +228,29 @@ def _warm_cosine(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def _identity(network: nn.Module, *settings: Any) -> str:
-    """What a run must have in common with the one that it goes on from: settings, pictures, what is frozen."""
-    sha = hashlib.sha256(repr(settings).encode())
-    for name, parameter in network.named_parameters():
-        sha.update(f"{name} {tuple(parameter.shape)} {parameter.requires_grad}".encode())
-        if not parameter.requires_grad:
-            sha.update(sample(parameter))
-    return sha.hexdigest()
+def _identity(
+    network: nn.Module, recipe: Recipe, train_pairs: Sequence[Pair], held_out: Sequence[Pair], reading: Reading
+) -> dict[str, str]:
+    """What a run must have in common with the one that it goes on from, by what people call it."""
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    shapes = [(name, tuple(p.shape), p.requires_grad) for name, p in network.named_parameters()]
+    frozen = [sample(p) for p in network.parameters() if not p.requires_grad]
+    return {name.replace("_", " "): str(value) for name, value in asdict(recipe).items()} | {
+        "classes": str(reading.classes),
+        "foreground above": str(reading.above),
+        "pictures to train on": _counted(train_pairs),
+        "pictures held out": _counted(held_out),
+        "parameters that train": f"{trained} ({_digest(shapes)})",
+        "frozen weights": _digest(frozen),
+    }
+
+
+def _counted(pairs: Sequence[Pair]) -> str:
+    return f"{len(pairs)} ({_digest([(str(pair.picture.resolve()), str(pair.mask.resolve())) for pair in pairs])})"
+
+
+def _digest(values: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
 
 
 def _statistics(network: nn.Module) -> dict[str, Tensor]:
@@ -256,7 +275,7 @@ def _put(kept: dict[str, Tensor], state: dict[str, Tensor]) -> None:
 
 def _write_state(
     file: Path,
-    identity: str,
+    identity: dict[str, str],
     kept: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     fitted: Fitted,
@@ -274,15 +293,16 @@ def _write_state(
         torch.save(state, opened)
 
 
-def _read_state(file: Path, identity: str) -> dict[str, Any]:
+def _read_state(file: Path, identity: dict[str, str]) -> dict[str, Any]:
     try:
         state = torch.load(file, weights_only=True, map_location="cpu")
-        theirs = state["identity"]
+        theirs = dict(state["identity"])
     except Exception as error:
         raise ValueError(f"{file}: is no state of an unfinished run ({error}): remove it to begin anew") from error
-    if theirs != identity:
+    other = [f"{name} {theirs.get(name)}, not {value}" for name, value in identity.items() if theirs.get(name) != value]
+    if other:
         raise ValueError(
-            f"{file}: is of an unfinished run with other settings or other pictures: run that again to go on with it, "
-            "or remove the file to begin anew"
+            f"{file}: is of an unfinished run with {'; '.join(other)}: run that again to go on with it, or remove the "
+            "file to begin anew"
         )
     return state

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -114,15 +116,28 @@ def _rows(table: Table) -> list[list[str]]:
 
 
 def as_text(table: Table) -> str:
-    rows = _rows(table)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
-    return "\n".join("  ".join(line) for line in lines)
+    rows = [[_one_line(cell) for cell in row] for row in _rows(table)]
+    widths = [max(map(_columns, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        first, *others = ((cell, " " * (width - _columns(cell))) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(["".join(first), *(space + cell for cell, space in others)]))
+    return "\n".join(lines)
+
+
+def _one_line(name: str) -> str:
+    """A data set's name, which may hold anything that a folder's may, without line breaks and the like."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
+def _columns(text: str) -> int:
+    """Of a terminal: an ideograph takes two, an accent on the letter before it none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def as_markdown(table: Table) -> str:
     heading, *rows = _rows(table)
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    escaped = [[html.escape(_one_line(cell), quote=False).replace("|", "\\|") for cell in row] for row in rows]
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *escaped]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

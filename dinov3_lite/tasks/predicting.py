@@ -11,37 +11,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..window import blend
-from .data import pictures_in
+from .data import folders_of, pictures_in, stem_of
 from .head import HeadSettings
-from .loop import Normalise, as_bytes, resized
+from .loop import Normalise, Recipe, as_bytes, resized
+
+LARGEST = 100_000_000  # pixels of a picture that was enlarged until a window fits
 
 
 def pictures_of(inputs: Sequence[Path]) -> dict[str, Path]:
-    """The pictures that a command is given, files or folders of them, by their stems.
+    """The pictures that a command is given, by what their predictions are called: the stem and, of a folder of data
+    sets, before it the data set's name and a slash.
 
-    Raises FileNotFoundError for what is not there, ValueError for a folder without pictures and for two of one stem.
+    inputs: files, folders of pictures, data sets (whose masks are left alone), or folders of data sets.
+
+    Raises FileNotFoundError for what is not there, ValueError for a folder without pictures and for two of one name.
     """
     found: dict[str, Path] = {}
     for path in inputs:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        pictures = pictures_in(path) if path.is_dir() else {path.stem: path}
-        if not pictures:
-            raise ValueError(f"{path}: is a folder without pictures")
-        for stem, file in pictures.items():
-            if stem in found:
-                raise ValueError(f"{file}: has the stem of {found[stem]}, and predictions are named by it: rename one")
-            found[stem] = file
+        for name, file in (_of_folder(path) if path.is_dir() else {stem_of(path): path}).items():
+            if name in found:
+                raise ValueError(f"{file}: has the stem of {found[name]}, and predictions are named by it: rename one")
+            found[name] = file
     return found
 
 
+def _of_folder(folder: Path) -> dict[str, Path]:
+    pictures = pictures_in(folder)
+    if not pictures:
+        for prefix, data_set in (("", folder), *((f"{f.name}/", f) for f in sorted(folder.iterdir()) if f.is_dir())):
+            folders = folders_of(data_set)
+            pictures |= {prefix + stem: file for stem, file in pictures_in(folders[0]).items()} if folders else {}
+    if not pictures:
+        raise ValueError(f"{folder}: holds no pictures, and no data sets with a folder of pictures and one of masks")
+    return pictures
+
+
 @torch.no_grad()
-def predict(network: nn.Module, pixels: np.ndarray, settings: HeadSettings, *, sliding: bool = False) -> np.ndarray:
+def predict(
+    network: nn.Module, pixels: np.ndarray, settings: HeadSettings | Recipe, *, sliding: bool = False
+) -> np.ndarray:
     """Predict the mask of a picture (H, W, 3) uint8, at the picture's own size: (H, W) uint8.
 
     With one class, 255 times the foreground's probability; with several, the number of the likeliest class.
+
+    network: in evaluation mode, as `load_head` and `train` leave it. settings: those of the head, or the recipe that a
+        network of one's own was fitted with; its size, mean and std count.
     sliding: keep a picture larger than the training size at full resolution and slide a window of that size over it,
         instead of shrinking it.
+
+    Raises ValueError where sliding would first enlarge a picture, which is too narrow for a window, beyond all bounds.
     """
     device = next(network.parameters()).device
     normalise = Normalise(settings.mean, settings.std).to(device)
@@ -61,8 +81,13 @@ def slide(run: Callable[[Tensor], Tensor], picture: Tensor, window: tuple[int, i
     """
     h, w = window
     scale = max(1.0, h / picture.shape[2], w / picture.shape[3])
-    picture = _resize(picture, (max(h, round(scale * picture.shape[2])), max(w, round(scale * picture.shape[3]))))
-    H, W = picture.shape[2:]
+    H, W = max(h, round(scale * picture.shape[2])), max(w, round(scale * picture.shape[3]))
+    if scale > 1 and H * W > LARGEST:
+        raise ValueError(
+            f"a picture of {picture.shape[2]} x {picture.shape[3]} pixels would be enlarged to {H} x {W}, so that a "
+            f"window of {h} x {w} fits: predict it without sliding"
+        )
+    picture = _resize(picture, (H, W))
     (tops, rows), (lefts, columns) = blend(H, h, max(1, h // 2)), blend(W, w, max(1, w // 2))
     total: Tensor | None = None
     for y, row in zip(tops, rows, strict=True):

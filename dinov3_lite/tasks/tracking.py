@@ -9,8 +9,10 @@ here a patch has the shares of what lies in it, and pixels take the likeliest of
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import SUFFIXES, read_picture
+from .data import pictures_in, read_picture
 
 CONTEXT, RADIUS, TOP, TEMPERATURE = 7, 12, 5, 0.2
 SHORT_SIDE = 960
@@ -95,21 +97,26 @@ def _as_mask(labels: Tensor, values: np.ndarray, grid: tuple[int, int], size: tu
 
 
 def read_frames(source: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Frames (H, W, 3) uint8 with their names: of a folder of pictures, in the order of names, or of a video file.
+    """Frames (H, W, 3) uint8 with their names: of a folder of pictures, in the order of names and of numbers in them
+    (frame2, frame10), or of a video file.
 
-    Raises FileNotFoundError, and ValueError for a folder without pictures and a file that is no video; where a video
-    ends before the number of frames that it announces, after the last of them.
+    Raises FileNotFoundError, and ValueError for a folder without pictures or with two of one stem and for a file that
+    is no video; where a video ends before the number of frames that it announces, after the last of them.
     """
     if source.is_dir():
-        files = sorted(f for f in source.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
-        if not files:
+        pictures = pictures_in(source)
+        if not pictures:
             raise ValueError(f"{source}: holds no picture: expected the frames of a video")
-        for file in files:
-            yield file.stem, read_picture(file)
+        for stem in sorted(pictures, key=_by_number):
+            yield stem, read_picture(pictures[stem])
     elif source.is_file():
         yield from _read_video(source)
     else:
         raise FileNotFoundError(f"{source}: no such video or folder of frames")
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _read_video(source: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -140,7 +147,9 @@ def _read_video(source: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def jaccard(found: np.ndarray, truth: np.ndarray) -> float:
-    """DAVIS' J of two masks (H, W) bool: intersection over union, 1 where both are empty."""
+    """DAVIS' J of two masks (H, W) bool: intersection over union, 1 where both are empty. ValueError for two sizes."""
+    if found.shape != truth.shape:
+        raise ValueError(f"a mask of {found.shape} pixels beside a true one of {truth.shape}: expected one size")
     union = np.count_nonzero(found | truth)
     return np.count_nonzero(found & truth) / union if union else 1.0
 
@@ -170,12 +179,18 @@ def _border(mask: np.ndarray) -> np.ndarray:
 
 
 def j_and_f(found: Iterable[np.ndarray], truth: Iterable[np.ndarray]) -> dict[str, float]:
-    """DAVIS' J, F and their mean, each averaged over the first mask's objects and all frames but first and last."""
-    pairs = list(zip(found, truth, strict=True))
-    objects = [value for value in np.unique(pairs[0][1]) if value]
-    inner = pairs[1:-1]
-    if not inner:
-        raise ValueError(f"{len(pairs)} frames: J and F are taken without the first and the last: expected at least 3")
-    J = np.mean([[jaccard(f == value, t == value) for f, t in inner] for value in objects])
-    boundary = np.mean([[boundary_f(f == value, t == value) for f, t in inner] for value in objects])
+    """DAVIS' J, F and their mean, each averaged over the first mask's objects and all frames but first and last.
+
+    found, truth: masks (H, W) of all frames, looked at one by one. Raises ValueError for fewer than three frames.
+    """
+    pairs = zip(found, truth, strict=True)
+    _, first = next(pairs, (None, np.zeros(0)))
+    objects = [value for value in np.unique(first) if value]
+    scores = [
+        [(jaccard(f == value, t == value), boundary_f(f == value, t == value)) for value in objects]
+        for (f, t), _ in pairwise(pairs)
+    ]
+    if not scores:
+        raise ValueError("J and F are taken without the first and the last frame: expected at least 3 frames")
+    J, boundary = np.mean(scores, axis=(0, 1))
     return {"J": float(J), "F": float(boundary), "J&F": float((J + boundary) / 2)}
