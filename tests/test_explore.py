@@ -276,7 +276,7 @@ def test_the_stages_of_a_convnext(browser, folder):
         ]
     with opened(browser, folder / "convnext.html") as page:
         footer = page.locator("#footer").text_content()
-        assert "convnext" in footer and "blocks 0, 1, 2, 3" in footer and model.weights_id in footer
+        assert "convnext" in footer and "stages 0, 1, 2, 3" in footer and model.weights_id in footer
         assert not page.locator("input[name=view][value=attention]").is_visible()
         for block in range(4):
             set_range(page, "#block", block)
