@@ -4,8 +4,9 @@
 
 A job of tiny pictures is begun and killed again and again, at each named step in turn and at random moments; when it is
 complete, its files (but logs) are compared with those of an undisturbed run, and it is begun anew. `local` is one
-process, `parts` two at once of which one is killed, `ray` two actors of a running Ray of which one is killed. Writes
-benchmarks/results/extract_kills.json; `--add`, with another seed, adds to what that holds.
+process, `parts` two at once of which one is killed, `ray` two actors of a cluster that stays, of which one is killed
+or, every fifth time, the process that has them. Writes benchmarks/results/extract_kills.json; `--add`, with another
+seed, adds to what that holds.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +95,17 @@ STEPS: dict[str, tuple[Any, str, Callable[..., object] | None]] = {
 }
 
 
-def kill_at(step: str, calls: int) -> None:
-    """Have this process killed at that call of the step."""
+IN_ACTORS = [step for step in STEPS if step not in ("planning", "plan renamed", "job or index")]  # of Ray's
+MOST_WARRANTS = 5  # for actors of Ray's in one run
+
+
+def die(note: Callable[[], object] = int) -> None:
+    note()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(step: str, calls: int, note: Callable[[], object] = int) -> None:
+    """Have this process killed at that call of the step, right after `note`."""
     where, name, first = STEPS[step]
     original, left = getattr(where, name), [calls]
 
@@ -100,13 +114,13 @@ def kill_at(step: str, calls: int) -> None:
         if left[0] == 0:
             if first is not None:
                 first(*args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
+            die(note)
         return original(*args, **kwargs)
 
     setattr(where, name, deadly)
 
 
-def begin(root: Path, output: Path, step: str | None = None, calls: int = 1, part: str | None = None) -> int:
+def begin(root: Path, output: Path, step: str | None = None, calls: int = 1, **options: Any) -> int:
     """`extract` in a child of this process, to be killed at a step; its number."""
     child = os.fork()
     if child:
@@ -114,7 +128,7 @@ def begin(root: Path, output: Path, step: str | None = None, calls: int = 1, par
     try:
         if step:
             kill_at(step, calls)
-        extract(root, output, part=part)
+        extract(root, output, **options)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         os._exit(1)
@@ -155,7 +169,7 @@ def kill_local(root: Path, kills: int, expected: str, rng: random.Random, parts:
         step = next(steps) if kill else ""
         before, dead = markers(output), len(folder.Folder(output).deaths())
         named = step if step in STEPS else None
-        child = begin(root, output, named, rng.choice((1, 1, 2, 5, 9)), f"0/{parts}" if parts > 1 else None)
+        child = begin(root, output, named, rng.choice((1, 1, 2, 5, 9)), part=f"0/{parts}" if parts > 1 else None)
         others = [begin(root, output, part=f"{i}/{parts}") for i in range(1, parts)]
         if step == "a random moment":
             time.sleep(rng.uniform(0, whole))
@@ -179,47 +193,85 @@ def kill_local(root: Path, kills: int, expected: str, rng: random.Random, parts:
     return {"kills": dict(sorted(seen.items())), "jobs_completed": jobs, "most_shards_redone_a_kill": redone}
 
 
+class Doomed(dinov3_lite.extraction.engines.RayWorker):
+    """An actor of Ray's that takes a warrant, if one lies there, and notes each shard that it begins."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self.root = Path(setup["folder"]).parent
+        taken = self.root / f"warrant.{os.getpid()}"
+        with suppress(FileNotFoundError):
+            os.rename(self.root / "warrant", taken)
+            warrant = json.loads(taken.read_text())
+            note = partial(os.link, taken, f"{taken}.dead")
+            if warrant["step"] in STEPS:
+                kill_at(warrant["step"], warrant["calls"], note)
+            else:
+                threading.Timer(warrant["after"], die, (note,)).start()
+        super().__init__(setup)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        output = folder.Folder(self.setup.folder)
+        missing = sum(not output.has(output.marker(int(i))) for i in batch["shard"])
+        with (self.root / "begun").open("a") as begun:
+            begun.write(f"{os.getpid()}\n" * missing)
+        return super().__call__(batch)
+
+
+CLUSTER = """
+import sys, ray
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
 def kill_ray(root: Path, kills: int, expected: str, rng: random.Random) -> dict[str, Any]:
-    """Kill one of two actors at random moments, while the job runs, until there were as many kills."""
-    import threading
-
-    import psutil
-    import ray
-
-    seen, jobs, output = 0, 0, root / "ray"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
-    try:
-        while seen < kills:
-            failure: list[BaseException] = []
-
-            def work(failure: list[BaseException] = failure) -> None:
-                try:
-                    extract(root, output, engine="ray", workers=2)
-                except BaseException as error:
-                    failure.append(error)
-
-            thread = threading.Thread(target=work)
-            thread.start()
-            killed = 0
-            while thread.is_alive():
-                time.sleep(rng.uniform(0.2, 1.5))
-                at_work = [int(file.name.split(".")[1]) for file in (output / "attempts").glob("*")]
-                alive = [pid for pid in at_work if psutil.pid_exists(pid)]
-                if alive and seen + killed < kills and killed < 4:
-                    os.kill(rng.choice(alive), signal.SIGKILL)
-                    killed += 1
-            if failure:
-                raise failure[0]
-            found = digest(output)
-            assert found == expected, "the files differ"
+    """Kill actors, and now and then the process that has them, on a cluster that lives on; what was seen."""
+    dinov3_lite.extraction.engines.RayWorker = Doomed
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    steps = itertools.cycle(step for named in IN_ACTORS for step in (named, "a random moment"))
+    in_driver = itertools.cycle(step for named in STEPS if named not in IN_ACTORS for step in (named, "in the middle"))
+    output, jobs, redone, whole = root / "ray", 0, 0, 30.0
+    seen, drivers = Counter[str](), Counter[str]()
+    words = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
+        assert cluster.stdout is not None
+        os.environ["RAY_ADDRESS"] = cluster.stdout.readline().strip()
+        while seen.total() + drivers.total() < kills or output.exists():
+            left = kills - seen.total() - drivers.total()
+            step = next(in_driver) if left > 0 and rng.random() < 0.2 else ""
+            child = begin(root, output, step if step in STEPS else None, engine="ray", workers=2)
+            start, moment = time.perf_counter(), rng.uniform(0, whole)
+            warrants = [next(steps) for _ in range(0 if step else min(left, MOST_WARRANTS))]
+            while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if warrants and not (root / "warrant").exists():
+                    warrant = {"step": warrants.pop(), "calls": rng.choice((1, 1, 2, 5)), "after": rng.uniform(0, 2)}
+                    writer.write_whole(root / "warrant", json.dumps(warrant).encode())
+                if step == "in the middle" and time.perf_counter() - start > moment:
+                    os.kill(child, signal.SIGKILL)
+                time.sleep(0.05)
+            dead = [json.loads(file.read_text())["step"] for file in root.glob("warrant.*.dead")]
+            for file in root.glob("warrant*"):
+                file.unlink()
+            seen.update(dead)
+            if end(child) == signal.SIGKILL:
+                drivers[step] += 1
+                continue
+            whole = min(whole, time.perf_counter() - start)
+            assert digest(output) == expected, "the files differ"
+            begun = Counter((root / "begun").read_text().split())
+            logged = Counter(file.stem.split("-")[-1] for file in (output / "log").iterdir() for _ in file.open())
+            redone = max([redone, *(begun - logged).values()])
+            (root / "begun").unlink()
             shutil.rmtree(output)
-            seen, jobs = seen + killed, jobs + 1
-            if not killed and jobs > kills + 5:
-                break
-    finally:
-        ray.shutdown()
-    return {"kills": {"an actor at work": seen}, "jobs_completed": jobs}
+            jobs += 1
+        cluster.communicate()  # its end of the pipe closes, and it ends
+    return {
+        "kills": dict(sorted(seen.items())),
+        "kills_of_the_driver": dict(sorted(drivers.items())),
+        "jobs_completed": jobs,
+        "most_shards_redone_a_kill": redone,
+    }
 
 
 def add(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -228,9 +280,13 @@ def add(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     for engine in result["engines"].keys() & other["engines"].keys():
         one, two = result["engines"][engine], other["engines"][engine]
         engines[engine] = {
-            "kills": dict(sorted((Counter(one["kills"]) + Counter(two["kills"])).items())),
+            **{
+                name: dict(sorted((Counter(one[name]) + Counter(two[name])).items()))
+                for name in ("kills", "kills_of_the_driver")
+                if name in one
+            },
             "jobs_completed": one["jobs_completed"] + two["jobs_completed"],
-            **{name: max(one[name], two[name]) for name in one if name.startswith("most")},
+            "most_shards_redone_a_kill": max(one["most_shards_redone_a_kill"], two["most_shards_redone_a_kill"]),
         }
     return {**result, "engines": {name: engines[name] for name in sorted(engines)}}
 
@@ -239,10 +295,10 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| engine | kills | of them at a named step | jobs completed | shards redone a kill, at most |"]
     lines += ["|---|---|---|---|---|"]
     for engine, found in result["engines"].items():
-        kills = sum(found["kills"].values())
-        named = sum(count for step, count in found["kills"].items() if step in STEPS)
-        redone = found.get("most_shards_redone_a_kill", "-")
-        lines.append(f"| {engine} | {kills} | {named} | {found['jobs_completed']} | {redone} |")
+        kills = Counter(found["kills"]) + Counter(found.get("kills_of_the_driver"))
+        named = sum(count for step, count in kills.items() if step in STEPS)
+        redone = found["most_shards_redone_a_kill"]
+        lines.append(f"| {engine} | {kills.total()} | {named} | {found['jobs_completed']} | {redone} |")
     return "\n".join(lines)
 
 

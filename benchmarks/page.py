@@ -32,8 +32,10 @@ import golden_measures
 import growth
 import models
 import parity
+import prepared
 import segmentation
 import sharding
+import soak
 import startup
 import steps
 import training_memory
@@ -178,6 +180,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharding": of("sharding", sharding.table),
     "sharding-sparse": of("sharding", sharding.sparse_table),
     "steps": of("steps", steps.table),
+    "prepared": of("prepared", prepared.table),
+    "soak": of("soak", soak.table),
+    "soak-inductor": of("soak_inductor", soak.table),
     "models-variants": models.variants_table,
     "models-convnexts": models.convnexts_table,
     "models-forward": of("models", models.forward_table),

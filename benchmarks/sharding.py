@@ -2,9 +2,10 @@
 
     python benchmarks/sharding.py [--variants vits16 ...] [--sparse]
 
-Every variant's widths at depth 1, made weights, four pictures of 64 px, gloo on one machine. Errors are relative,
-against float64 on the same weights: the worst of the outputs and the worst of the gradients of all tensors, beside the
-whole model's own. Reading and memory are those of `from_pretrained` in the process that has most, over the whole's.
+Every variant's widths at depth 1, gloo on one machine, several draws of weights and of four pictures of 64 px. Errors
+are relative, against float64 on the same weights: of the output and the worst of the gradients of all tensors, beside
+the whole model's own in the same draw. Reading and memory are those of `from_pretrained` in the process that has most,
+over the whole's.
 `--sparse` loads a file of the 7B's full shapes, 27 GB of holes, as the first and as the last of eight processes.
 
 Every row is written to benchmarks/results/sharding.json as soon as it is there, and a later call goes on from there.
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ import torch.multiprocessing as mp
 from environment import RESULTS, environment, headline, save
 from timing import in_a_child, peak_mib, relative_difference
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from dinov3_lite import DINOv3Config, DINOv3ViT
@@ -41,6 +43,7 @@ from dinov3_lite.sharding.parameters import held_by, local_part
 VARIANTS = ("vits16", "vits16plus", "vitb16", "vitl16", "vitl16plus", "vith16plus", "vit7b16")
 MESHES = ("fsdp 2", "tp 2", "fsdp 4", "tp 4", "fsdp 2, tp 2")
 DTYPES = ("float32", "bfloat16")
+DRAWS = 2
 EIGHT = 8  # processes that share the sparse file
 
 Row = dict[str, Any]
@@ -62,15 +65,8 @@ def main() -> None:
     for variant in args.variants:
         missing = [(m, d) for m in MESHES for d in DTYPES if fits(variant, m) and not find(result, variant, m, d)]
         if missing:
-            with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-                prepare(Path(scratch), variant)
-                for world in (2, 4):
-                    cases = [case for case in missing if math.prod(sizes(case[0])) == world]
-                    if cases:
-                        mp.spawn(measure, (world, Path(scratch), cases), nprocs=world)
-                        rows = json.loads((Path(scratch) / "rows.json").read_text())
-                        result["rows"] += [{"variant": variant, **row} for row in rows]
-                        save("sharding", result)
+            result["rows"] += measured(variant, missing, args.folder)
+            save("sharding", result)
     if args.sparse:
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
             size = write_sparse(Path(scratch), DINOv3Config.from_name("vit7b16"))
@@ -81,6 +77,20 @@ def main() -> None:
             save("sharding", result)
     print(headline(result))
     print(table(result), sparse_table(result), sep="\n\n")
+
+
+def measured(variant: str, missing: list[tuple[str, str]], folder: Path | None) -> list[Row]:
+    """A row for each mesh and dtype, with the errors of every draw."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for draw in range(DRAWS):
+            prepare(Path(scratch) / str(draw), variant, draw)
+        for world in (2, 4):
+            cases = [case for case in missing if math.prod(sizes(case[0])) == world]
+            if cases:
+                mp.spawn(measure, (world, Path(scratch), cases), nprocs=world)
+                rows += json.loads((Path(scratch) / "rows.json").read_text())
+    return [{"variant": variant, **row} for row in rows]
 
 
 def sizes(mesh: str) -> list[int]:
@@ -103,9 +113,10 @@ def find(result: Row, *key: str) -> Row | None:
 # ---- values
 
 
-def prepare(folder: Path, variant: str) -> None:
+def prepare(folder: Path, variant: str, draw: int) -> None:
     """A checkpoint of one block with the statistics of trained weights, and the whole model's outputs and gradients."""
-    torch.manual_seed(0)
+    folder.mkdir()
+    torch.manual_seed(draw)
     model = DINOv3ViT(replace(DINOv3Config.from_name(variant), num_hidden_layers=1)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -121,26 +132,23 @@ def prepare(folder: Path, variant: str) -> None:
     model.save_pretrained(folder / "bfloat16.safetensors", dtype=torch.bfloat16)
     for dtype in DTYPES:
         truth = model = None
-        truth = gone_through(DINOv3ViT.from_pretrained(folder / f"{dtype}.safetensors").double())
-        model = gone_through(DINOv3ViT.from_pretrained(folder / f"{dtype}.safetensors"))
+        truth = gone_through(DINOv3ViT.from_pretrained(folder / f"{dtype}.safetensors").double(), draw)
+        model = gone_through(DINOv3ViT.from_pretrained(folder / f"{dtype}.safetensors"), draw)
         own = worst(model, truth)
         torch.save({"truth": truth, "own": own}, folder / f"{dtype}.pt")
 
 
-def gone_through(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def gone_through(model: Any, draw: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """The last hidden state of four pictures, and the gradients of its mean square, by the names in a state dict."""
-    pictures = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pictures = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1 + draw)).bfloat16()
     out = model(pictures.to(model.dtype)).last_hidden_state
     out.square().mean().backward()
     found = {}
-    for held in held_by(model):
-        if held.tensor.grad is not None:
-            grad = held.tensor.grad
-            whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-            held.tensor.grad = None
-            for name, part in zip(held.tensors, whole.flatten().chunk(len(held.tensors)), strict=True):
-                if name is not None:
-                    found[name] = part
+    for name, tensor, shape in held_by(model):
+        if tensor.grad is not None:
+            grad = tensor.grad
+            found[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).view(shape)
+            tensor.grad = None
     return out.detach(), found
 
 
@@ -157,25 +165,19 @@ def measure(rank: int, world: int, folder: Path, cases: list[tuple[str, str]]) -
     rows = []
     for mesh_name, dtype in cases:
         mesh = init_device_mesh("cpu", tuple(sizes(mesh_name)), mesh_dim_names=names(mesh_name))
-        source = folder / f"{dtype}.safetensors"
-        DINOv3ViT.from_pretrained(source, mesh=mesh)  # what is imported at the first is no part of it
-        loaded: list[DINOv3ViT] = []
-        read, peak = reading(lambda: loaded.append(DINOv3ViT.from_pretrained(source, mesh=mesh)))  # noqa: B023
-        model = loaded[0]
-        mine = {
-            "read": read,
-            "peak": peak,
-            "held": sum(local_part(held.tensor).nbytes for held in held_by(model)),
-            "whole": sum(held.tensor.nbytes for held in held_by(model)),
-        }
+        mine = loading(folder / "0" / f"{dtype}.safetensors", mesh)
         everybody: list[Any] = [None] * world
         dist.all_gather_object(everybody, mine)
-        found = gone_through(model)
+        errors = []
+        for draw in range(DRAWS):
+            source = folder / str(draw) / f"{dtype}.safetensors"
+            found = gone_through(DINOv3ViT.from_pretrained(source, mesh=mesh), draw)
+            if rank == 0:
+                kept = torch.load(source.with_suffix(".pt"), mmap=True)
+                errors.append({"sharded": worst(found, kept["truth"]), "own": kept["own"]})
         if rank == 0:
-            kept = torch.load(folder / f"{dtype}.pt", mmap=True)
             ranks = {name: [each[name] for each in everybody] for name in mine}
-            error = dict(zip(("forward", "gradients"), worst(found, kept["truth"]), strict=True))
-            rows.append({"mesh": mesh_name, "dtype": dtype, "error": error, "own": kept["own"], **ranks})
+            rows.append({"mesh": mesh_name, "dtype": dtype, "errors": errors, **ranks})
             print(json.dumps(rows[-1]), file=sys.stderr)
         dist.barrier()
     if rank == 0:
@@ -185,6 +187,16 @@ def measure(rank: int, world: int, folder: Path, cases: list[tuple[str, str]]) -
 
 
 # ---- bytes
+
+
+def loading(source: Path, mesh: DeviceMesh) -> Row:
+    """What this process reads of the file, and holds and needs at the peak; and how much the whole model is."""
+    DINOv3ViT.from_pretrained(source, mesh=mesh)  # what is imported at the first is no part of it
+    loaded: list[DINOv3ViT] = []
+    read, peak = reading(lambda: loaded.append(DINOv3ViT.from_pretrained(source, mesh=mesh)))
+    held = list(held_by(loaded[0]))
+    whole = sum(each.tensor.nbytes for each in held)
+    return {"read": read, "peak": peak, "held": sum(local_part(each.tensor).nbytes for each in held), "whole": whole}
 
 
 def reading(call: Callable[[], object]) -> tuple[int, int]:
@@ -235,7 +247,7 @@ def load_as(rank: int, folder: Path) -> Row:
 
 def table(result: Row) -> str:
     lines = [
-        "| mesh | dtype | error of the output | the whole model's | of gradients | the whole model's | read | memory |",
+        "| mesh | dtype | error of the output | over the whole's | of gradients | over the whole's | read | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for mesh in MESHES:
@@ -243,14 +255,21 @@ def table(result: Row) -> str:
             rows = [row for row in result["rows"] if (row["mesh"], row["dtype"]) == (mesh, dtype)]
             if not rows:  # a run that was stopped
                 continue
-            errors = [row["error"]["forward"] for row in rows], [row["own"][0] for row in rows]
-            of_gradients = [row["error"]["gradients"] for row in rows], [row["own"][1] for row in rows]
-            cells = [f"{max(values):.1e}" for values in (*errors, *of_gradients)]
+            cells = [cell for kind in (0, 1) for cell in compared([e for row in rows for e in row["errors"]], kind)]
             big = [row for row in rows if row["variant"] == "vit7b16"]
-            shares = [max(max(row[name]) / row["whole"][0] for row in big or rows) for name in ("read", "peak")]
-            lines.append(f"| {mesh} | {dtype} | {' | '.join(cells)} | {' | '.join(f'{s:.1%}' for s in shares)} |")
+            cells += [
+                f"{max(max(row[name]) / row['whole'][0] for row in big or rows):.1%}" for name in ("read", "peak")
+            ]
+            lines.append(f"| {mesh} | {dtype} | {' | '.join(cells)} |")
     run = [variant for variant in VARIANTS if any(row["variant"] == variant for row in result["rows"])]
-    return "\n".join([*lines, "", f"Widths of {', '.join(run)}."])
+    return "\n".join([*lines, "", f"Widths of {', '.join(run)}; {DRAWS} draws of each."])
+
+
+def compared(errors: list[Row], kind: int) -> tuple[str, str]:
+    """The worst error, and how many times the whole model's they are: their geometric mean, least and most."""
+    ratios = [each["sharded"][kind] / each["own"][kind] for each in errors]
+    worst_error = max(each["sharded"][kind] for each in errors)
+    return f"{worst_error:.1e}", f"{geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def sparse_table(result: Row) -> str:

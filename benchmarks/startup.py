@@ -79,7 +79,8 @@ def main() -> None:
 def measure(name: str, folder: str) -> dict[str, float]:
     imports, load = CONTENDERS[name]
     code = MEASURE.format(imports=imports, load=load.format(folder=folder))
-    return json.loads(in_a_child("-c", code, cwd=folder))
+    # bytecode is kept, as of packages that pip has installed: ours is written in the first round
+    return json.loads(in_a_child("-c", code, cwd=folder, PYTHONDONTWRITEBYTECODE=""))
 
 
 def table(result: dict) -> str:

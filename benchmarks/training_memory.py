@@ -23,7 +23,7 @@ from dinov3_lite import DINOv3ViT
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "distributed"
 OPTIONS = ("--steps", 2, "--batch", 4, "--size", 64)
-TRAINED, WIDE, NOTHING = "trained", "7B's width, one block, bfloat16", "torch and a model of 3 M"
+TRAINED, WIDE, NOTHING = "trained", "7B's width, two blocks, bfloat16", "torch and a model of 3 M"
 # what is measured: model, processes, script and its options
 RUNS: dict[str, tuple[str, int, tuple[Any, ...]]] = {
     "`ddp.py`, one process": (NOTHING, 1, ("ddp.py",)),
@@ -55,7 +55,7 @@ def write_models(root: Path, variant: str) -> dict[str, Path]:
     models = {
         NOTHING: DINOv3ViT.from_name("vits16", num_hidden_layers=1),
         TRAINED: DINOv3ViT.from_name(variant),
-        WIDE: DINOv3ViT.from_name("vit7b16", num_hidden_layers=1),
+        WIDE: DINOv3ViT.from_name("vit7b16", num_hidden_layers=2),
     }
     models[WIDE] = models[WIDE].to(torch.bfloat16)
     return {name: model.save_pretrained(root / f"{i}.safetensors") for i, (name, model) in enumerate(models.items())}

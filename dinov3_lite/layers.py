@@ -5,12 +5,13 @@ Letters in the shape comments: B batch, N tokens, P patch tokens, C embedding, F
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all_modules
 from torch.utils._device import DeviceContext
 
 from .attention import AttentionFn, fuses_rows
@@ -50,108 +51,81 @@ class LayerNorm(nn.LayerNorm):
 class QKVProjection(nn.Linear):
     """Queries, keys and values by one matrix product: (B, N, C) -> (B, N, 3C). An nn.Linear to all who ask.
 
-    `bias` is (3C,). A third of it that the config lacks (DINOv3's keys have none) is zero and stays zero: it gets no
-    gradient, and whatever else writes there is undone when `bias` is next read (but not what `.data` is written in
-    place, which PyTorch does not report). A state dict holds the other thirds alone, by the names q_bias, k_bias and
-    v_bias, (C,) each.
+    `bias` is (3C,): the queries' third, the keys', the values'. A third that the config lacks (DINOv3's keys have none)
+    is zero and stays zero: it gets no gradient, and whatever else writes there is undone when `bias` is next read or
+    saved (but not what `.data` is written in place, which PyTorch does not report).
     """
 
     _cleared = (0, 0)  # where the bias lay and which version it was, when its absent thirds were last made zero
 
     def __init__(self, config: DINOv3Config) -> None:
-        present = (config.query_bias, config.key_bias, config.value_bias)
-        super().__init__(config.hidden_size, 3 * config.hidden_size, bias=any(present))
-        self.has_bias = dict(zip(("q_bias", "k_bias", "v_bias"), present, strict=True))
+        self.has_bias = {"q_bias": config.query_bias, "k_bias": config.key_bias, "v_bias": config.value_bias}
+        super().__init__(config.hidden_size, 3 * config.hidden_size, bias=any(self.has_bias.values()))
 
     def reset_parameters(self) -> None:
         """As nn.Linear's, with a bias of zero."""
         super().reset_parameters()
-        if isinstance(self._parameters.get("bias"), nn.Parameter):
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    @property
-    def q_bias(self) -> Tensor | None:
-        """(C,), the queries' third of `bias`, a view; None where there is none. `k_bias` and `v_bias` alike."""
-        return self._third("q_bias")
-
-    @property
-    def k_bias(self) -> Tensor | None:
-        """(C,), the keys' third of `bias`."""
-        return self._third("k_bias")
-
-    @property
-    def v_bias(self) -> Tensor | None:
-        """(C,), the values' third of `bias`."""
-        return self._third("v_bias")
-
-    def _third(self, name: str) -> Tensor | None:
-        return self.bias.chunk(3)[list(self.has_bias).index(name)] if self.has_bias[name] else None
-
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is not None and bias.requires_grad and torch.is_grad_enabled() and not all(self.has_bias.values()):
-            thirds = zip(bias.chunk(3), self.has_bias.values(), strict=True)
-            return F.linear(x, self.weight, torch.cat([t if there else torch.zeros_like(t) for t, there in thirds]))
+            bias = self._with_zeros(bias)  # through which no gradient comes
         return F.linear(x, self.weight, bias)
+
+    def _with_zeros(self, bias: Tensor) -> Tensor:
+        thirds = zip(bias.chunk(3), self.has_bias.values(), strict=True)
+        return torch.cat([third if present else torch.zeros_like(third) for third, present in thirds])
+
+    def _absent(self, bias: Tensor) -> list[Tensor]:
+        return [third for third, present in zip(bias.chunk(3), self.has_bias.values(), strict=True) if not present]
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if name == "bias" and not torch.compiler.is_compiling() and type(value) is nn.Parameter:
-            self._clear_absent_thirds(value)
+            self._clear(value)
         return value
 
     @torch.no_grad()
-    def _clear_absent_thirds(self, bias: nn.Parameter) -> None:
+    def _clear(self, bias: nn.Parameter) -> None:
         """Undo what an initialisation, an addition of noise or another `.data` put where the config has no bias."""
-        if bias.is_meta or bias.is_inference() or "has_bias" not in vars(self):
-            return
-        if (state := (bias.data_ptr(), bias._version)) == self._cleared:
+        if bias.is_meta or bias.is_inference() or (state := (bias.data_ptr(), bias._version)) == self._cleared:
             return
         transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func forbids such writes
-        for third, present in zip(bias.data.chunk(3), self.has_bias.values(), strict=True):
-            if not present and (not transformed or third.any()):
+        for third in self._absent(bias.data):
+            if not transformed or third.any():
                 third.zero_()  # through .data: for those who watch its version, nothing has changed
         self._cleared = state
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (bias := destination.pop(f"{prefix}bias", None)) is not None:
-            thirds = zip(self.has_bias.items(), bias.chunk(3), strict=True)
-            destination.update({f"{prefix}{name}": _with_own_storage(t) for (name, present), t in thirds if present})
+    def _save_to_state_dict(self, *args: Any) -> None:
+        getattr(self, "bias", None)  # whose reading clears it
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
     ) -> None:
-        """Also takes `bias` whole, as `named_parameters` names it.
+        """Also takes the thirds by the names that our files have for them: q_bias, k_bias and v_bias, (C,) each.
 
-        Where all thirds are there, they count: `torch.distributed.checkpoint.state_dict` and accelerate put the
-        parameter as it is beside what they were given.
+        Where all are there, they count: PyTorch's and accelerate's loaders put `bias` as it was beside them.
         """
-        names = [f"{prefix}{name}" for name, present in self.has_bias.items() if present]
-        if names and all(name in state_dict for name in names):
-            state_dict.pop(f"{prefix}bias", None)
-        if names and f"{prefix}bias" not in state_dict:
-            absent = [name for name in names if name not in state_dict]
-            missing.extend(absent if strict else [])
-            if absent:  # reported by its own name: what is there is kept
-                state_dict[f"{prefix}bias"] = self._parameters["bias"]
-            else:
-                zeros = torch.zeros_like(state_dict[names[0]])
-                thirds = [state_dict.get(f"{prefix}{name}", zeros) for name in self.has_bias]
-                state_dict[f"{prefix}bias"] = torch.cat(thirds)
-            for name in names:
-                state_dict.pop(name, None)
-        elif names:
-            for (name, present), third in zip(self.has_bias.items(), state_dict[f"{prefix}bias"].chunk(3), strict=True):
-                if not present and third.any():
-                    others[-1].append(f"{prefix}bias is not zero in the third {name}, which the config does not have")
+        name, own = f"{prefix}bias", self._parameters.get("bias")
+        if own is not None:
+            there = [f"{prefix}{third}" for third, present in self.has_bias.items() if present]
+            given = {third: state_dict[third] for third in there if third in state_dict}
+            if len(given) == len(there) or (given and name not in state_dict):
+                zeros = torch.zeros_like(next(iter(given.values())))
+                joined = torch.cat([given.get(f"{prefix}{third}", zeros) for third in self.has_bias])
+                missing.extend(third for third in there if third not in given)
+                state_dict[name] = joined if len(given) == len(there) else own  # of which nothing changes
+                for third in given:
+                    del state_dict[third]
+            bias: Any = state_dict.get(name)
+            is_plain = type(bias) in (Tensor, nn.Parameter) and bias.shape == own.shape and not bias.is_meta
+            if is_plain and any(third.any() for third in self._absent(bias)):
+                warnings.warn(f"{name} is not zero where the config has no bias: it is zero there", stacklevel=2)
+                state_dict[name] = self._with_zeros(bias)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
-
-
-def _with_own_storage(view: Tensor) -> Tensor:
-    """The same memory, as a tensor that shares its storage with none: accelerate and safetensors save only such."""
-    is_plain = type(view) is Tensor and view.device.type in ("cpu", "cuda") and not view.requires_grad
-    return torch.from_dlpack(view) if is_plain and not torch.compiler.is_compiling() else view
 
 
 class SelfAttention(nn.Module):
@@ -295,6 +269,10 @@ class Block(nn.Module):
 
 OURS = {Block, LayerNorm, SelfAttention, QKVProjection, Mlp, GatedMlp, LayerScale, DropPath, PatchEmbed}
 OURS |= {nn.Linear, nn.Conv2d}
+GLOBAL_HOOKS = (
+    *(of_all_modules._global_forward_pre_hooks, of_all_modules._global_forward_hooks),
+    *(of_all_modules._global_backward_pre_hooks, of_all_modules._global_backward_hooks),
+)
 
 
 def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
@@ -306,7 +284,7 @@ def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
     modules. past_modes: also if a mode watches PyTorch's functions or operators, which our kernels need not mind: they
     are operators like others, and overwrite nothing.
     """
-    return not (_has_any_global_hook() or (past_modes and _modes_watch())) and all(
+    return not (any(GLOBAL_HOOKS) or (past_modes and _modes_watch())) and all(
         type(module) in OURS
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)

@@ -11,7 +11,7 @@ from .attention import resolve_attention
 from .checks import check_dtype
 from .convnext import DINOv3ConvNeXt
 from .model import DINOv3ViT
-from .pretrained import Opening, open_source
+from .pretrained import Opening, WithoutWeights, open_source
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,5 +57,5 @@ def load(
 
 def skeleton(config: Any) -> Backbone:
     """A model of that config without weights, on the meta device: what it takes and gives can be asked of it."""
-    with torch.device("meta"):
+    with WithoutWeights():
         return CLASSES[type(config)](config)

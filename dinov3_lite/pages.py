@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import mmap
 import sys
@@ -41,9 +42,13 @@ def give_back(tensor: Tensor) -> bool:
     mapped = [entry & OF_A_FILE != 0 for entry in entries if entry]
     if len(entries) < last - first or not mapped or not all(mapped):
         return False
-    return not ctypes.CDLL(None).madvise(
-        ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page), MADV_DONTNEED
-    )
+    address, size = ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page)
+    return not _c_library().madvise(address, size, MADV_DONTNEED)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from .checkpoint import Card, Checkpoint
 
-SAMPLES = 16  # numbers of each parameter
+SAMPLES = 16  # numbers at each of four places of a parameter
 
 
 class Opening(TypedDict, total=False):
@@ -51,10 +52,14 @@ def open_source(
     Raises FileNotFoundError and ValueError as `checkpoint.hub.locate` and `open_checkpoint` do.
     """
     from .checkpoint import open_checkpoint  # files and names are read when something is loaded, not with the network
-    from .checkpoint.channels import with_channels
     from .checkpoint.hub import locate
 
-    return with_channels(open_checkpoint(locate(source, **place), prefix=prefix), num_channels, channel_rule)
+    opened = open_checkpoint(locate(source, **place), prefix=prefix)
+    if num_channels is None:
+        return opened
+    from .checkpoint.channels import with_channels
+
+    return with_channels(opened, num_channels, channel_rule)
 
 
 class Pretrained(nn.Module):
@@ -91,7 +96,7 @@ class Pretrained(nn.Module):
         from .checkpoint import assign
 
         opened.check_family(cls.config_class)
-        with torch.device("meta"):
+        with WithoutWeights():
             model = cls(opened.config, **switches)
         if mesh is None:
             assign(model, opened, dtype=dtype, device=device)
@@ -147,6 +152,21 @@ class Pretrained(nn.Module):
         from .checkpoint.saving import save_model
 
         return save_model(self, Path(path), layout, dtype)
+
+
+class WithoutWeights(DeviceContext):
+    """As `torch.device("meta")`, and parameters are not initialised either: for models that get all of theirs.
+
+    PyTorch draws random numbers on the meta device by Python code, which takes longer than the modules themselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("meta")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.init.kaiming_uniform_, nn.init.uniform_):  # what nn.Linear and nn.Conv2d call
+            return kwargs["tensor"]
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -211,7 +231,8 @@ def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             here = here.to_local()
         if type(here) in (nn.Parameter, Tensor) and not here.is_meta:
             flat = here.detach().reshape(-1)
-            yield name, flat[:: max(1, flat.numel() // SAMPLES)].cpu().clone()
+            count = flat.numel()
+            yield name, flat.unfold(0, min(count, SAMPLES), max(1, count // 4)).to("cpu", copy=True)
 
 
 def _writes(model: nn.Module) -> dict[str, tuple[ReferenceType[Tensor], int]]:

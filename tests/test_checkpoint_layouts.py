@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ from helpers import TINY, TINY_GATED
 from dinov3_lite import DINOv3Config, DINOv3ViT
 from dinov3_lite.checkpoint.layouts import (
     LAYOUTS,
+    LITE,
     META,
+    STATE_DICT,
     TIMM,
     TRANSFORMERS,
     detect,
@@ -19,7 +22,7 @@ from dinov3_lite.checkpoint.layouts import (
     rename,
 )
 from dinov3_lite.checkpoint.layouts.table import Layout, numel
-from dinov3_lite.checkpoint.layouts.vit import VIT, infer_config
+from dinov3_lite.checkpoint.layouts.vit import SWITCHES, VIT, infer_config
 from dinov3_lite.config import VARIANTS
 from dinov3_lite.rope import rope_periods
 
@@ -33,12 +36,17 @@ CONFIGS = {**VARIANTS, **ODD}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_our_table_is_the_state_dict(name):
+def test_our_tables_are_the_state_dict(name):
+    """Of which our file has the fused bias in the thirds that there are."""
+    config = CONFIGS[name]
     with torch.device("meta"):
-        state = DINOv3ViT(CONFIGS[name]).state_dict()
-    assert {name: shape for name, (shape, _) in model_tensors(CONFIGS[name]).items()} == {
-        name: tuple(tensor.shape) for name, tensor in state.items()
-    }
+        shapes = {name: tuple(tensor.shape) for name, tensor in DINOv3ViT(config).state_dict().items()}
+    assert their_shapes(STATE_DICT, config) == shapes
+    for i in range(config.num_hidden_layers if config.query_bias or config.key_bias or config.value_bias else 0):
+        assert shapes.pop(f"blocks.{i}.attn.qkv.bias") == (3 * config.hidden_size,)
+        parts = {"q": config.query_bias, "k": config.key_bias, "v": config.value_bias}
+        shapes |= {f"blocks.{i}.attn.qkv.{x}_bias": (config.hidden_size,) for x, there in parts.items() if there}
+    assert {name: shape for name, (shape, _) in model_tensors(config).items()} == shapes
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -137,7 +145,7 @@ def test_renaming_shares_what_it_does_not_join():
     theirs = rename(state, META, TINY)
     assert theirs["blocks.0.attn.qkv.weight"].data_ptr() == state["blocks.0.attn.qkv.weight"].data_ptr()
     bias = theirs["blocks.1.attn.qkv.bias"].view(3, 32)
-    assert torch.equal(bias[0], state["blocks.1.attn.qkv.q_bias"]) and (bias[1] == 0).all()
+    assert torch.equal(bias[0], state["blocks.1.attn.qkv.bias"][:32]) and (bias[1] == 0).all()
     assert torch.equal(theirs["blocks.2.attn.qkv.bias_mask"].view(3, 32)[:, 0], torch.tensor([1.0, 0.0, 1.0]))
 
 
@@ -157,6 +165,36 @@ def test_detection_by_names(layout, name):
     names = list(their_shapes(layout, CONFIGS[name]))
     assert detect(names) == (layout, DINOv3Config)
     assert detect([*names[: len(names) // 2], "something.else"]) == (layout, DINOv3Config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_state_dict_is_known_by_its_names(name):
+    config = CONFIGS[name]
+    found, config_class = detect(list(their_shapes(STATE_DICT, config)))
+    has_biases = config.query_bias or config.key_bias or config.value_bias
+    assert found is (STATE_DICT if has_biases else LITE) and config_class is DINOv3Config and found.name == "lite"
+
+
+BIASES = [dict(zip(SWITCHES, present, strict=True)) for present in itertools.product([False, True], repeat=3)]
+
+
+@pytest.mark.parametrize("present", BIASES, ids=lambda present: "".join(s[0] for s, there in present.items() if there))
+def test_which_biases_a_state_dict_has_is_told_by_their_numbers(present):
+    """In the last block here. Where all are zero it is a new model of the released kind, if it has any."""
+    config, last = replace(TINY, **present), "blocks.2.attn.qkv.bias"
+    shapes = their_shapes(STATE_DICT, config)
+
+    def inferred(bias: torch.Tensor) -> dict[str, bool]:
+        tensors = {"rope_embed.periods": rope_periods(config), last: bias}
+        read = {name: torch.zeros(shape) for name, shape in shapes.items()} | tensors
+        found = infer_config(STATE_DICT.table(config), shapes, read.__getitem__)
+        return {switch: getattr(found, switch) for switch in SWITCHES}
+
+    one_number = torch.zeros(3, 32)
+    one_number[list(present.values()), 7] = 1e-30
+    assert inferred(one_number.flatten()) == present
+    as_released = {"query_bias": True, "key_bias": False, "value_bias": True}
+    assert inferred(torch.zeros(96)) == (as_released if any(present.values()) else present)
 
 
 @pytest.mark.parametrize("names", [[], ["encoder.layer.0.attention.query.weight", "fc.bias"]])

@@ -19,6 +19,7 @@ from convert.__main__ import main
 from convert.plan import make_plan
 from convert.verify import verify
 from convert.writer import write
+from dinov3_lite import DINOv3ViT
 from dinov3_lite.checkpoint import open_checkpoint
 from dinov3_lite.checkpoint.layouts import META, rename
 
@@ -51,7 +52,7 @@ def config(folder: Path, **changes: object) -> None:
 
 def pth(folder: Path, change=lambda tensors: tensors) -> None:
     """Meta's file instead of transformers', changed."""
-    tensors = rename(lite_state(folder), META, TINY)
+    tensors = rename(DINOv3ViT.from_pretrained(folder).state_dict(), META, TINY)
     for file in folder.iterdir():
         file.unlink()
     torch.save(change({k: v.clone() for k, v in tensors.items()}), folder / "dinov3.pth")

@@ -14,10 +14,12 @@ import pytest
 import torch
 from helpers import ROOT, TINY, relative_error, write_checkpoint
 from launch import FOUR, free_ports, torchrun
+from sharded import FSDP_RUNS
 from torch.nn.functional import cross_entropy
 
 from dinov3_lite import DINOv3ViT, parameter_groups
 
+pytestmark = pytest.mark.skipif(not FSDP_RUNS, reason=f"FSDP of PyTorch {torch.__version__} does not run on CPUs")
 EXAMPLES = ROOT / "examples" / "distributed"
 STEPS, BATCH, SIZE, LR = 6, 8, 32, 3e-3
 OPTIONS = ("--steps", STEPS, "--batch", BATCH, "--size", SIZE, "--lr", LR)

@@ -15,6 +15,7 @@ from pictures import PREPROCESSING_48
 import dinov3_lite
 from dinov3_lite import DINOv3ViT, ImageProcessor
 from dinov3_lite.__main__ import main
+from dinov3_lite.extraction.compute import Network, images_at_once
 
 Image = pytest.importorskip("PIL.Image")
 ImageOps = pytest.importorskip("PIL.ImageOps")
@@ -64,6 +65,9 @@ def test_rows_are_taken_like_those_of_an_array(complete):
     assert complete.keys[3:5] == list(complete.keys)[3:5]
     with pytest.raises(IndexError, match="row 16: there are 16"):
         rows[16]
+    for several in ((3, 5), (0, slice(5))):
+        with pytest.raises(TypeError, match="take rows first"):
+            rows[several]
     with pytest.raises(KeyError, match="holds cls_token, patch_mean"):
         complete["feature_map"]
 
@@ -139,6 +143,18 @@ def test_pictures_in_their_native_size(checkpoint, photos, names, tmp_path, bloc
             assert relative_error(torch.from_numpy(store[output][i]), expected) < 2e-6, (name, output)
     assert len(sizes) > 3
     assert [len(block) for block in store["patch_tokens"].blocks()] == [9, 7]
+
+
+def test_a_batch_that_runs_in_several_forwards_has_the_same_rows(complete, checkpoint, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinov3_lite.extraction.compute.AT_ONCE", 5 * 48 * 48)
+    assert (images_at_once(48, 48), images_at_once(48, 96), images_at_once(480, 480)) == (4, 2, 1)
+    runs, real = [], Network.run
+    monkeypatch.setattr(Network, "run", lambda self, images: runs.append(len(images)) or real(self, images))
+    store = dinov3_lite.extract(photos, checkpoint, tmp_path, outputs=OUTPUTS, store="float32", batch_size=7)
+    for output in OUTPUTS:
+        expected = torch.from_numpy(np.asarray(complete[output]))
+        assert relative_error(torch.from_numpy(np.asarray(store[output])), expected) < 2e-6
+    assert runs == [4] * 5  # of batches of 7, 7 and 2
 
 
 def test_float16_files_and_half_precision(checkpoint, photos, complete, tmp_path):

@@ -7,14 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 from extracted import tree
-from helpers import TINY, run_python, write_checkpoint
+from helpers import TINY, run_python, trained_like, write_checkpoint
 from pictures import PREPROCESSING_48, write_pictures
 
 import dinov3_lite
+from dinov3_lite.extraction.engines import RayWorker
 from dinov3_lite.extraction.parts import Part, parse_part, part_from_environment
+from dinov3_lite.extraction.shard import Setup
 
 pytest.importorskip("PIL")
 
@@ -135,6 +138,16 @@ except RuntimeError as error:
     assert store.missing == [2] and len(store) == 27
     dinov3_lite.extract(job / "in", job / "model", tmp_path / "out", **OPTIONS)
     assert tree(tmp_path / "out") == tree(job / "out")
+
+
+def test_an_actor_that_begins_late_finds_that_the_checkpoint_was_exchanged(job, tmp_path):
+    dinov3_lite.extract(job / "in", job / "model", tmp_path / "out", part="1/7", **OPTIONS)
+    setup = asdict(Setup(str(tmp_path / "out"), str(job / "model"), "cpu", decode_threads=1))
+    assert RayWorker(setup)({"shard": [2]}) == {"shard": [2], "reason": [""], "error": [""]}
+    other = write_checkpoint(tmp_path / "model", TINY, trained_like(TINY, seed=1), PREPROCESSING_48)
+    (told,) = RayWorker({**setup, "model": str(other)})({"shard": [3]})["error"]
+    assert told.startswith(f"{other}: other weights than those of the job in {tmp_path / 'out'}: name the same model")
+    assert dinov3_lite.open_features(tmp_path / "out").shards == [1, 2]
 
 
 def test_sigterm_in_a_thread_that_is_not_the_main_one_stays_whose_it_was(job, tmp_path):

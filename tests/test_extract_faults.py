@@ -15,7 +15,7 @@ from pictures import PREPROCESSING_48, picture, write_pictures, write_tar
 
 import dinov3_lite
 from dinov3_lite.__main__ import main
-from dinov3_lite.extraction import check, reading, writer
+from dinov3_lite.extraction import check, plan, reading, writer
 from dinov3_lite.extraction.engines import ShardsFailed
 
 Image = pytest.importorskip("PIL.Image")
@@ -189,6 +189,19 @@ def test_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_room(checkpoin
     monkeypatch.setattr(writer, "_write_all", real)
     assert main(["extract", *command]) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "undisturbed")
+
+
+def test_a_disk_that_is_full_before_the_plan_is_written(checkpoint, tmp_path, monkeypatch, capsys):
+    write_pictures(tmp_path / "in", 2)
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plan._Counted, "write", full)
+    assert main(["extract", str(tmp_path / "in"), "--model", str(checkpoint), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"can't write the plan (No space left on device): '{tmp_path / 'out'}'" in error
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_what_can_not_be_written_is_said_in_a_line(checkpoint, tmp_path, capsys):

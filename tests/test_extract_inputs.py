@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
+from collections import Counter
+from functools import partial
+from urllib.parse import quote
+
 import numpy as np
 import pytest
 from extracted import FLOAT32, same_rows
@@ -9,6 +15,7 @@ from pictures import write_tar
 
 import dinov3_lite
 from dinov3_lite.extraction import doubled, tars
+from dinov3_lite.extraction.engines import ShardsFailed
 
 pytest.importorskip("PIL")
 pytest_plugins = ["extracting"]
@@ -122,6 +129,8 @@ def test_a_parquet_column_of_bytes_of_hugging_face_or_of_paths(checkpoint, photo
         ValueError, match=r"which column holds the pictures\? .*--column: file \(string\), other \(string\)"
     ):
         dinov3_lite.extract(tmp_path / "paths.parquet", checkpoint, tmp_path / "none")
+    with pytest.raises(ValueError, match=r"column 'label' has neither bytes nor paths: it has image \(binary\), label"):
+        dinov3_lite.extract(tmp_path / "bytes.parquet", checkpoint, tmp_path / "none", column="label")
     with pytest.raises(ValueError, match=r"no column 'img': it has image \(binary\), label \(int64\)"):
         dinov3_lite.extract(tmp_path / "bytes.parquet", checkpoint, tmp_path / "none", column="img")
 
@@ -140,6 +149,60 @@ def test_urls_of_fsspec(checkpoint, photos, names, complete, tmp_path):
     assert same_rows(tars, complete, names)
     with pytest.raises(ValueError, match="s7://bucket"):
         dinov3_lite.extract("s7://bucket", checkpoint, tmp_path / "c")
+
+
+@pytest.fixture
+def server(photos, tmp_path):
+    """The URL of a server of the photos; what is asked for below /<status>/ it answers with that status."""
+    asked = Counter()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked[self.path] += 1
+            status = self.path.split("/")[1]
+            self.send_error(int(status)) if status.isdigit() else super().do_GET()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "photos").symlink_to(photos)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "served")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_pictures_and_tars_behind_http(server, checkpoint, photos, names, complete, tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr("dinov3_lite.extraction.reading.PAUSES", (0, 0))
+    monkeypatch.setattr("dinov3_lite.extraction.shard.PAUSES", (0, 0))
+    url, asked = server
+    lines = [f"{url}/photos/{quote(name)}" for name in names[:4]]
+    (tmp_path / "list.txt").write_text("\n".join([*lines, f"{url}/404/a.jpg", f"{url}/403/b.jpg"]))
+    store = dinov3_lite.extract(tmp_path / "list.txt", checkpoint, tmp_path / "out", **FLOAT32)
+    assert list(store.keys) == lines and same_rows(store, complete, names[:4])
+    assert [reject["reason"] for reject in store.rejects] == ["no such file", "may not be read"]
+
+    (tmp_path / "list.txt").write_text("\n".join([*lines[:2], f"{url}/500/c.jpg", lines[2]]))
+    with pytest.raises(ShardsFailed, match=rf"1 of 2 shards failed; shard 1: reading failed: {url}/500/c.jpg: .*500"):
+        dinov3_lite.extract(tmp_path / "list.txt", checkpoint, tmp_path / "late", shard_size=2, **FLOAT32)
+    assert asked["/500/c.jpg"] == 3 and dinov3_lite.open_features(tmp_path / "late").missing == [1]
+
+    write_tar(tmp_path / "served" / "all.tar", members(photos, names))
+    tar = dinov3_lite.extract(f"{url}/all.tar", checkpoint, tmp_path / "tar", **FLOAT32)
+    assert same_rows(tar, complete, names)
+    with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{url}/500/all.tar'"):
+        dinov3_lite.extract(f"{url}/500/all.tar", checkpoint, tmp_path / "none", **FLOAT32)
+
+
+def test_a_list_that_begins_with_a_byte_order_mark(checkpoint, photos, names, complete, tmp_path):
+    lines = [str(photos / name) for name in names[:2]]
+    (tmp_path / "list.txt").write_text("\r\n".join(lines), encoding="utf-8-sig")
+    store = dinov3_lite.extract(tmp_path / "list.txt", checkpoint, tmp_path / "out", **FLOAT32)
+    assert list(store.keys) == lines and same_rows(store, complete, names[:2])
 
 
 def test_several_folders_and_pictures_by_name(checkpoint, photos, names, complete, tmp_path, monkeypatch):
@@ -161,6 +224,10 @@ def test_several_folders_and_pictures_by_name(checkpoint, photos, names, complet
         ({"blocks": [3]}, r"blocks \[3\]: expected indices from -3 to 2"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"decode_threads": 0}, "decode_threads is 0: expected at least 1"),
+        ({"workers": 0, "engine": "ray"}, "workers is 0"),
+        ({"workers": 2}, "workers is 2, and engine 'local' is this process: ask for engine 'ray'"),
+        ({"device": "tpu"}, "device 'tpu': expected 'cpu', 'cuda' or"),
         ({"engine": "spark"}, "engine 'spark': expected one of local, ray"),
         ({"part": "3/2"}, "part '3/2'"),
         ({"max_rejects": "few"}, "max_rejects 'few'"),

@@ -172,7 +172,7 @@ EDGES = {
             (
                 "job",
                 ("commit", "compute", "decode", "folder", "plan", "sources"),
-                {"checkpoint", "checkpoint.hub", "image", "loading"},
+                {"checkpoint", "checkpoint.hub", "checkpoint.layouts", "image", "loading"},
             ),
             (
                 "shard",
@@ -326,6 +326,34 @@ print(sorted(new & {heavy}))
 """
     done = run_python(code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_load_imports_what_it_needs(tmp_path):
+    """Nothing of writing, of other channels, of the hub's client, of sharding, preparing or tasks."""
+    from helpers import TINY, write_checkpoint
+
+    folder = write_checkpoint(tmp_path / "folder", TINY)
+    file = dinov3_lite.DINOv3ViT(TINY).save_pretrained(tmp_path / "lite.safetensors")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+from dinov3_lite import DINOv3ViT
+for source in ({str(folder)!r}, {str(file)!r}):
+    DINOv3ViT.from_pretrained(source)
+    print(*sorted(set(sys.modules) - before))
+"""
+    first, second = run_python(code).stdout.splitlines()
+    assert first == second
+    ours = {name.removeprefix("dinov3_lite.") for name in first.split() if name.startswith("dinov3_lite.")}
+    assert ours == {
+        *("attention", "checks", "config", "features", "layers", "model", "packing", "pages", "pretrained", "rope"),
+        *("checkpoint", *(f"checkpoint.{name}" for name in ("choose", "containers", "files", "folders", "hub"))),
+        *("checkpoint.json_files", "checkpoint.layouts", "checkpoint.matching"),
+        *(f"checkpoint.layouts.{name}" for name in ("cards", "convnext", "lite", "meta", "others", "table", "timm")),
+        *("checkpoint.layouts.transformers", "checkpoint.layouts.vit"),
+    }
+    others = {name.split(".")[0] for name in first.split()} - {"dinov3_lite"}
+    assert others <= {"safetensors", "torch"}
 
 
 def test_the_kernels_folder_is_harmless_under_its_own_name():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TINY, TINY_GATED
+from helpers import TINY, TINY_GATED, write_checkpoint
 
 from dinov3_lite import DINOv3ViT
 from dinov3_lite.attention import eager_attention
@@ -72,31 +72,87 @@ def test_the_projection_is_the_linear_layer_that_it_says_it_is(model, images):
             model = DINOv3ViT(TINY)
 
 
-def test_a_state_dict_names_the_biases_that_there_are(model):
-    state = model.state_dict()
-    assert "blocks.0.attn.qkv.q_bias" in state and "blocks.0.attn.qkv.v_bias" in state
-    assert not any("k_bias" in name or name.endswith("qkv.bias") for name in state)
-    assert [name for name, _ in model.named_parameters() if "bias" in name] == [
-        name for name, _ in model.named_parameters() if name.endswith(".bias")
-    ]
-    for source in (state, dict(model.named_parameters()) | dict(model.named_buffers())):
+def in_thirds(model: DINOv3ViT) -> dict[str, torch.Tensor]:
+    """A state dict as older releases wrote it, and as our files hold it."""
+    state = dict(model.state_dict())
+    for i, block in enumerate(model.blocks):
+        thirds = zip(block.attn.qkv.has_bias.items(), state.pop(f"blocks.{i}.attn.qkv.bias").chunk(3), strict=True)
+        state |= {f"blocks.{i}.attn.qkv.{name}": third for (name, there), third in thirds if there}
+    return state
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED])
+def test_a_state_dict_names_what_the_parameters_are(config, tmp_path):
+    model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, config))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert model.state_dict().keys() == tensors.keys() and "blocks.0.attn.qkv.bias" in tensors
+    for source in (model.state_dict(), tensors, in_thirds(model)):
+        for assign in (False, True):
+            other = DINOv3ViT(config)
+            other.load_state_dict(source, assign=assign)
+            assert all(torch.equal(t, tensors[name]) for name, t in other.state_dict().items())
+    with torch.device("meta"):
+        empty = DINOv3ViT(config)
+    for source in (model.state_dict(), in_thirds(model)):
+        empty.load_state_dict(source, assign=True)
+        assert all(torch.equal(t, tensors[name]) for name, t in empty.state_dict().items())
+    taken = empty.load_state_dict(model.state_dict(), assign=True) and empty.blocks[0].attn.qkv.bias
+    assert taken.data_ptr() == model.blocks[0].attn.qkv.bias.data_ptr()  # as any parameter's
+
+
+def test_what_a_state_dict_lacks_or_has_too_much_is_named(model):
+    state, name = in_thirds(model), "blocks.0.attn.qkv"
+    for given, words in (
+        ({k: t for k, t in model.state_dict().items() if k != f"{name}.bias"}, f'Missing key.*: "{name}.bias"'),
+        ({k: t for k, t in state.items() if k != f"{name}.q_bias"}, f'Missing key.*: "{name}.q_bias"'),
+        (state | {f"{name}.k_bias": torch.zeros(32)}, f'Unexpected key.*: "{name}.k_bias"'),
+        (model.state_dict() | {f"{name}.v_bias": torch.zeros(32)}, f'Unexpected key.*: "{name}.v_bias"'),
+        (model.state_dict() | {f"{name}.bias": torch.zeros(1)}, rf"size mismatch for {name}.bias: .*\[1\]"),
+    ):
         other = DINOv3ViT(TINY)
-        other.load_state_dict(source)
-        for name, parameter in other.named_parameters():
-            assert torch.equal(parameter, dict(model.named_parameters())[name]), name
-    del state["blocks.0.attn.qkv.q_bias"]
-    with pytest.raises(RuntimeError, match="Missing key.*blocks.0.attn.qkv.q_bias"):
-        other.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="Unexpected key.*blocks.0.attn.qkv.k_bias"):
-        other.load_state_dict(model.state_dict() | {"blocks.0.attn.qkv.k_bias": torch.zeros(32)})
-    with pytest.raises(RuntimeError, match="qkv.bias is not zero in the third k_bias, which the config does not have"):
-        other.load_state_dict(dict(model.named_parameters()) | {"blocks.0.attn.qkv.bias": torch.ones(96)}, strict=False)
+        before = other.blocks[0].attn.qkv.bias.clone()
+        with pytest.raises(RuntimeError, match=words):
+            other.load_state_dict(given)
+        if "mismatch" not in words:
+            taken = model.blocks[0].attn.qkv.bias if "Unexpected" in words else before
+            assert torch.equal(other.blocks[0].attn.qkv.bias, taken)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_key_bias_is_not_born_of_a_state_dict(model, assign):
+    noisy = {name: t + 0.1 * torch.rand_like(t) for name, t in model.state_dict().items()}
+    given, other = noisy["blocks.0.attn.qkv.bias"].clone(), DINOv3ViT(TINY)
+    with pytest.warns(UserWarning, match="blocks.0.attn.qkv.bias is not zero where the config has no bias"):
+        other.load_state_dict(noisy, assign=assign)
+    for name, parameter in other.named_parameters():
+        if "qkv.bias" in name:
+            q, k, v = parameter.chunk(3)
+            assert not k.any() and torch.equal(torch.cat((q, v)), noisy[name].view(3, -1)[[0, 2]].flatten())
+        else:
+            assert torch.equal(parameter, noisy[name])
+    assert torch.equal(noisy["blocks.0.attn.qkv.bias"], given)  # the caller's own
+
+
+def test_what_was_written_to_a_bias_that_is_not_there_is_not_saved(model):
+    before = model.blocks[1].attn.qkv.bias.view(3, 32).clone()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    for i in range(3):
+        assert [bool(t.any()) for t in model.state_dict()[f"blocks.{i}.attn.qkv.bias"].chunk(3)] == [True, False, True]
+    with torch.no_grad():
+        for tensor in model.state_dict().values():  # they are the parameters
+            tensor.add_(1.0)
+    q, k, v = model.blocks[1].attn.qkv.bias.chunk(3)
+    assert torch.equal(q, before[0] + 1.0 + 1.0) and not k.any() and torch.equal(v, before[2] + 1.0 + 1.0)
 
 
 def test_a_key_bias_that_the_config_has_is_kept():
     model = DINOv3ViT(TINY_GATED)
-    assert "blocks.0.attn.qkv.k_bias" in model.state_dict()
-    assert "blocks.0.attn.qkv.v_bias" not in model.state_dict()
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.bias.fill_(1.0)
+    q, k, v = model.state_dict()["blocks.0.attn.qkv.bias"].chunk(3)
+    assert q.all() and k.all() and not v.any()
 
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():

@@ -102,8 +102,30 @@ def test_taking_the_hooks_off_gives_the_model_back(source, tmp_path):
 
 
 @torch.no_grad()
-def test_loading_by_the_names_of_a_state_dict(tmp_path):
-    """What torch and accelerate make of one before they load it holds the fused bias beside its thirds."""
+@pytest.mark.parametrize("config", [TINY, TINY_GATED, None], ids=["plain", "gated", "convnext"])
+@pytest.mark.parametrize("where", ["cpu", "disk", "disk, half"])
+def test_offloaded_as_any_model(config, where, tmp_path):
+    """By the names of its state dict alone."""
+    if config is None:
+        model, images = made(), torch.randn(1, 3, 64, 64)
+    else:
+        model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path / "checkpoint", config))
+        images = torch.randn(2, 3, 32, 48)
+    model = model.to(torch.bfloat16) if "half" in where else model
+    expected = model(images).last_hidden_state
+    if where == "cpu":
+        accelerate.cpu_offload(model)
+    else:
+        accelerate.disk_offload(model, str(tmp_path / "offloaded"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    for _ in range(2):
+        assert torch.equal(model(images).last_hidden_state, expected)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_loading_by_the_names_of_a_file(tmp_path):
+    """What torch and accelerate make of them before they load holds the fused bias beside its thirds."""
     from safetensors.torch import load_file
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 

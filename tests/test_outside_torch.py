@@ -8,7 +8,8 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import TINY, relative_error, write_checkpoint
+from convnexts import made
+from helpers import TINY, TINY_GATED, relative_error, write_checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parameters_to_vector, parametrizations, parametrize, prune, vector_to_parameters
@@ -83,6 +84,69 @@ def test_parameters_as_one_vector(model, images):
     expected = features(saved_and_loaded(model), images)
     assert relative_error(features(model, images), expected) < 2e-6
     assert relative_error(features(optimize_for_inference(model), images), expected) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["vit", "gated", "convnext"])
+@pytest.mark.parametrize("how", ["plain", "prepared", "averaged", "compiled", "sharded by one process"])
+def test_a_state_dict_names_what_the_parameters_are(kind, how, tmp_path):
+    """And PyTorch's own of it, which a wrapper's prefix is left out of."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model = made() if kind == "convnext" else DINOv3ViT.from_pretrained(
+        write_checkpoint(tmp_path, TINY if kind == "vit" else TINY_GATED)
+    )  # fmt: skip
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert expected.keys() == (dict(model.named_parameters()) | dict(model.named_buffers())).keys()
+    if how == "sharded by one process":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = {
+            "plain": lambda: model,
+            "prepared": lambda: optimize_for_inference(model),
+            "averaged": lambda: AveragedModel(model, use_buffers=True),
+            "compiled": lambda: torch.compile(model),
+            "sharded by one process": lambda: fully_shard(model),
+        }[how]()
+        names = dict(wrapped.named_parameters()) | dict(wrapped.named_buffers())
+        assert wrapped.state_dict().keys() == names.keys()
+        given = get_model_state_dict(wrapped)
+        assert len(given) == len(names) and {name.removeprefix("module.") for name in given} >= expected.keys()
+        if how != "prepared":
+            given = {name: torch.full_like(tensor, 0.0) for name, tensor in given.items()}
+            set_model_state_dict(wrapped, given)
+            assert not any(tensor.any() for tensor in model.state_dict().values()) or how == "averaged"
+    finally:
+        if how == "sharded by one process":
+            dist.destroy_process_group()
+
+
+def test_called_with_its_own_state_dict(model, images):
+    state = model.state_dict()
+    expected = features(model, images)
+    assert torch.equal(
+        functional_call(DINOv3ViT(TINY).eval(), state, (images,), strict=True).last_hidden_state, expected
+    )
+    with torch.no_grad():
+        assert torch.equal(functional_call(model, state, (images,)).last_hidden_state, expected)
+    state["blocks.1.attn.qkv.bias"] = state["blocks.1.attn.qkv.bias"] + 1.0  # of the caller: it is taken as it is
+    shifted = functional_call(model, state, (images,)).last_hidden_state
+    assert relative_error(shifted, expected) > 1e-3 and torch.equal(features(model, images), expected)
+
+
+def test_gradients_of_its_own_state_dict(model, images):
+    def loss(state: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, state, (images,)).cls_token.square().sum()
+
+    gradients = grad(loss)(model.state_dict())
+    model(images).cls_token.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name == "mask_token":
+            assert parameter.grad is None and not gradients[name].any()
+        else:
+            assert relative_error(gradients[name], parameter.grad) < 1e-6, name
+    assert gradients.keys() == model.state_dict().keys()
+    assert not any(gradients[f"blocks.{i}.attn.qkv.bias"][32:64].any() for i in range(3))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's word of its own attention

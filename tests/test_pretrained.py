@@ -10,10 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import PREPROCESSING, TINY, TINY_GATED, trained_like, write_checkpoint
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convert import convert
-from dinov3_lite import DINOv3ViT, ImageProcessor, optimize_for_inference
+from dinov3_lite import DINOv3ViT, ImageProcessor, load_weights, optimize_for_inference
 from dinov3_lite.checkpoint import open_checkpoint
+from dinov3_lite.checkpoint.files import StoredTensor
+from dinov3_lite.checkpoint.saving import checkpoint_of
+from dinov3_lite.pretrained import WithoutWeights
 
 CHANGED = "transformers, changed since it was loaded"
 WIDE = replace(TINY, hidden_size=128, num_attention_heads=2, intermediate_size=96)  # timm's files don't say heads
@@ -94,6 +99,49 @@ def test_the_state_dict_alone_is_read(folder, tmp_path):
         assert same_features(DINOv3ViT.from_pretrained(tmp_path / file), model)
 
 
+def older(model: DINOv3ViT) -> dict[str, torch.Tensor]:
+    """Its state dict with the names of our files, which were those of state dicts."""
+    opened = checkpoint_of(model, {n: StoredTensor.in_memory(n, t) for n, t in model.state_dict().items()})
+    return {name: opened.tensor(name) for name in opened.names()}
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED, replace(TINY, key_bias=True), replace(TINY, query_bias=False)])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_state_dict_is_the_model_by_its_newer_and_older_names(config, suffix, tmp_path):
+    model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path / "source", config))
+    for kind, state in (("newer", dict(model.state_dict())), ("older", older(model))):
+        assert ("blocks.0.attn.qkv.bias" in state) == (kind == "newer")
+        file = tmp_path / f"{kind}{suffix}"
+        torch.save(state, file) if suffix == ".pth" else save_file(state, file)
+        again = DINOv3ViT.from_pretrained(file)
+        assert again.config == config and again.weights_id == open_checkpoint(file).weights_id
+        assert again.weights_id.split()[0] == "lite" and model.weights_id.split()[1] == again.weights_id.split()[1]
+        assert open_checkpoint(convert(file, tmp_path / f"{kind} converted.safetensors")).config == config
+        load_weights(other := DINOv3ViT(config), file)
+        for loaded in (again, other, DINOv3ViT.from_pretrained(tmp_path / f"{kind} converted.safetensors")):
+            assert all(torch.equal(tensor, model.state_dict()[n]) for n, tensor in loaded.state_dict().items())
+
+
+def test_a_new_models_state_dict_is_of_the_released_kind(tmp_path):
+    torch.save(DINOv3ViT(TINY).state_dict(), tmp_path / "x.pth")
+    assert DINOv3ViT.from_pretrained(tmp_path / "x.pth").config == TINY
+
+
+def test_a_config_beside_a_state_dict_may_not_deny_what_acts(tmp_path):
+    model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path / "source", replace(TINY, key_bias=True)))
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
+    with pytest.raises(ValueError, match=r"x.pth: tensor 'blocks.0.attn.qkv.bias' holds a k_bias that is not zero"):
+        DINOv3ViT.from_pretrained(tmp_path / "x.pth")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.bias[32:64] = 0.0
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    for config in (TINY, replace(TINY, key_bias=True)):  # it says which third there is, beside zeros
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+        assert DINOv3ViT.from_pretrained(tmp_path / "x.pth").config == config
+
+
 CHANGES = {
     "training": train,
     "one number": lambda model: model.norm.bias.detach()[3].add_(1),
@@ -101,6 +149,7 @@ CHANGES = {
         model.blocks[0].attn.proj.weight, "data", model.blocks[0].attn.proj.weight.data + 0.01
     ),
     "writing through .data": lambda model: model.blocks[1].mlp.fc1.weight.data.mul_(1.01),
+    "a few numbers through .data": lambda model: model.blocks[1].mlp.fc1.weight.data.view(4, -1)[2, 15].add_(1),
     "another parameter": lambda model: setattr(model.norm, "weight", torch.nn.Parameter(torch.ones(32))),
     "a block less": lambda model: model.blocks.pop(-1),
 }
@@ -226,3 +275,35 @@ def test_an_index_with_a_name_that_no_file_can_have(folder):
     with pytest.raises(ValueError, match="index.json: shard .* is not the name of a file") as error:
         DINOv3ViT.from_pretrained(folder)
     assert len(str(error.value)) < 600
+
+
+def test_a_load_initialises_nothing(folder):
+    """What would draw random numbers on the meta device takes longer than the modules, and sympy in older PyTorch."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    called = set()
+    with Watch():
+        DINOv3ViT.from_pretrained(folder)
+    assert torch.ops.aten.empty in called
+    assert not called & {
+        torch.ops.aten.uniform_,
+        torch.ops.aten.normal_,
+        torch.ops.aten.uniform,
+        torch.ops.prims.uniform,
+    }
+
+
+def test_a_skeleton_is_the_model_without_its_weights():
+    with WithoutWeights():
+        skeleton = DINOv3ViT(TINY_GATED)
+    model, state = DINOv3ViT(TINY_GATED), skeleton.state_dict()
+    assert {name: (t.shape, t.dtype) for name, t in state.items()} == {
+        name: (t.shape, t.dtype) for name, t in model.state_dict().items()
+    }
+    assert all(tensor.is_meta for tensor in state.values()) and not torch.empty(1).is_meta
+    skeleton.load_state_dict(model.state_dict(), assign=True)
+    assert same_features(skeleton.eval(), model.eval())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import TINY, trained_like, write_checkpoint
 from launch import FOUR, OVER_FOUR
-from sharded import CONFIGS, SHAPES, SUBJECTS, run
+from sharded import CONFIGS, FSDP_RUNS, SHAPES, SUBJECTS, run
 
 from convert import convert
 from dinov3_lite import DINOv3Config, DINOv3ConvNeXt, DINOv3ConvNeXtConfig, DINOv3ViT
@@ -54,8 +54,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder) -> dict[tuple[str, str], Any]:
     """Of every subject on every mesh. Four processes first: two read what they have written."""
-    over_four = run(folder, "fsdp, tp") if OVER_FOUR else {}
-    return over_four | run(folder, "fsdp", "tp")
+    over_four = run(folder, "fsdp, tp") if OVER_FOUR and FSDP_RUNS else {}
+    return over_four | run(folder, *(["fsdp", "tp"] if FSDP_RUNS else ["tp"]))
 
 
 @pytest.fixture
@@ -69,7 +69,9 @@ def result(results, request) -> Any:
 def on(name: str, *dims: str) -> pytest.MarkDecorator:
     """The result of a subject on each of its meshes, or on these."""
     keys = [(mesh, name) for mesh in SHAPES if mesh in (dims or SUBJECTS[name][1])]
-    params = [pytest.param(key, id=key[0], marks=[FOUR] if key[0] == "fsdp, tp" else []) for key in keys]
+    old = pytest.mark.skipif(not FSDP_RUNS, reason=f"FSDP of PyTorch {torch.__version__} does not run on CPUs")
+    marks = {"fsdp": [old], "tp": [], "fsdp, tp": [old, FOUR]}
+    params = [pytest.param(key, id=key[0], marks=marks[key[0]]) for key in keys]
     return pytest.mark.parametrize("result", params, indirect=True)
 
 
@@ -123,7 +125,14 @@ def test_runs_of_a_box():
 
 @on("outputs")
 def test_outputs_are_those_of_the_whole_model(result, request):
-    assert max(result.values()) <= limit(request), max(result.items(), key=lambda item: item[1])
+    rounded_more = "attention_maps" if limit(request) else "nothing"  # see maps_in_float64
+    errors = {name: error for name, error in result.items() if rounded_more not in name}
+    assert max(errors.values()) <= limit(request), max(errors.items(), key=lambda item: item[1])
+
+
+@on("maps_in_float64")
+def test_attention_maps_are_those_of_the_whole_model(result, request):
+    assert result <= min(1e-13, limit(request))
 
 
 @on("in_inference_mode")
@@ -149,6 +158,11 @@ def test_bfloat16_is_no_worse_than_the_whole_model(result):
     """Where a product is rounded once, its parts are, once each: other roundings, of the same size on average."""
     sharded, own = (sum(errors) for errors in zip(*result.values(), strict=True))
     assert sharded <= 1.05 * own, result
+
+
+@on("sums_in_bfloat16")
+def test_no_sum_over_processes_is_rounded(result):
+    assert result == (True, torch.float32, torch.bfloat16)
 
 
 @on("in_float16")
@@ -177,7 +191,7 @@ def test_our_kernels_take_local_heads(result):
 
 @on("clipping")
 def test_gradients_are_clipped_by_their_whole_norm(result):
-    assert max(result.values()) <= 2e-6, result
+    assert max(result.values()) <= 1e-13, result
 
 
 @on("compiled")
@@ -196,7 +210,13 @@ def test_processes_of_one_model_augment_alike(result, request):
 
 @on("key_biases")
 def test_key_biases_are_never_born(result):
-    assert result == ([], 0.0)
+    query, key, value = result
+    assert key == 0.0 and query > 0.0 and value > 0.0
+
+
+@on("names_of_parameters")
+def test_a_state_dict_names_what_the_parameters_are(result):
+    assert result == {"own": True, "distributed": True}
 
 
 @on("decaying")
@@ -298,6 +318,8 @@ def test_refusals(result):
         "other names": "mesh has dims ('dp',): expected ('fsdp',), ('tp',) or ('fsdp', 'tp'), in this order",
         "no mesh": "mesh is a tuple: expected a DeviceMesh, which init_device_mesh makes",
         "device": "device is 'cuda' and the mesh is of 'cpu': leave device out, or make a mesh of it",
+        "an old PyTorch": f"mesh has dims ('fsdp',) of CPUs, on which FSDP of PyTorch {torch.__version__} does not run: expected "
+        "a newer PyTorch, a mesh of GPUs, or ('tp',)",
         "no model": "model is a Linear: expected a DINOv3ViT; what stands around it you shard by torch's fully_shard, after "
         "this",
         "heads": "'tp' of the mesh is 2 and the model has num_attention_heads 3: expected a number of processes that "
@@ -314,6 +336,7 @@ def test_refusals(result):
         "another size": "/for timm: lacks 'blocks.3.attn.proj.bias'",
         "a ConvNeXt": "mesh is given and ",
         "lora": "Target module ColumnParallelQKV",
+        "lora behind": "Target module RowParallel",
     }
     for name, said in result.items():
         if name in beginnings:

@@ -3,16 +3,17 @@
 The way of a load: `hub.locate` makes a local path of a source, `folders.weight_files` lists the files of weights in it,
 `containers.read_headers` opens them, `layouts.detect` tells whose names they have, the layout's card gives the config
 (or the tensors show it), `match` finds each of the model's tensors in the files, `assign` makes them the model's.
+Tensors have the names of our own file; `STATE_DICT` tells which of them make up each of the model's parameters.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,22 @@ from torch import Tensor, nn
 from ..pages import empty, give_back
 from .choose import choose, without_wrappers
 from .containers import cast, read_headers
-from .files import Span, StoredTensor, cut, few
+from .files import Span, StoredTensor, cut, few, samples
 from .folders import SeveralFiles, check_index, read_license, weight_files
 from .json_files import read_json
-from .layouts import LAYOUTS, LITE, backbones, carried_names, detect, model_tensors, own_name, reason_of
+from .layouts import (
+    LAYOUTS,
+    LITE,
+    STATE_DICT,
+    backbones,
+    carried_names,
+    detect,
+    model_tensors,
+    own_name,
+    reason_of,
+)
 from .layouts.others import what_else
-from .layouts.table import Beside, Card, Layout, Table, numel
+from .layouts.table import Beside, Card, Equation, Layout, Shape, Table, numel
 from .layouts.vit import storage_dtype
 from .matching import match
 
@@ -78,14 +89,38 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """The model's tensor `name`: memory-mapped where the layout stores it whole."""
         shape = model_tensors(self.config)[name][0]
-        parts = [span.read() for span in self.spans[name]]
+        return self.read(self.spans[name]).view(shape) if self.spans[name] else torch.empty(shape, dtype=self.dtype)
+
+    def spans_of(self, equation: Equation) -> list[Span]:
+        """The stored elements of the tensors in an equation, one after the other: zeros for what the model lacks."""
+        there = [span for name, _ in equation.ours for span in self.spans.get(name, ())]
+        dtype = there[0].stored.dtype if there else torch.float32
+        return [
+            span
+            for name, shape in equation.ours
+            for span in self.spans.get(name)
+            or [StoredTensor.in_memory(name, torch.zeros(shape, dtype=dtype, device="cpu")).span()]
+        ]
+
+    def state(self) -> dict[str, tuple[Shape, list[Span]]]:
+        """The model's state dict: the shape of each of its tensors, and the stored elements that make it up."""
+        equations = STATE_DICT.table(self.config).equations(self.config)
+        return {name: (shape, self.spans_of(equation)) for equation in equations for name, shape in equation.theirs}
+
+    def read(self, spans: Sequence[Span]) -> Tensor:
+        """These elements one after the other, flat: memory-mapped where they are stored so.
+
+        Of several dtypes the narrowest that holds them all.
+        """
+        parts = [span.read() for span in spans]
         if len(parts) == 1:
-            return parts[0].view(shape)
-        whole = empty((numel(shape),), parts[0].dtype if parts else self.dtype)
+            return parts[0]
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+        whole = empty((sum(map(len, parts)),), dtype)
         for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
             place.copy_(part)
             give_back(part)
-        return whole.view(shape)
+        return whole
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,15 +159,16 @@ class Checkpoint:
             sha.update(sample.view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
-    @cached_property
+    @functools.cached_property
     def samples(self) -> list[tuple[str, Tensor]]:
         """A few numbers of each tensor, of each of those that are fused in one of ours."""
-        return [
-            (name, span.sample())
+        spans = [
+            (name, span)
             for name, (shape, fused) in model_tensors(self.config).items()
             if name not in ("rope_embed.periods", "mask_token")  # not stored in every layout
             for span in itertools.chain(*cut(self.spans[name], [numel(shape) // fused] * fused))
         ]
+        return [(name, sample) for (name, _), sample in zip(spans, samples(span for _, span in spans), strict=True)]
 
     @property
     def weights_id(self) -> str:
@@ -302,8 +338,8 @@ def assign(
     """
     weights_dtype = dtype or opened.dtype
     state = {}
-    for name in model.state_dict():
-        tensor = opened.tensor(name)
+    for name, (shape, spans) in opened.state().items():
+        tensor = opened.read(spans).view(shape)
         state[name] = cast(tensor, name, storage_dtype(name, weights_dtype)).to(device)
         if state[name] is not tensor:
             give_back(tensor)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import glob
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -75,8 +76,11 @@ class Span(NamedTuple):
         """The elements, (stop - start,), without a copy: the mapping keeps what was touched of the file in memory."""
         return self.stored.read().reshape(-1)[self.start : self.stop]
 
-    def load(self, parts: Iterable[tuple[int, int]] | None = None) -> Tensor:
-        """The elements, or these parts of them, flat, read into memory of their own, which is freed with the tensor."""
+    def load(self, parts: Iterable[tuple[int, int]] | None = None, opened: IO[bytes] | None = None) -> Tensor:
+        """The elements, or these parts of them, flat, read into memory of their own, which is freed with the tensor.
+
+        opened: the file of the stored tensor, unbuffered, where it is open already.
+        """
         ranges = [(self.start + a, self.start + b) for a, b in ([(0, self.size)] if parts is None else parts)]
         stored = self.stored
         if stored.offset is None or not self.size:
@@ -85,7 +89,7 @@ class Span(NamedTuple):
         itemsize = stored.dtype.itemsize
         data = bytearray(sum(stop - start for start, stop in ranges) * itemsize)
         rest = memoryview(data)
-        with stored.file.open("rb", buffering=0) as file:
+        with nullcontext(opened) if opened else stored.file.open("rb", buffering=0) as file:
             for start, stop in ranges:
                 size = (stop - start) * itemsize
                 file.seek(stored.offset + start * itemsize)
@@ -93,10 +97,14 @@ class Span(NamedTuple):
                 rest = rest[size:]
         return torch.frombuffer(data, dtype=stored.dtype)
 
-    def sample(self) -> Tensor:
-        """64 elements at each of five places, read into memory of their own."""
-        starts = (*(self.size * quarter // 4 for quarter in range(4)), max(0, self.size - 64))
-        return self.load((start, min(start + 64, self.size)) for start in starts)
+
+def samples(spans: Iterable[Span]) -> Iterator[Tensor]:
+    """Of each span 64 elements at each of five places, read into memory of their own."""
+    for path, of_it in itertools.groupby(spans, lambda span: span.stored.offset is not None and span.stored.file):
+        with path.open("rb", buffering=0) if path else nullcontext() as file:
+            for span in of_it:
+                starts = (*(span.size * quarter // 4 for quarter in range(4)), max(0, span.size - 64))
+                yield span.load([(start, min(start + 64, span.size)) for start in starts], file)
 
 
 def cut(spans: Iterable[Span], sizes: Sequence[int]) -> list[list[Span]]:

@@ -15,7 +15,7 @@ from ..console import naming
 from . import Checkpoint
 from .containers import CONTAINERS, OnBytes, OutputTensor
 from .files import StoredTensor, cut, whole_files
-from .layouts import LAYOUTS, LITE, reader_config
+from .layouts import LAYOUTS, STATE_DICT, reader_config
 from .layouts.table import README, Card, Layout, numel, pattern
 from .layouts.vit import storage_dtype
 from .matching import match
@@ -90,12 +90,7 @@ def output_tensors(opened: Checkpoint, layout: Layout, dtype: torch.dtype | None
     result = []
     for equation in table.equations(config):
         first = equation.ours[0][0]
-        spans = [
-            span
-            for name, shape in equation.ours
-            for span in opened.spans.get(name) or [StoredTensor.in_memory(name, _zeros(shape)).span()]
-        ]
-        runs = cut(spans, [numel(shape) for _, shape in equation.theirs])
+        runs = cut(opened.spans_of(equation), [numel(shape) for _, shape in equation.theirs])
         widened = layout.keeps_float32 or first == "rope_embed.periods"
         target = storage_dtype(first, weights_dtype) if widened else weights_dtype
         result += [
@@ -112,10 +107,6 @@ def output_tensors(opened: Checkpoint, layout: Layout, dtype: torch.dtype | None
             shape = opened.tensor(ours).shape
             result.append(OutputTensor(name, weights_dtype, tuple(shape), opened.spans[ours]))
     return result
-
-
-def _zeros(shape: tuple[int, ...]) -> Tensor:
-    return torch.zeros(shape, device="cpu")
 
 
 def carried_into(opened: Checkpoint, layout: Layout) -> dict[str, StoredTensor]:
@@ -153,11 +144,7 @@ def losses(opened: Checkpoint, layout: Layout) -> dict[str, str]:
     def read(name: str) -> Tensor:
         if name in masks:
             return masks[name]
-        parts = [
-            opened.tensor(ours).flatten() if ours in opened.spans else _zeros(shape).flatten()
-            for ours, shape in theirs[name].ours
-        ]
-        return torch.cat([part.float() for part in parts]).view(shapes[name])
+        return opened.read(opened.spans_of(theirs[name])).float().view(shapes[name])
 
     lost = {}
     try:
@@ -209,7 +196,7 @@ def save_tensors(
 
 def checkpoint_of(model: Any, stored: dict[str, StoredTensor]) -> Checkpoint:
     """A model's tensors as a checkpoint. Raises ValueError if they are not those of a model of its config."""
-    table = LITE.table(model.config)
+    table = STATE_DICT.table(model.config)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     try:
         shown = table.family.infer(table, shapes, lambda name: stored[name].read())
@@ -219,7 +206,7 @@ def checkpoint_of(model: Any, stored: dict[str, StoredTensor]) -> Checkpoint:
     config = replace(model.config, **counts)  # blocks and registers may have been dropped or appended
     card = (model.card or Card())._replace(config=config, digest="", source_digest="", source_layout="")
     spans = match(Path(f"the {type(model).__name__}"), table, config, stored)
-    return Checkpoint(Path(), LITE, card, spans, {}, {})
+    return Checkpoint(Path(), STATE_DICT, card, spans, {}, {})
 
 
 def _here(name: str, tensor: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from ..console import complain, say
 from .remote import folder_at
 
 DESCRIPTION = """Features of all pictures of INPUT, in a folder of numpy files. The same command again goes on where it
-was. Exit status: 0 all done, 1 bad input, 2 bad usage, 3 some shards failed (listed), 143 stopped by SIGTERM."""
+was. Exit status: 0 all done, 1 bad input, 2 bad usage, 3 some shards failed (listed), 130 and 143 stopped by Ctrl-C
+and SIGTERM."""
 EXAMPLE = """example:
   %(prog)s photos/ --model checkpoint --output features --outputs cls_token patch_mean --dtype bfloat16
 
@@ -110,10 +111,14 @@ def _extract(args: argparse.Namespace) -> int:
     except Stopped as error:
         complain(f"dinov3_lite: {error}")
         return 143
+    except KeyboardInterrupt:
+        complain("dinov3_lite: stopped by Ctrl-C: the same command goes on, and does the shard at hand again")
+        return 130
     say(repr(store))
     if count := len(store.rejects):
         first = store.rejects[0]
-        say(f"{count} pictures have no row, the first {first['key']!r}: {first['reason']}; see store.rejects")
+        pictures = "1 picture has no row:" if count == 1 else f"{count} pictures have no row, the first"
+        say(f"{pictures} {first['key']!r}: {first['reason']}; see store.rejects")
     return 0
 
 

@@ -59,8 +59,8 @@ def decode(data: bytes, wanted: tuple[int, int] | None = None) -> Any:
 
 
 @contextmanager
-def _rejecting() -> Iterator[None]:
-    """Whatever Pillow finds wrong is a reason, in the same words in every run."""
+def _rejecting(as_it_is: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Whatever Pillow finds wrong is a reason, in the same words in every run; as_it_is: errors that are sentences."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -73,6 +73,8 @@ def _rejecting() -> Iterator[None]:
         raise Rejected(f"a decompression bomb: more than {MOST_PIXELS} pixels") from error
     except Exception as error:  # Pillow's many readers raise what they like
         reason = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split())).removeprefix("image: ")
+        if isinstance(error, as_it_is):
+            raise Rejected(reason) from error
         raise Rejected(f"damaged ({reason or type(error).__name__})") from error
 
 
@@ -127,7 +129,7 @@ class Preparation:
 
     def __call__(self, picture: Any) -> Tensor:
         """(C, h, w). Raises Rejected for pictures that the processor does not take."""
-        with _rejecting():
+        with _rejecting(as_it_is=ValueError):
             size = self.processor.size or self._native_size(picture)
             if self.rounded:
                 return self._rounded(picture, size)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..console import sentence
 from ..image import ImageProcessor
 from ..loading import Backbone
 from .commit import complete
@@ -111,6 +112,12 @@ def extract(
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if not re.fullmatch(r"\d+%?|\d+\.\d+%", str(max_rejects)):
         raise ValueError(f"max_rejects {max_rejects!r}: expected a number of pictures, or a share of a shard as '5%'")
+    for name, count in (("decode_threads", decode_threads), ("workers", workers)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}: expected at least 1")
+    if workers is not None and engine != "ray":
+        raise ValueError(f"workers is {workers}, and engine {engine!r} is this process: ask for engine 'ray'")
+    _check_device(device, engine)
     _check_model(model, engine, device)
     source: str | Backbone = model if isinstance(model, Backbone) else os.fspath(model)
     if mesh and (engine != "local" or not isinstance(source, str)):
@@ -157,7 +164,7 @@ def extract(
             if not shards:
                 failures = {}
             elif engine == "ray":
-                failures = run_ray(setup, job, shards, bar, workers)
+                failures = run_ray(setup, shards, bar, workers)
             else:
                 given = None if isinstance(source, str) else source
                 failures = run_local(Worker(setup, job["model"]["weights"], bar.add, given, team), shards, bar)
@@ -170,6 +177,16 @@ def extract(
 def _anywhere(source: str) -> str:
     """A path that other working directories know too; a hub id as it is."""
     return os.path.abspath(source) if os.path.exists(source) else source
+
+
+def _check_device(device: str | None, engine: str) -> None:
+    """Raises ValueError for a device that PyTorch does not know, and for a GPU where this process has none."""
+    try:
+        kind = None if device is None else torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: expected 'cpu', 'cuda' or, of several GPUs, 'cuda:1'") from error
+    if kind == "cuda" and engine == "local" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: PyTorch finds no GPU here: leave it out, or give 'cpu'")
 
 
 def _check_model(model: Any, engine: str, device: str | None) -> None:
@@ -221,17 +238,27 @@ def _ends_after_the_shard() -> Iterator[Callable[[], bool]]:
 
 
 class RayWorker:
-    """A Worker in an actor of Ray Data: a row in is a shard's number, a row out what became of it."""
+    """A Worker in an actor of Ray Data: a row in is a shard's number, a row out what became of it.
 
-    def __init__(self, setup: dict[str, Any], digest: str) -> None:
-        self.worker = Worker(Setup(**setup), digest)
+    Errors that end the job are told, not raised: Ray would bury their sentence in pages of its own.
+    """
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self.setup = Setup(**setup)
+        self.worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        reasons = [extract_shard(self.worker, int(shard)) for shard in batch["shard"]]
-        return {"shard": batch["shard"], "reason": [reason or "" for reason in reasons]}
+        (shard,) = batch["shard"]
+        reason, error = None, ""
+        try:
+            self.worker = self.worker or Worker(self.setup)  # which compares the weights: they may be others by now
+            reason = extract_shard(self.worker, int(shard))
+        except Exception as raised:
+            error = sentence(raised)
+        return {"shard": [shard], "reason": [reason or ""], "error": [error]}
 
 
-def run_ray(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, workers: int | None) -> dict[int, str]:
+def run_ray(setup: Setup, shards: list[int], bar: Bar, workers: int | None) -> dict[int, str]:
     """Do the shards in a pool of Ray's actors. Neither pictures nor features pass through its object store.
 
     Ray replaces actors that die and gives their shards to others; what a shard's files hold it does not know.
@@ -246,14 +273,14 @@ def run_ray(setup: Setup, job: dict[str, Any], shards: list[int], bar: Bar, work
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        return {i: reason for i, reason in _ray_outcomes(ray, setup, job, shards, workers, bar) if reason}
+        return {i: reason for i, reason in _ray_outcomes(ray, setup, shards, workers, bar) if reason}
     finally:
         if started_here:
             ray.shutdown()
 
 
 def _ray_outcomes(
-    ray: Any, setup: Setup, job: dict[str, Any], shards: list[int], workers: int | None, bar: Bar
+    ray: Any, setup: Setup, shards: list[int], workers: int | None, bar: Bar
 ) -> Iterable[tuple[int, str]]:
     resources = ray.cluster_resources()
     gpu = setup.device.startswith("cuda")
@@ -268,11 +295,12 @@ def _ray_outcomes(
         compute=ray.data.ActorPoolStrategy(size=workers),
         fn_constructor_kwargs={
             "setup": {**asdict(setup), "device": "cuda" if gpu else setup.device},  # Ray shows an actor its GPU alone
-            "digest": job["model"]["weights"],
         },
         num_cpus=cores if gpu else 1,
         num_gpus=1 if gpu else 0,
     )
     for row in done.iter_rows():
+        if row["error"]:
+            raise RuntimeError(row["error"])
         bar.count()
         yield int(row["shard"]), row["reason"]

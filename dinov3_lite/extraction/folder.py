@@ -99,10 +99,13 @@ class Folder:
         return map(self.read_json, paths)
 
     def put(self, path: Path, data: bytes) -> None:
-        """Write a small file, whole or not at all."""
+        """Write a small file, whole or not at all. An OSError names it: that of a full disk does not by itself."""
         from .writer import write_whole
 
-        write_whole(path, data)
+        try:
+            write_whole(path, data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
     def remove(self, path: Path) -> None:
         """Whether it is there or not."""

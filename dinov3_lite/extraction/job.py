@@ -11,6 +11,7 @@ from typing import Any
 
 from ..checkpoint import DTYPES, Checkpoint, open_checkpoint
 from ..checkpoint.hub import locate
+from ..checkpoint.layouts import tensors_of
 from ..image import ImageProcessor
 from ..loading import Backbone, skeleton
 from .commit import GRID
@@ -92,6 +93,8 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
     """
     wanted = describe(request)
     if not folder.has(folder.job):
+        if folder.path.is_file():
+            raise NotADirectoryError(f"{folder}: is a file: the output is a folder, name another")
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.plan.is_dir():
             write_plan(
@@ -119,7 +122,7 @@ def describe(request: Request) -> dict[str, Any]:
     """The job of a request, but for its plan."""
     if isinstance(request.model, Backbone):
         model, dtype = request.model, _dtype(request.model)
-        weights = weights_digest(sorted(request.model.state_dict().items()))
+        weights = weights_digest(sorted(tensors_of(model.state_dict(), model.config).items()))
         processor = request.processor
     else:
         checkpoint = open_checkpoint(path := locate(request.model, **request.loading))

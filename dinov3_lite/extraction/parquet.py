@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .sources import filesystem, is_url
+from .sources import filesystem, is_url, naming
 
 
 def open_parquet(path: str) -> Any:
@@ -18,7 +18,8 @@ def open_parquet(path: str) -> Any:
     try:
         if is_url(path):
             fs, inner = filesystem(path)
-            return pyarrow.parquet.ParquetFile(fs.open(inner, "rb"))
+            with naming(path, pyarrow.ArrowInvalid):
+                return pyarrow.parquet.ParquetFile(fs.open(inner, "rb"))
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a whole parquet file ({' '.join(str(error).split())})") from error
@@ -36,17 +37,21 @@ def picture_column(schema: Any, column: str | None, path: str) -> str:
     if column is not None:
         if column not in columns:
             raise ValueError(f"{path}: no column {column!r}: it has {listed}")
+        if not (_is_bytes(kind := schema.field(column).type) or types.is_string(kind) or types.is_large_string(kind)):
+            raise ValueError(f"{path}: column {column!r} has neither bytes nor paths: it has {listed}")
         return column
-    binary = [f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type) or _is_hf(f.type)]
+    binary = [field.name for field in schema if _is_bytes(field.type)]
     if len(binary) != 1:
         raise ValueError(f"{path}: which column holds the pictures? Name one by --column: {listed}")
     return binary[0]
 
 
-def _is_hf(kind: Any) -> bool:
+def _is_bytes(kind: Any) -> bool:
+    """Or Hugging Face's struct of them and a path."""
     import pyarrow.types as types
 
-    return types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+    hugging_face = types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+    return types.is_binary(kind) or types.is_large_binary(kind) or hugging_face
 
 
 def row_groups(file: Any, shard_size: int) -> Iterator[tuple[int, int, int, int]]:

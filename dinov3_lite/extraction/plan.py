@@ -18,7 +18,7 @@ from . import tars
 from .doubled import Keys
 from .folder import Folder, from_line, to_json, to_line
 from .parquet import open_parquet, picture_column, row_groups
-from .sources import Listing, Source, filesystem, is_picture, is_url, pictures
+from .sources import Listing, Source, filesystem, is_picture, is_url, naming, pictures
 
 ITEMS, SHARDS = "items.txt", "shards.jsonl"
 
@@ -75,6 +75,10 @@ def write_plan(
         except OSError:
             if not folder.plan.is_dir():
                 raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, f"can't write the plan ({error.strerror})", str(folder)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -95,8 +99,9 @@ def _write(folder: Path, sources: list[Source], shard_size: int, cut: bool, colu
             file.flush()
             os.fsync(file.fileno())
     if not shards:
-        left = ", ".join(f"{count} {suffix}" for suffix, count in sorted(listing.left_out.items())) or "nothing"
-        raise ValueError(f"{', '.join(source.path for source in sources)}: no pictures there (but {left})")
+        left = ", ".join(f"{count} {suffix}" for suffix, count in sorted(listing.left_out.items()))
+        but = f" (but {left})" if left else ""
+        raise ValueError(f"{', '.join(source.path for source in sources)}: no pictures there{but}")
     return {
         "shards": shards,
         "pictures": total if known else None,
@@ -215,4 +220,5 @@ def _size(path: str) -> int:
     if not is_url(path):
         return os.path.getsize(path)
     fs, inner = filesystem(path)
-    return fs.size(inner)
+    with naming(path):
+        return fs.size(inner)

@@ -7,13 +7,14 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import IO, Any, NamedTuple, TypeVar
 
 from . import tars
 from .parquet import open_parquet
 from .plan import Plan
-from .sources import filesystem, is_picture, is_url
+from .sources import filesystem, is_picture, is_url, naming
 
 TRIES = 3
 PAUSES = (0.5, 2.0)  # seconds between them
@@ -54,10 +55,10 @@ def _items(plan: Plan, shard: dict[str, Any]) -> Iterator[Item]:
         for item in plan.items(shard):
             key = f"{shard['name']}/{item}" if shard["name"] else item
             yield Item(key, partial(read_file, _join(shard["root"], item)))
-    elif shard["kind"] == "tar":
-        yield from _read_tar(shard)
-    else:
-        yield from _read_parquet(shard)
+        return
+    archive = _read_tar(shard) if shard["kind"] == "tar" else _read_parquet(shard)
+    with naming(shard["path"], OSError, ValueError) if is_url(shard["path"]) else nullcontext():
+        yield from archive
 
 
 def _join(root: str, item: str) -> str:
@@ -115,7 +116,8 @@ def _read_local(path: str) -> bytes:
 def _read_url(url: str) -> bytes:
     fs, path = filesystem(url)
     try:
-        return fs.cat_file(path)
+        with naming(url):
+            return fs.cat_file(path)
     except FileNotFoundError as error:
         raise NotThere(_NOT_THERE[errno.ENOENT]) from error
     except PermissionError as error:
@@ -127,7 +129,8 @@ def _open(shard: dict[str, Any]) -> IO[bytes]:
     path = shard["path"]
     if is_url(path):
         fs, inner = filesystem(path)
-        size, file = fs.size(inner), fs.open(inner, "rb")
+        with naming(path):
+            size, file = fs.size(inner), fs.open(inner, "rb")
     else:
         size, file = os.path.getsize(path), open(path, "rb")  # noqa: SIM115 - its caller closes it
     if size != shard["bytes"]:

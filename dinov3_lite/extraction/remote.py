@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 
 from .folder import Folder, parse_json
-from .sources import filesystem, is_url
+from .sources import filesystem, is_url, naming
 
 # Whose PUT shows a file whole or not at all, and which show it to everybody as soon as it is there.
 STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory"}
@@ -90,15 +89,8 @@ class RemoteFolder(Folder):
         with self._named(path):
             return self.store.isfile(self._there(path))
 
-    @contextmanager
-    def _named(self, path: Path) -> Iterator[None]:
-        """What goes wrong is an OSError that names the file: each store's library has errors of its own."""
-        try:
-            yield
-        except Exception as error:
-            number = errno.ENOENT if isinstance(error, FileNotFoundError) else getattr(error, "errno", None)
-            words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-            raise OSError(number or errno.EIO, words, self.where(path)) from error
+    def _named(self, path: Path) -> AbstractContextManager[None]:
+        return naming(self.where(path))
 
     def names(self, inside: Path) -> list[str]:
         try:

@@ -85,7 +85,8 @@ class Worker:
         processor = ImageProcessor(size, *(preprocessing[name] for name in ("mean", "std", "rescale_factor", "exif")))
         rounded = preprocessing["resize"] == "uint8"
         names = [name for name in job["outputs"] if name != GRID]
-        options = (names, job["blocks"], STORES[job["store"]], processor if rounded else None)
+        batch = None if size is None else (job["batch_size"], *size)
+        options = (names, job["blocks"], STORES[job["store"]], processor if rounded else None, batch)
         dtype = getattr(torch, job["dtype"])
         if team is not None:
             self.network = team.network(setup.model, setup.loading, dtype, *options)

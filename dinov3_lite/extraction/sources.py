@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import glob
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -63,6 +66,28 @@ def filesystem(url: str, **options: Any) -> tuple[Any, str]:
         raise ValueError(f"{url}: {error}") from error
 
 
+_STATUS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}  # of HTTP
+
+
+@contextmanager
+def naming(url: str, *but: type[Exception]) -> Iterator[None]:
+    """What goes wrong behind a URL is an OSError that names it: each store's library has errors of its own.
+
+    but: errors that stay as they are.
+    """
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        kinds = ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES))  # which may have no number
+        number = next((number for kind, number in kinds if isinstance(error, kind)), getattr(error, "errno", None))
+        number = number or _STATUS.get(getattr(error, "status", 0), errno.EIO)
+        said = " ".join(str(error).split())
+        words = getattr(error, "strerror", None) or (os.strerror(number) if said in ("", url) else said)
+        raise OSError(number, words, url) from error
+
+
 def find_sources(inputs: list[str]) -> list[Source]:
     """What each input is. Patterns (`data-*.tar`, `data-{000..099}.tar`, both also in URLs) are expanded.
 
@@ -110,7 +135,8 @@ def _matches(pattern: str) -> list[str]:
     if not is_url(pattern):
         return sorted(glob.glob(pattern))
     fs, path = filesystem(pattern)
-    return sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
+    with naming(pattern):
+        return sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -129,8 +155,9 @@ def _kind(path: str) -> str:
         if suffix in _BY_SUFFIX:
             return _BY_SUFFIX[suffix]
         fs, inner = filesystem(path)
-        if fs.isdir(inner):
-            return "folder"
+        with naming(path):
+            if fs.isdir(inner):
+                return "folder"
         raise FileNotFoundError(f"{path}: neither a folder there nor {_EXPECTED}")
     if os.path.isdir(path):
         return "folder"
@@ -156,10 +183,11 @@ def pictures(source: Source, listing: Listing) -> Iterator[str]:
     """
     if source.kind == "pictures":
         yield from source.members
+    elif is_url(source.path):
+        with naming(source.path):
+            yield from _lines(source.path) if source.kind == "list" else _walk_url(source.path, listing)
     elif source.kind == "list":
         yield from _lines(source.path)
-    elif is_url(source.path):
-        yield from _walk_url(source.path, listing)
     else:
         yield from _walk(source.path, "", (), listing)
 
@@ -168,7 +196,9 @@ def _lines(path: str) -> Iterator[str]:
     import fsspec
 
     with fsspec.open(path, "rb") if is_url(path) else open(path, "rb") as file:
-        for line in file:
+        for i, line in enumerate(file):
+            if i == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)  # which editors on Windows put there
             if text := line.rstrip(b"\r\n").decode("utf-8", "surrogateescape"):
                 yield text
 

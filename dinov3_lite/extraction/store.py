@@ -131,6 +131,8 @@ class _ByShard(Sequence[Any]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return self._several(range(*i.indices(len(self))))
+        if isinstance(i, tuple):
+            raise TypeError(f"{i} is a tuple, and rows lie in many files: take rows first, as x[3][:5] or x[[0, 2]]")
         if np.ndim(i):
             index = np.asarray(i)
             return self._several((np.flatnonzero(index) if index.dtype == bool else index).tolist())

@@ -12,9 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.containers import cast
-from ..checkpoint.files import Span, StoredTensor, few
+from ..checkpoint.files import Span, few
 from ..checkpoint.hub import locate
-from ..checkpoint.layouts import model_tensors
 from .mesh import check_mesh, device_of, mesh_of
 from .parameters import Region, held_by, local_part, resharded
 from .wrapping import shard
@@ -77,17 +76,17 @@ def fill(model: Any, opened: Checkpoint, device: torch.device | str | None = Non
         mesh = mesh_of(model)
         place = device if device is not None else device_of(mesh) if mesh is not None else "cpu"
         model._apply(lambda tensor: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor)
-    for name, tensor, tensors, shape in held_by(model):
+    state = opened.state()
+    for name, tensor, _ in held_by(model):
         part = local_part(tensor)
-        spans = [span for source in tensors for span in _spans(opened, source, shape)]
-        numbers = read(spans, Region.held(name, tensor).runs(), name, part.dtype)
+        numbers = read(state[name][1], Region.held(name, tensor).runs(), name, part.dtype)
         part.copy_(numbers.view(part.shape))
 
 
 def _check_same_model(model: Any, opened: Checkpoint) -> None:
     """Raise ValueError that names the tensors which the model and the checkpoint do not share."""
-    wanted = {name: held.shape for held in held_by(model) for name in held.tensors if name is not None}
-    found = {name: shape for name, (shape, _) in model_tensors(opened.config).items()}
+    wanted = {name: shape for name, _, shape in held_by(model)}
+    found = {name: shape for name, (shape, _) in opened.state().items()}
     for names, words in ((wanted.keys() - found.keys(), "lacks"), (found.keys() - wanted.keys(), "holds")):
         if names:
             other = "which the model has" if words == "lacks" else "which the model does not have"
@@ -101,13 +100,6 @@ def _check_same_model(model: Any, opened: Checkpoint) -> None:
             f"{opened.path}: {name!r} has shape {found[name]} and the model's {wanted[name]}: expected a model of "
             f"{opened.config.name}"
         )
-
-
-def _spans(opened: Checkpoint, source: str | None, shape: tuple[int, ...]) -> list[Span]:
-    """Where a tensor's numbers are; None: zeros."""
-    if source is None:
-        return [StoredTensor.in_memory("zeros", torch.zeros(shape)).span()]
-    return opened.spans[source]
 
 
 def read(spans: Iterable[Span], runs: Iterable[tuple[int, int]], name: str, dtype: torch.dtype) -> Tensor:

@@ -29,6 +29,11 @@ def check_mesh(mesh: Any, device: torch.device | str | None = None) -> tuple[str
     if names not in DIMS:
         found = f"dims {names}" if names else "no names for its dims"
         raise ValueError(f"mesh has {found}: expected ('fsdp',), ('tp',) or ('fsdp', 'tp'), in this order")
+    if "fsdp" in names and mesh.device_type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ValueError(
+            f"mesh has dims {names} of CPUs, on which FSDP of PyTorch {torch.__version__} does not run: expected "
+            "a newer PyTorch, a mesh of GPUs, or ('tp',)"
+        )
     if device is not None and torch.device(device).type != mesh.device_type:
         raise ValueError(
             f"device is {str(device)!r} and the mesh is of {mesh.device_type!r}: leave device out, or make a mesh of it"

@@ -1,4 +1,4 @@
-"""What a sharded model's parameters hold of a checkpoint: which of its tensors, and of those which numbers."""
+"""What a sharded model's parameters hold of its state dict, and which of their numbers each process has."""
 
 from __future__ import annotations
 
@@ -11,35 +11,27 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..layers import QKVProjection
 from .tensor_parallel import ColumnParallel
 
 
 class Held(NamedTuple):
-    """A parameter or buffer, and the checkpoint's tensors that lie in it one after the other along the first axis."""
+    """A parameter or buffer, and the shape that it has in the unsharded model: the same numbers in the same order."""
 
     name: str
     tensor: Tensor
-    tensors: tuple[str | None, ...]
-    """By their names; None stands for zeros: a key bias that there is not."""
     shape: tuple[int, ...]
-    """Of each of them."""
 
 
 def held_by(model: nn.Module) -> Iterator[Held]:
-    """Everything that a model's checkpoint fills, in the order of its modules."""
+    """The parameters and buffers of a model, in the order of its modules."""
     for path, module in model.named_modules():
         start = f"{path}." if path else ""
         own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         for name, tensor in own:
-            whole, shape = start + name, tuple(tensor.shape)
-            if isinstance(module, QKVProjection) and name == "bias":
-                thirds = tuple(start + third if there else None for third, there in module.has_bias.items())
-                yield Held(whole, tensor, thirds, (shape[0] // 3,))
-            elif isinstance(module, ColumnParallel) and name in ("weight", "bias"):
-                yield Held(whole, tensor, (whole,), (shape[0] * shape[1], *shape[2:]))
-            else:
-                yield Held(whole, tensor, (whole,), shape)
+            shape = tuple(tensor.shape)
+            if isinstance(module, ColumnParallel):
+                shape = (shape[0] * shape[1], *shape[2:])
+            yield Held(start + name, tensor, shape)
 
 
 def resharded(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,16 @@ class _Gathered:
 
     def stored(self) -> dict[str, StoredTensor]:
         """By the names of the model's state dict."""
-        result = {}
-        for i, (_, tensor, names, shape) in enumerate(self.held):
-            for part, name in enumerate(names):
-                if name is not None:
+        return {
+            name: StoredTensor(name, tensor.dtype, shape, functools.partial(self._read, i), Path())
+            for i, (name, tensor, shape) in enumerate(self.held)
+        }
 
-                    def read(i: int = i, part: int = part, shape: tuple[int, ...] = shape) -> Tensor:
-                        size = math.prod(shape)
-                        return self._flat(i)[part * size : (part + 1) * size].view(shape)
-
-                    result[name] = StoredTensor(name, tensor.dtype, shape, read, Path())
-        return result
-
-    def _flat(self, i: int) -> Tensor:
+    def _read(self, i: int) -> Tensor:
         if self._last[0] != i:
             _tell(self.mesh, i)
-            self._last = i, _whole(self.held[i].tensor).detach().cpu().flatten()
+            _, tensor, shape = self.held[i]
+            self._last = i, _whole(tensor).detach().cpu().reshape(shape)
         return self._last[1]
 
 

@@ -6,6 +6,10 @@
 All else is whole in every process. A fused projection is cut matrix by matrix: its parameter is a DTensor (parts, F, C)
 in place of (parts * F, C), the same numbers in the same order, sharded along F. What a process holds of it, one below
 the other, is again a fused projection, of fewer heads. Gradients with respect to the input are sums over processes.
+
+In half precision each process rounds its addend of a sum, which is as much as the one rounding of the whole product.
+Nothing else may be rounded that the whole model does not round: sums, what is added to them, and the gradients that
+they pass on are in float32.
 """
 
 from __future__ import annotations
@@ -19,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
-from ..layers import GatedMlp, Mlp, QKVProjection, SelfAttention
+from ..layers import OURS, GatedMlp, LayerNorm, Mlp, QKVProjection, SelfAttention
 from .mesh import device_of
 
 
@@ -38,9 +41,10 @@ def shard_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
         attn.mesh = mesh
         mlp.add_module(first, ColumnParallel(getattr(mlp, first), 2 if gated else 1, mesh))
         for parent, name in ((attn, "proj"), (mlp, last)):
-            style = RowParallel()
-            style.src_data_rank = None  # every process cuts what it has: nothing is sent
-            parallelize_module(getattr(parent, name), mesh, style)
+            parent.add_module(name, RowParallel(getattr(parent, name), mesh))
+        for norm in (block.norm1, block.norm2):
+            if type(norm) is LayerNorm:
+                norm.__class__ = WideLayerNorm
     model.rope_embed.register_forward_pre_hook(functools.partial(_draw_alike, mesh))
 
 
@@ -64,47 +68,67 @@ class ColumnParallel(nn.Module):
         self.mesh, self.parts = mesh, parts
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = _cut(linear.weight, parts, mesh)
-        self._take_bias(linear)
-
-    def _take_bias(self, linear: nn.Linear) -> None:
-        self.bias = None if linear.bias is None else _cut(linear.bias, self.parts, self.mesh)
+        self.bias = None if linear.bias is None else _cut(linear.bias, parts, mesh)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = SumOfGradients.apply(x, self.mesh)
-        return F.linear(x, self.weight.to_local().flatten(0, 1), self._local_bias())  # type: ignore[attr-defined]
+        weight = self.weight.to_local().flatten(0, 1)  # type: ignore[attr-defined]
+        bias = None if self.bias is None else self._acting(self.bias.to_local()).flatten()  # type: ignore[attr-defined]
+        return F.linear(SumOfGradients.apply(x, self.mesh).to(weight.dtype), weight, bias)
 
-    def _local_bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.to_local().flatten()  # type: ignore[attr-defined]
+    def _acting(self, bias: Tensor) -> Tensor:
+        return bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, parts={self.parts}"
 
 
 class ColumnParallelQKV(ColumnParallel):
-    """Queries, keys and values of this process's heads. The biases that the config has are parameters of their own."""
+    """Queries, keys and values of this process's heads. What the config lacks of `bias`, (3, C), does not act."""
 
-    def _take_bias(self, linear: QKVProjection) -> None:  # type: ignore[override]
-        self.names = list(linear.has_bias)
-        thirds: Any = [None] * 3 if linear.bias is None else linear.bias.chunk(3)
-        for (name, present), third in zip(linear.has_bias.items(), thirds, strict=True):
-            bias = nn.Parameter(third, requires_grad=linear.bias.requires_grad) if present else None
-            self.register_parameter(name, None if bias is None else _distributed(bias, self.mesh, Shard(0)))
+    def __init__(self, qkv: QKVProjection, parts: int, mesh: DeviceMesh) -> None:
+        super().__init__(qkv, parts, mesh)
+        self.has_bias = qkv.has_bias
 
-    def _local_bias(self) -> Tensor | None:
-        there = [bias.to_local() for name in self.names if (bias := getattr(self, name)) is not None]
-        if not there:
-            return None
-        zeros = torch.zeros_like(there[0])
-        thirds = (zeros if bias is None else bias.to_local() for bias in (getattr(self, name) for name in self.names))
-        return torch.cat(tuple(thirds))
+    def _acting(self, bias: Tensor) -> Tensor:
+        thirds = zip(bias, self.has_bias.values(), strict=True)
+        return torch.stack([third if present else torch.zeros_like(third) for third, present in thirds])
 
 
-class RowParallel(RowwiseParallel):
-    """PyTorch's, whose sum over processes is in float32 or wider, as the residual stream is that it goes to."""
+class RowParallel(nn.Module):
+    """Some columns of a projection, this process's: (..., F / processes) -> (..., C), the sum over processes.
 
-    @staticmethod
-    def _prepare_output_fn(layouts: Any, use_local: bool, module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Tensor:
-        return _summed(outputs.to_local(), mesh)
+    It is float32 or wider, as the residual stream is that it goes to, and so the bias is added to it.
+    """
+
+    def __init__(self, linear: nn.Linear, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = _distributed(linear.weight, mesh, Shard(1))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = _summed(F.linear(x, self.weight.to_local()), self.mesh)  # type: ignore[attr-defined]
+        return total if self.bias is None else total + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class WideLayerNorm(LayerNorm):
+    """LayerNorm before a projection that is cut: where gradients are asked for, its output has x's dtype.
+
+    The projection then passes on the sum of its gradients as it is, where half precision would round it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+OURS.add(WideLayerNorm)
 
 
 class SumOfGradients(torch.autograd.Function):

@@ -13,14 +13,16 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from helpers import TINY, TINY_GATED, relative_error
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -36,6 +38,7 @@ CONFIGS = {
     "gated": replace(TINY_GATED, num_attention_heads=4, num_hidden_layers=4, hidden_size=64, value_bias=True),
 }
 SHAPES = {"fsdp": (2,), "tp": (2,), "fsdp, tp": (2, 2)}
+FSDP_RUNS = hasattr(torch.cpu.Stream, "record_event")  # on CPUs; that of PyTorch 2.6 does not
 
 
 class Rig(NamedTuple):
@@ -110,13 +113,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """By the names of the state dict, as the unsharded model has them."""
-    result = {}
-    for held in sharding.parameters.held_by(model):
-        if held.tensor.grad is not None:
-            grad = whole(held.tensor.grad).flatten().chunk(len(held.tensors))
-            result |= {name: part for name, part in zip(held.tensors, grad, strict=True) if name is not None}
-    return result
+    """As the unsharded model has them."""
+    return {
+        name: whole(tensor.grad).view(shape)
+        for name, tensor, shape in sharding.parameters.held_by(model)
+        if tensor.grad is not None
+    }
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """As the unsharded model has them."""
+    return {name: whole(t).detach().view(shape) for name, t, shape in sharding.parameters.held_by(model)}
 
 
 def errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
@@ -165,6 +172,14 @@ def outputs(rig: Rig) -> dict[str, float]:
                 pairs = zip(flat(function(sharding.parameters.resharded(model))), flat(function(truth)), strict=True)
                 result[f"{name}: {call}"] = max(relative_error(actual, true) for actual, true in pairs)
     return result
+
+
+@subject()
+def maps_in_float64(rig: Rig) -> float:
+    """Attention maps are a softmax of large scores: in float32 the whole model's own error is 1e-6."""
+    maps = (load(dtype=torch.float64).attention_maps(x.double(), 1) for load in (rig.load, rig.whole))
+    with torch.no_grad():
+        return relative_error(*maps)
 
 
 @subject("fsdp", "tp")
@@ -221,6 +236,20 @@ def in_bfloat16(rig: Rig) -> dict[str, tuple[float, float]]:
     return result
 
 
+@subject("tp")
+def sums_in_bfloat16(rig: Rig) -> tuple[bool, torch.dtype, torch.dtype]:
+    """Is a sum of addends in bfloat16 exact? And the dtype that gradients come back in, and of what is normed without."""
+    block = rig.load(dtype=torch.bfloat16).blocks[0]
+    proj, group = block.attn.proj, rig.mesh.get_group()
+    mine = torch.randn(3, 32, generator=torch.Generator().manual_seed(dist.get_rank())).bfloat16()
+    addends = [torch.empty(3, 64) for _ in range(2)]
+    dist.all_gather(addends, F.linear(mine, proj.weight.to_local()).float().detach(), group)
+    exact = torch.equal(proj(mine), sum(addends) + proj.bias.float())
+    normed = block.norm1(torch.randn(2, 64))
+    with torch.no_grad():
+        return exact, normed.dtype, block.norm1(torch.randn(2, 64)).dtype
+
+
 @subject("fsdp", "tp")
 def in_float16(rig: Rig) -> tuple[float, torch.dtype]:
     model = rig.load(dtype=torch.float16)
@@ -261,9 +290,9 @@ def with_our_kernels(rig: Rig) -> float:
 
 @subject()
 def clipping(rig: Rig) -> dict[str, float]:
-    model, truth = rig.load(), rig.whole()
+    model, truth = rig.load(dtype=torch.float64), rig.whole(dtype=torch.float64)
     for each in (model, truth):
-        each(x).patch_tokens.square().sum().backward()
+        each(x.double()).patch_tokens.square().sum().backward()
     norm = torch.nn.utils.clip_grad_norm_(truth.parameters(), 1.0)
     result = {"norm": relative_error(sharding.clip_grad_norm_(model.parameters(), 1.0), norm)}
     return result | errors(gradients(model), gradients(truth))
@@ -296,8 +325,8 @@ def augmented(rig: Rig) -> list[bool]:
 
 
 @subject("fsdp", "tp")
-def key_biases(rig: Rig) -> tuple[list[str], float]:
-    """Names of key biases, and the largest that training with weight decay has left of one."""
+def key_biases(rig: Rig) -> list[float]:
+    """The largest bias of queries, keys and values after training with weight decay."""
     model = rig.load()
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p is not model.mask_token], lr=0.1, weight_decay=0.5
@@ -306,9 +335,17 @@ def key_biases(rig: Rig) -> tuple[list[str], float]:
         model(x).patch_tokens.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    names = [name for name in model.state_dict() if "k_bias" in name]
-    fused = [whole(p) for name, p in model.named_parameters() if name.endswith("qkv.bias")]
-    return names, max((bias.chunk(3)[1].abs().max().item() for bias in fused), default=0.0)
+    biases = torch.stack([t.view(3, -1) for name, t in weights(model).items() if name.endswith("qkv.bias")])
+    return biases.abs().amax(dim=(0, 2)).tolist()
+
+
+@subject("fsdp", "tp")
+def names_of_parameters(rig: Rig) -> dict[str, bool]:
+    """Whether a state dict, PyTorch's and its distributed one, has them and the buffers, and names as a whole model."""
+    model, state = rig.load(), rig.whole().state_dict()
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    found = {"own": model.state_dict(), "distributed": get_model_state_dict(model)}
+    return {name: each.keys() == own.keys() == state.keys() for name, each in found.items()}
 
 
 @subject("fsdp", "tp")
@@ -351,16 +388,9 @@ def loading(rig: Rig) -> dict[str, bool]:
     result = {}
     for source in sorted(path.name for path in (rig.folder / "layouts").iterdir()):
         model = rig.load(f"layouts/{source}")
-        parts = {name: t.flatten() for held in sharding.parameters.held_by(model) for name, t in _parts(held)}
-        wholes = sharding.parameters.held_by(rig.whole(f"layouts/{source}"))
-        truth = {name: t.flatten() for held in wholes for name, t in _parts(held)}
-        result[source] = parts.keys() == truth.keys() and all(torch.equal(parts[n], truth[n]) for n in truth)
+        found, truth = weights(model), rig.whole(f"layouts/{source}").state_dict()
+        result[source] = found.keys() == truth.keys() and all(torch.equal(found[n], truth[n]) for n in truth)
     return result
-
-
-def _parts(held: Any) -> list[tuple[str, Tensor]]:
-    parts = whole(held.tensor).detach().flatten().chunk(len(held.tensors))
-    return [(name, part) for name, part in zip(held.tensors, parts, strict=True) if name is not None]
 
 
 @subject("fsdp", "tp")
@@ -512,17 +542,15 @@ def _resumed(rig: Rig, dims: str) -> tuple[DINOv3ViT, torch.optim.Optimizer]:
 
 
 def _second_step(models: dict[str, tuple[DINOv3ViT, torch.optim.Optimizer]]) -> dict[str, float]:
-    weights = []
     for model, optimizer in models.values():
         model(images(2)).patch_tokens.square().mean().backward()
         optimizer.step()
-        weights.append({name: part for held in sharding.parameters.held_by(model) for name, part in _parts(held)})
-    return errors(*weights)
+    return errors(*(weights(model) for model, _ in models.values()))
 
 
 @subject("fsdp")
 def a_second_opinion(rig: Rig) -> bool:
-    """PyTorch's own reader of safetensors into DTensors reads what ours does."""
+    """PyTorch's own reader of safetensors into DTensors reads what ours does, by the names that the file has."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     model = rig.load("layouts/lite")
@@ -530,7 +558,8 @@ def a_second_opinion(rig: Rig) -> bool:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "rope_embed.periods"}
+    apart = ("rope_embed.periods", "qkv.bias")
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(apart)}
     dcp.load(state, storage_reader=HuggingFaceStorageReader(rig.folder / "layouts" / "lite"))
     return all(torch.equal(whole(tensor), truth[name]) for name, tensor in state.items())
 
@@ -556,8 +585,7 @@ def lora(rig: Rig) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
         merged.append(adapted.merge_and_unload())
-    weights = [{name: part for held in sharding.parameters.held_by(m) for name, part in _parts(held)} for m in merged]
-    return errors(*weights)
+    return errors(*map(weights, merged))
 
 
 # ---- what is refused, each in a sentence
@@ -593,9 +621,14 @@ def refusals(rig: Rig) -> dict[str, str]:
         replaced = rig.whole()
         replaced.blocks[1].mlp.fc2 = nn.Sequential(replaced.blocks[1].mlp.fc2)
         said["a replaced part"] = _said(lambda: sharding.shard(replaced, rig.mesh))
+    if rig.dims == "fsdp":
+        with patch.object(torch.cpu, "Stream", object):
+            said["an old PyTorch"] = _said(lambda: rig.load())
     if rig.dims == "tp":
         import peft
 
         said["a policy"] = _said(lambda: sharding.shard(rig.whole(), rig.mesh, reshard_after_forward=True))
-        said["lora"] = _said(lambda: peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"])))
+        for name, target in (("lora", "qkv"), ("lora behind", "attn.proj")):
+            config = peft.LoraConfig(target_modules=[target])
+            said[name] = _said(lambda: peft.get_peft_model(rig.load(), config))  # noqa: B023
     return said

@@ -11,34 +11,51 @@ from torch import Tensor
 
 from ..choose import prefixes
 from ..files import short
-from .lite import LITE
+from .lite import LITE, STATE_DICT
 from .meta import META
-from .table import Card, Config, Layout, Read, Shape, Table, numel, pattern
+from .table import Card, Config, Layout, Named, Read, Shape, Table, numel, pattern
 from .timm import TIMM
 from .transformers import TRANSFORMERS
 
 LAYOUTS = {layout.name: layout for layout in (LITE, TRANSFORMERS, META, TIMM)}
-__all__ = ["LAYOUTS", "LITE", "META", "TIMM", "TRANSFORMERS", "backbones", "detect", "model_tensors", "rename"]
+__all__ = ["LAYOUTS", "LITE", "META", "STATE_DICT", "TIMM", "TRANSFORMERS"]
+__all__ += ["backbones", "detect", "model_tensors", "rename", "tensors_of"]
 
 
 @functools.lru_cache(maxsize=8)
 def model_tensors(config: Config) -> Mapping[str, tuple[Shape, int]]:
-    """Shape and number of fused tensors of each of the model's tensors by its name, in the order of its state dict."""
+    """Shape and number of fused tensors of each of the model's tensors by its name in our file, in order."""
     return MappingProxyType(LITE.table(config).family.shapes(config))
 
 
-def rename(weights: Mapping[str, Tensor], layout: Layout, config: Config) -> dict[str, Tensor]:
+def rename(state: Mapping[str, Tensor], layout: Layout, config: Config) -> dict[str, Tensor]:
     """A state dict of the model in that layout: names and cuts are theirs, data is shared where nothing is joined."""
+    tensors = tensors_of(state, config)
     result: dict[str, Tensor] = {}
     for equation in layout.table(config).equations(config):
         parts = [
-            weights[name].flatten() if name in weights else torch.zeros(shape).flatten()
+            tensors[name].flatten() if name in tensors else torch.zeros(shape).flatten()
             for name, shape in equation.ours
         ]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-        cut = flat.split([numel(shape) for _, shape in equation.theirs])
-        result |= {name: t.view(shape) for (name, shape), t in zip(equation.theirs, cut, strict=True)}
+        result |= _cut(flat, equation.theirs)
     return result | layout.table(config).masks(config)
+
+
+def tensors_of(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """A state dict of the model by the names of our file: what is fused in one of its tensors is cut, as views."""
+    tensors = dict(state)
+    for equation in STATE_DICT.table(config).equations(config):
+        name = equation.theirs[0][0]
+        if len(equation.ours) > 1 and name in tensors:
+            parts = _cut(tensors.pop(name).flatten(), equation.ours)
+            tensors |= {ours: part for ours, part in parts.items() if ours in model_tensors(config)}
+    return tensors
+
+
+def _cut(flat: Tensor, wanted: Named) -> dict[str, Tensor]:
+    parts = flat.split([numel(shape) for _, shape in wanted])
+    return {name: part.view(shape) for (name, shape), part in zip(wanted, parts, strict=True)}
 
 
 def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) -> tuple[Layout, type]:
@@ -50,7 +67,7 @@ def detect(names: Collection[str], metadata: Mapping[str, str] | None = None) ->
     patterns = set(map(pattern, names))
     marked = [layout for layout in LAYOUTS.values() if layout.mark and layout.mark in (metadata or {})]
     best: tuple[int, bool, Layout, type] | None = None
-    for layout in marked or LAYOUTS.values():
+    for layout in marked or (*LAYOUTS.values(), STATE_DICT):
         for config_class, table in layout.tables.items():
             known = len(patterns & table.patterns)
             if known and (best is None or (known, not layout.mark) > best[:2]):

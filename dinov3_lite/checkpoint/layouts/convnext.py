@@ -55,12 +55,14 @@ TENSORS = (
 def rows(names: Mapping[str, str]) -> tuple[Row, ...]:
     """The rows of a layout that calls modules or tensors otherwise: our names to theirs, `{s}` for the stage."""
     modules = {o.replace("{s}", str(s)): t.replace("{s}", str(s)) for o, t in names.items() for s in STAGES}
-    return tuple(
-        Row((tensor.name,), (theirs + tensor.name.removeprefix(ours),))
-        for tensor in TENSORS
-        for ours, theirs in modules.items()
-        if f"{tensor.name}.".startswith(f"{ours}.")
-    )
+    result = []
+    for ours in (tensor.name for tensor in TENSORS):
+        module, parameter = ours.rsplit(".", 1)
+        if ours in modules:
+            result.append(Row((ours,), (modules[ours],)))
+        elif module in modules:
+            result.append(Row((ours,), (f"{modules[module]}.{parameter}",)))
+    return tuple(result)
 
 
 def _sizes(config: DINOv3ConvNeXtConfig) -> dict[str, int]:

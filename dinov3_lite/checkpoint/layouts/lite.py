@@ -1,4 +1,9 @@
-"""Our own file: the model's state dict as it is, in one safetensors file whose metadata says all there is to say."""
+"""Our own file: the model's tensors, in one safetensors file whose metadata says all there is to say.
+
+The biases of queries, keys and values have names of their own in it, and one that the config lacks is not there. The
+model has them in one parameter (`dinov3_lite.layers.QKVProjection`), and so has `STATE_DICT`: what
+`torch.save(model.state_dict())` writes, what loading assigns and saving begins with. It is none to convert to.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,8 @@ from ...config import DINOv3Config, DINOv3ConvNeXtConfig, config_from_dict
 from ..json_files import parse_json_object
 from .cards import read_foreign_card
 from .convnext import CONVNEXT
-from .table import Beside, Card, Layout, Table
-from .vit import VIT
+from .table import Beside, Card, Layout, Row, Table
+from .vit import BIASES, QKV, VIT
 
 FILE = "dinov3_lite.safetensors"
 MARK = "dinov3_lite"
@@ -82,4 +87,8 @@ LITE = Layout(
     keeps_float32=True,
     mark=MARK,
     carries="carried.",
+)
+STATE_DICT = LITE._replace(
+    tables={**LITE.tables, DINOv3Config: Table(VIT, (Row(BIASES, (f"{QKV}.bias",)),))},
+    carries="",
 )

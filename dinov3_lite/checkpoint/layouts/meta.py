@@ -9,13 +9,12 @@ from ...config import VARIANTS, DINOv3Config, DINOv3ConvNeXtConfig
 from .cards import read_foreign_card
 from .convnext import CONVNEXT, rows
 from .table import Beside, Card, Layout, Row, Table
-from .vit import VIT
+from .vit import BIASES, QKV, VIT
 
-QKV = "blocks.{i}.attn.qkv"
 ROWS = (
     Row(("register_tokens",), ("storage_tokens",)),
     Row(("mask_token",), ("mask_token",), shape=("1", "C")),
-    Row((f"{QKV}.q_bias", f"{QKV}.k_bias", f"{QKV}.v_bias"), (f"{QKV}.bias",), mask=f"{QKV}.bias_mask"),
+    Row(BIASES, (f"{QKV}.bias",), mask=f"{QKV}.bias_mask"),
     Row(("blocks.{i}.mlp.w12.weight",), ("blocks.{i}.mlp.w1.weight", "blocks.{i}.mlp.w2.weight")),
     Row(("blocks.{i}.mlp.w12.bias",), ("blocks.{i}.mlp.w1.bias", "blocks.{i}.mlp.w2.bias")),
 )

@@ -24,12 +24,13 @@ README = "README.md"
 README_MARK = "<!-- written by dinov3-lite: take this line out of a card that is to stay -->"
 
 Shape = tuple[int, ...]
+Named = list[tuple[str, Shape]]
 Letters = tuple[str, ...]
 Config = Any  # a frozen dataclass, one class a model family
 Read = Callable[[str], Tensor]
 """A tensor of a file by its name in the file."""
 
-
+NUMBER = re.compile(r"(?<![^.])(\d+|\{\w+\})(?![^.])")
 HEADS = {
     *("head", "heads", "head_dist", "fc", "fc_norm", "classifier", "cls_head", "linear_head", "dino_head", "ibot_head"),
     *("projector", "projectors", "projection", "projection_head", "proj_head"),
@@ -38,7 +39,7 @@ HEADS = {
 
 
 class ModelTensor(NamedTuple):
-    """One tensor of ours: its name in the model's state dict, its shape, and the config switches it exists under."""
+    """One tensor of ours: its name in our own file, its shape, and the config switches it exists under."""
 
     name: str
     shape: Letters
@@ -52,7 +53,7 @@ class ModelTensor(NamedTuple):
 
 
 class Family(NamedTuple):
-    """The models of one config class: their tensors in the order of the state dict, and what a config says of them."""
+    """The models of one config class: their tensors in the order of the modules, and what a config says of them."""
 
     name: str
     """What its models are called, after "a"."""
@@ -82,7 +83,7 @@ class Family(NamedTuple):
         return tuple(int(letter) if letter.isdigit() else sizes[letter] for letter in letters)
 
     def shapes(self, config: Config) -> dict[str, tuple[Shape, int]]:
-        """Shape and number of fused tensors of each tensor of a model by its name, in the order of the state dict."""
+        """Shape and number of fused tensors of each tensor of a model by its name, in the order of the modules."""
         result = {}
         for tensor in self.tensors:
             if tensor.exists(config):
@@ -117,8 +118,8 @@ class Assumed(NamedTuple):
 class Equation(NamedTuple):
     """One row for one block: (name, shape) of theirs and of ours, and the name of the mask beside theirs, if any."""
 
-    theirs: list[tuple[str, Shape]]
-    ours: list[tuple[str, Shape]]
+    theirs: Named
+    ours: Named
     mask: str
 
 
@@ -276,7 +277,7 @@ class Layout(NamedTuple):
 
 def pattern(name: str) -> str:
     """The name with # for each number and for each `{i}`: names of one row have one pattern."""
-    return re.sub(r"(?<![^.])(\d+|\{\w+\})(?![^.])", "#", name)
+    return NUMBER.sub("#", name)
 
 
 def numel(shape: Shape) -> int:

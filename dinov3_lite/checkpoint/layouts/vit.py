@@ -51,6 +51,8 @@ TENSORS = (
 # fmt: on
 
 QKV = "blocks.{i}.attn.qkv"
+SWITCHES = "query_bias", "key_bias", "value_bias"
+BIASES = f"{QKV}.q_bias", f"{QKV}.k_bias", f"{QKV}.v_bias"
 COMPUTED_PERIODS = Assumed(
     rope_periods, "it computes RoPE periods from the config, and these are others (Meta's are rounded)"
 )
@@ -106,9 +108,9 @@ def infer_config(table: Table, shapes: Mapping[str, Shape], read: Read) -> DINOv
     periods = _periods(table, shapes, read)
     head_dim = 4 * len(periods) if periods is not None else 128 if C >= 4096 else 64
     biases = {}
-    for part in ("q_bias", "k_bias", "v_bias"):  # where they are fused, the first one names the tensor of all
-        fused = next((row.ours for row in table.rows if f"{QKV}.{part}" in row.ours), ())
-        biases[part] = bool(fused) and shape(fused[0]) is not None
+    for switch, name in zip(SWITCHES, BIASES, strict=True):
+        ours = next((row.ours for row in table.rows if name in row.ours), ())
+        biases[switch] = bool(ours) and shape(ours[0]) is not None  # where they are fused, the first names the tensor
     config = DINOv3Config(
         patch_size=patch[2],
         num_channels=patch[1],
@@ -119,16 +121,13 @@ def infer_config(table: Table, shapes: Mapping[str, Shape], read: Read) -> DINOv
         num_register_tokens=registers[1] if registers and len(registers) == 3 else 0,
         use_gated_mlp=gated is not None,
         hidden_act="silu" if gated is not None else "gelu",
-        query_bias=biases["q_bias"],
-        key_bias=biases["k_bias"],
-        value_bias=biases["v_bias"],
+        **biases,
         proj_bias=shape("blocks.{i}.attn.proj.bias") is not None,
         mlp_bias=shape("blocks.{i}.mlp.w12.bias" if gated else "blocks.{i}.mlp.fc1.bias") is not None,
     )
     if periods is not None:
         config = replace(config, rope_theta=_theta(periods, config))
-    is_masked = config.key_bias and any(equation.mask in shapes for equation in table.equations(config))
-    return replace(config, key_bias=False) if is_masked and not _key_bias_acts(table, config, shapes, read) else config
+    return replace(config, **_fused_biases(table, config, shapes, read))  # type: ignore[arg-type]
 
 
 def _periods(table: Table, shapes: Mapping[str, Shape], read: Read) -> Tensor | None:
@@ -160,17 +159,27 @@ def _theta(periods: Tensor, config: DINOv3Config) -> float:
     return theta
 
 
-def _key_bias_acts(table: Table, config: DINOv3Config, shapes: Mapping[str, Shape], read: Read) -> bool:
-    """Whether anything but zeros is left of a key bias after its mask."""
-    for equation in table.equations(config):
-        if equation.mask and (name := equation.theirs[0][0]) in shapes:
-            bias = read(name)
-            if equation.mask in shapes:
-                bias = masked(bias, read(equation.mask), equation.mask)
-            _, key, _ = bias.chunk(3)
-            if key.any():
-                return True
-    return False
+def _fused_biases(table: Table, config: DINOv3Config, shapes: Mapping[str, Shape], read: Read) -> dict[str, bool]:
+    """Which biases there are of those that lie fused in one tensor, by their switches, as far as their numbers tell.
+
+    In a file with masks a key bias of which they leave zeros is none. In a state dict of ours no bias is what is zero
+    in all blocks, but for a model all of whose are zero, which has not been trained: it is taken for one of the
+    released kind, as a new one is.
+    """
+    equations = [e for e in table.equations(config) if [shapes.get(name) for name, _ in e.theirs] == [e.theirs[0][1]]]
+    fused = [e for e in equations if len(e.ours) > 1]
+    if not fused or (fused[0].mask and not any(e.mask in shapes for e in fused)):
+        return {}
+    acts = dict.fromkeys(SWITCHES, False)
+    for equation in fused:
+        bias = read(equation.theirs[0][0])
+        if equation.mask in shapes:
+            bias = masked(bias, read(equation.mask), equation.mask)
+        for switch, third in zip(SWITCHES, bias.chunk(3), strict=True):
+            acts[switch] |= bool(third.any())
+    if fused[0].mask:
+        return {"key_bias": acts["key_bias"]}
+    return acts if any(acts.values()) else {"key_bias": False}
 
 
 VIT = Family(
