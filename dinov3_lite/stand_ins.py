@@ -266,7 +266,7 @@ class FastDownsample(nn.Module):
         self.norm = FastNorm(step.norm)
         product = nn.Linear(4 * step.conv.in_channels, step.conv.out_channels, device="meta")
         product.weight = nn.Parameter(step.conv.weight.detach().permute(0, 2, 3, 1).flatten(1), requires_grad=False)
-        product.bias = step.conv.bias
+        product.register_parameter("bias", step.conv.bias)  # type: ignore[arg-type]
         self.product = Projection(product, choices, dynamic)
 
     def forward(self, x: Tensor) -> Tensor:

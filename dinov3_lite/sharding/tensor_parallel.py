@@ -179,7 +179,7 @@ def _cut(parameter: Tensor, parts: int, mesh: DeviceMesh) -> nn.Parameter:
     return _distributed(stacked, mesh, Shard(1))
 
 
-def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Shard) -> nn.Parameter:
+def _distributed(parameter: Tensor, mesh: DeviceMesh, placement: Shard) -> nn.Parameter:
     """A parameter that this process has whole, cut to its own part, in memory of its own."""
     local = parameter.detach().chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].clone()
     shape, stride = parameter.shape, parameter.detach().contiguous().stride()
