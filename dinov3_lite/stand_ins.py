@@ -249,8 +249,7 @@ class FastConvNeXtBlock(nn.Module):
         self.gamma = block.ls.gamma.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        convolved = self.dwconv(x)
-        return torch.addcmul(x, self.mlp(self.norm(convolved)), self.gamma, out=convolved)  # whose memory is at hand
+        return torch.addcmul(x, self.mlp(self.norm(self.dwconv(x))), self.gamma).to(x.dtype)
 
 
 class FastDownsample(nn.Module):
