@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dinov3_lite.checkpoint import Checkpoint, open_checkpoint
-from dinov3_lite.checkpoint.files import Span
 from dinov3_lite.checkpoint.layouts.table import pattern
 from dinov3_lite.checkpoint.layouts.transformers import opens
+from dinov3_lite.checkpoint.spans import Span
 from dinov3_lite.config import DINOv3Config, DINOv3ConvNeXtConfig
 from dinov3_lite.loading import load
 

@@ -20,7 +20,7 @@ from convert import convert
 from convert.__main__ import main
 from convert.plan import make_plan
 from dinov3_lite import DINOv3ViT
-from dinov3_lite.checkpoint import CONVERTED, containers, files, open_checkpoint
+from dinov3_lite.checkpoint import CONVERTED, containers, files, open_checkpoint, spans
 from dinov3_lite.checkpoint.saving import save
 
 
@@ -155,8 +155,8 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path = tmp_path / "short"
     path.write_bytes(b"12345678")
     with path.open("rb", buffering=0) as file, pytest.raises(OSError, match="short: ended early: was it changed"):
-        files.read_into(file, memoryview(bytearray(9)))
-    stored = files.StoredTensor("x", torch.float32, (3,), lambda: torch.zeros(3), path, offset=0)
+        spans.read_into(file, memoryview(bytearray(9)))
+    stored = spans.StoredTensor("x", torch.float32, (3,), lambda: torch.zeros(3), path, offset=0)
     with pytest.raises(OSError, match="ended early"):
         stored.span().load()
     tensor = containers.OutputTensor("x", torch.float32, (3,), [stored.span()])

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from convert import convert
 from dinov3_lite import DINOv3ViT, ImageProcessor, load_weights, optimize_for_inference
 from dinov3_lite.checkpoint import open_checkpoint
-from dinov3_lite.checkpoint.files import StoredTensor
 from dinov3_lite.checkpoint.saving import checkpoint_of
+from dinov3_lite.checkpoint.spans import StoredTensor
 from dinov3_lite.pretrained import WithoutWeights
 
 CHANGED = "transformers, changed since it was loaded"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import Checkpoint
-from .files import StoredTensor
+from .spans import StoredTensor
 
 
 def repeated(weight: Tensor, count: int) -> Tensor:

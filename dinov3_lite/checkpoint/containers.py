@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..pages import empty
-from .files import Shape, Span, StoredTensor, not_whole, read_into
+from .files import not_whole
+from .spans import Shape, Span, StoredTensor, read_into
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIGNMENT = 64  # bytes; the data starts on a cache line, as matrix kernels like it

@@ -1,136 +1,19 @@
-"""Files and bytes: stored tensors and runs of their elements, and files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the words for those that are not whole."""
 
 from __future__ import annotations
 
 import errno
 import glob
-import itertools
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import IO
 
 try:
     import fcntl
 except ImportError:  # not POSIX: there, an open file can't be removed
     fcntl = None  # type: ignore[assignment]
-
-Shape = tuple[int, ...]
-
-
-class StoredTensor(NamedTuple):
-    """A tensor of a file, or one in memory: what is known without its data, and the data on `read()`."""
-
-    name: str
-    dtype: torch.dtype
-    shape: Shape
-    read: Callable[[], Tensor]
-    """Memory-mapped where the file allows it."""
-    file: Path
-    offset: int | None = None
-    """Where in `file` its bytes start, in order and without gaps; None if they are not there as such."""
-    problem: str = ""
-    """Why it can't be read, as in "is sparse, expected a plain one"; mostly empty."""
-
-    @classmethod
-    def in_memory(cls, name: str, tensor: Tensor, file: Path | None = None) -> StoredTensor:
-        """A tensor that no file holds as it is; `file`: whose tensors it was made of."""
-        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor, file or Path())
-
-    @classmethod
-    def unreadable(cls, name: str, file: Path, problem: str) -> StoredTensor:
-        """A tensor that has a name and can't be read: `read()` raises ValueError that says why."""
-
-        def read() -> Tensor:
-            raise ValueError(f"{file}: tensor {name!r} {problem}")
-
-        return cls(name, torch.uint8, (), read, file, problem=problem)
-
-    def span(self) -> Span:
-        """All its elements."""
-        return Span(self, 0, math.prod(self.shape))
-
-
-class Span(NamedTuple):
-    """Elements start to stop of a stored tensor, in memory order."""
-
-    stored: StoredTensor
-    start: int
-    stop: int
-
-    @property
-    def size(self) -> int:
-        """How many elements it has."""
-        return self.stop - self.start
-
-    def part(self, start: int, stop: int) -> Span:
-        """Some of its elements."""
-        return Span(self.stored, self.start + start, self.start + stop)
-
-    def read(self) -> Tensor:
-        """The elements, (stop - start,), without a copy: the mapping keeps what was touched of the file in memory."""
-        return self.stored.read().reshape(-1)[self.start : self.stop]
-
-    def load(self, parts: Iterable[tuple[int, int]] | None = None, opened: IO[bytes] | None = None) -> Tensor:
-        """The elements, or these parts of them, flat, read into memory of their own, which is freed with the tensor.
-
-        opened: the file of the stored tensor, unbuffered, where it is open already.
-        """
-        ranges = [(self.start + a, self.start + b) for a, b in ([(0, self.size)] if parts is None else parts)]
-        stored = self.stored
-        if stored.offset is None or not self.size:
-            flat = stored.read().reshape(-1)
-            return flat[slice(*ranges[0])] if len(ranges) == 1 else torch.cat([flat[a:b] for a, b in ranges])
-        itemsize = stored.dtype.itemsize
-        data = bytearray(sum(stop - start for start, stop in ranges) * itemsize)
-        rest = memoryview(data)
-        with nullcontext(opened) if opened else stored.file.open("rb", buffering=0) as file:
-            for start, stop in ranges:
-                size = (stop - start) * itemsize
-                file.seek(stored.offset + start * itemsize)
-                read_into(file, rest[:size])
-                rest = rest[size:]
-        return torch.frombuffer(data, dtype=stored.dtype)
-
-
-def samples(spans: Iterable[Span]) -> Iterator[Tensor]:
-    """Of each span 64 elements at each of five places, read into memory of their own."""
-    for path, of_it in itertools.groupby(spans, lambda span: span.stored.offset is not None and span.stored.file):
-        with path.open("rb", buffering=0) if path else nullcontext() as file:
-            for span in of_it:
-                starts = (*(span.size * quarter // 4 for quarter in range(4)), max(0, span.size - 64))
-                yield span.load([(start, min(start + 64, span.size)) for start in starts], file)
-
-
-def cut(spans: Iterable[Span], sizes: Sequence[int]) -> list[list[Span]]:
-    """The spans, laid one after the other, cut into runs of `sizes` elements."""
-    runs = []
-    queue = list(spans)
-    for size in sizes:
-        run: list[Span] = []
-        while size:
-            span = queue.pop(0)
-            taken = min(size, span.size)
-            run.append(span.part(0, taken))
-            if taken < span.size:
-                queue.insert(0, span.part(taken, span.size))
-            size -= taken
-        runs.append(run)
-    return runs
-
-
-def read_into(file: Any, buffer: memoryview) -> None:
-    """Fill the buffer from an unbuffered file. Raises OSError if it ends before."""
-    while buffer:
-        count = file.readinto(buffer)
-        if not count:
-            raise OSError(f"{file.name}: ended early: was it changed meanwhile?")
-        buffer = buffer[count:]
 
 
 def not_whole(file: Path, kind: str, error: Exception) -> str:

@@ -19,8 +19,9 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .files import StoredTensor, not_whole
+from .files import not_whole
 from .pickles import OtherTensor, SavedTensor, read_pickle
+from .spans import StoredTensor
 
 MAX_DEPTH = 16  # dictionaries within dictionaries; a training checkpoint has five or six
 MAX_NAME = 1000  # characters of a tensor's name, its dictionaries' keys included

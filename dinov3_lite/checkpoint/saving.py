@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ..console import naming
 from . import Checkpoint
 from .containers import CONTAINERS, OnBytes, OutputTensor
-from .files import StoredTensor, cut, whole_files
+from .files import whole_files
 from .layouts import LAYOUTS, STATE_DICT, reader_config
 from .layouts.table import README, Card, Layout, numel, pattern
 from .layouts.vit import storage_dtype
 from .matching import match
+from .spans import StoredTensor, cut
 
 MAX_SHARD_SIZE = 5_000_000_000  # bytes in one file, of a layout that has shards
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..checkpoint.files import StoredTensor
 from ..checkpoint.saving import save_tensors
+from ..checkpoint.spans import StoredTensor
 from .mesh import device_of, mesh_of
 from .parameters import Held, held_by, resharded
 
