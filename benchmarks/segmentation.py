@@ -81,7 +81,8 @@ class OnPeer(nn.Module):
         from peers import timm_model, transformers_model
 
         self.peer = peer
-        model = (transformers_model if peer == "transformers" else timm_model)(checkpoint, dtype)
+        with torch.random.fork_rng(devices=[]):  # timm initialises at random what it is given then; the head is ours
+            model = (transformers_model if peer == "transformers" else timm_model)(checkpoint, dtype)
         self.backbone = model.requires_grad_(False)
         self.head = DenseHead((width,) * 4, 1)
 

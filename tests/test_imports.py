@@ -22,6 +22,7 @@ CHECKPOINT = {
         ".folders",
         ".hub",
         ".layouts",
+        ".spans",
         ".layouts.table",
         ".layouts.transformers",
         ".saving",
@@ -90,7 +91,7 @@ EDGES = {
     },
     "dinov3_lite/sharding/*": {
         *("dinov3_lite/sharding/*", "checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.hub"),
-        *("checkpoint.saving", "config", "layers"),
+        *("checkpoint.saving", "checkpoint.spans", "config", "layers"),
     },
     "dinov3_lite/checkpoint/channels.py": {"checkpoint", "checkpoint.spans"},
     "dinov3_lite/checkpoint/saving.py": {
