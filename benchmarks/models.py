@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 from typing import Any
@@ -26,6 +27,7 @@ from timing import in_a_child, once, peak_mib, process_mib
 from torch import nn
 
 from dinov3_lite import DINOv3Config, DINOv3ConvNeXt, DINOv3ConvNeXtConfig, DINOv3ViT
+from dinov3_lite.checkpoint.layouts import model_tensors
 from dinov3_lite.config import CONVNEXTS, config_from_name
 from dinov3_lite.loading import Backbone, skeleton
 
@@ -165,8 +167,8 @@ def training(row: Row) -> float:
 
 def parameters(variant: str) -> int:
     """How many numbers a checkpoint of the variant holds: zeros that stand for absent key biases are not among them."""
-    tensors = skeleton(config_from_name(variant)).state_dict()
-    return sum(tensor.numel() for name, tensor in tensors.items() if not name.startswith("rope_embed."))
+    tensors = model_tensors(config_from_name(variant)).items()
+    return sum(math.prod(shape) for name, (shape, _) in tensors if not name.startswith("rope_embed."))
 
 
 def available_mib() -> float:

@@ -20,7 +20,7 @@ from convert import convert
 from convert.__main__ import main
 from convert.plan import make_plan
 from dinov3_lite import DINOv3ViT
-from dinov3_lite.checkpoint import CONVERTED, containers, files, open_checkpoint, spans
+from dinov3_lite.checkpoint import CONVERTED, containers, open_checkpoint, spans
 from dinov3_lite.checkpoint.saving import save
 
 

@@ -360,7 +360,7 @@ for source in ({str(folder)!r}, {str(file)!r}):
     assert ours == {
         *("attention", "checks", "config", "features", "layers", "model", "packing", "pages", "pretrained", "rope"),
         *("checkpoint", *(f"checkpoint.{name}" for name in ("choose", "containers", "files", "folders", "hub"))),
-        *("checkpoint.json_files", "checkpoint.layouts", "checkpoint.matching"),
+        *("checkpoint.json_files", "checkpoint.layouts", "checkpoint.matching", "checkpoint.spans"),
         *(f"checkpoint.layouts.{name}" for name in ("cards", "convnext", "lite", "meta", "others", "table", "timm")),
         *("checkpoint.layouts.transformers", "checkpoint.layouts.vit"),
     }
