@@ -25,7 +25,7 @@ from .model import DINOv3ViT, attention_of, run_stack
 from .packing import Tokens
 from .prepacked import available
 from .pretrained import version
-from .stand_ins import PreparedAttention, stand_in
+from .stand_ins import FastBlock, PreparedAttention, stand_in
 
 
 def become(module: nn.Module, mixin: type[Prepared]) -> None:
@@ -165,6 +165,7 @@ class PreparedBackbone(Prepared):
             Lent.undo(module)
         self._graphs = self._new_graphs() if self._backend == "inductor" or not takes else None
         self._twins: dict[int, Twin] = {}
+        self._packed_for = 0  # rows
         self._lock = threading.RLock()
 
     def check_images(
@@ -252,11 +253,20 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
             return super().run_blocks(tokens, taps)
         blocks = tuple(self._stand_in(block) for block in self.blocks)
         if self._graphs is None:
+            self._pack(blocks, tokens.x.shape[:-1].numel())
             attention = PreparedAttention(tokens, self.attention, self._choices, self._dynamic)
             return run_stack(blocks, tokens, taps, attention)
         if tokens.shapes is not None or any(map(operator.is_, blocks, self.blocks)):
             return run_stack(blocks, tokens, taps, attention_of(tokens, self.attention))
         return self._graphs(blocks, tokens[:3], tuple(taps), self.attention)
+
+    def _pack(self, blocks: Sequence[nn.Module], rows: int) -> None:
+        """Pack all weights before the first activation: between them they would leave holes that fit nothing else."""
+        if rows and rows != self._packed_for:
+            for block in blocks:
+                if isinstance(block, FastBlock):
+                    block.pack(rows)
+            self._packed_for = rows
 
     def run_packed(self, batches: Sequence[Tokens], taps: Sequence[int]) -> list[list[Tensor]]:
         if self._graphs is None:

@@ -49,6 +49,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.choices, self.dynamic, self.act, self.order = choices, dynamic, act, order
+        self.out_features = linear.out_features
         self.lent = Lent.of(linear)
         bias = linear.bias
         self.bias = None if bias is None else bias.detach() if order is None else bias.detach()[order]
@@ -57,16 +58,20 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
-        held_for, product = self.held
-        if held_for is not None and held_for != rows:
-            if not rows:
-                return x.new_empty(*x.shape[:-1], self.lent.plain().shape[0])
-            product = self._hold(None if self.dynamic else rows)
+        if not rows:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        product = self.packed_for(rows)
         planned = self.choices.planned_rows(rows) if product.plans_rows else rows
         if planned == rows:
             return product(x)
         padded = F.pad(x.reshape(rows, -1), (0, 0, 0, planned - rows))
         return product(padded)[:rows].unflatten(0, x.shape[:-1])
+
+    def packed_for(self, rows: int) -> Product:
+        """The product for so many rows, whose weight is packed now if it is not yet."""
+        wanted = None if self.dynamic else rows
+        held_for, product = self.held
+        return product if product is not None and held_for == wanted else self._hold(wanted)
 
     def _hold(self, rows: int | None) -> Product:
         """Pack the weight for so many rows, or for any, and let go of the plain one."""
@@ -216,6 +221,12 @@ class FastBlock(nn.Module):
         self.proj = Projection(attn.proj, choices, dynamic)
         fast = FastGatedMlp if isinstance(block.mlp, GatedMlp) else FastMlp
         self.mlp = fast(block.mlp, choices, dynamic)  # type: ignore[arg-type]
+
+    def pack(self, rows: int) -> None:
+        """Pack every weight for so many rows, if it is not yet."""
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.packed_for(rows)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: PreparedAttention) -> Tensor:
         attended = attention.of_pairs(self.qkv(self.norm1(x)), self.num_heads)
