@@ -149,7 +149,7 @@ def test_what_other_libraries_make_of_what_we_write(folder, tmp_path):
     sizes = {"depths": TINY_CONVNEXT.depths, "dims": TINY_CONVNEXT.hidden_sizes}
     files = timm / "model.safetensors", tmp_path / "images.safetensors", tmp_path / "out.safetensors"
     run_reference("reference_timm_convnext.py", *files, json.dumps(sizes), "[]", cwd=tmp_path)
-    assert relative_error(load_file(files[2])["odd/float32/pooled/0"], ours.pooler_output) < 2e-6
+    assert relative_error(load_file(files[2])["odd/pooled/theirs/torch.float32/0"], ours.pooler_output) < 2e-6
 
 
 def test_timms_config_names_its_model():
