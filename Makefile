@@ -29,10 +29,10 @@ test: .venv/installed-dev
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest -n auto -k 'not vith16plus and not vit7b16' \
 		tests/test_parity.py tests/test_convnext_parity.py tests/test_checkpoint_layouts.py
 
-# What `make test` leaves out for its time: four processes on fewer than four cores, the kernels built by older Tritons.
+# What `make test` leaves out for its time: four processes on fewer than four cores.
 test-thorough: export THOROUGH = 1
 test-thorough: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_sharding.py tests/test_distributed.py tests/test_kernel_builds.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_sharding.py tests/test_distributed.py
 
 # The tests whose numbers depend on the processor's instructions, as on one without AMX, on one without AVX-512 either,
 # and with a torch that lacks oneDNN: each with a cache of inductor's own, since what was compiled for other instructions

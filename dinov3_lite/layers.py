@@ -44,8 +44,12 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm of a residual stream that may be wider than the weights: computed in x's dtype, returned in theirs."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.unrounded(x).to(self.weight.dtype)
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """The same in x's dtype."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class QKVProjection(nn.Linear):

@@ -165,7 +165,7 @@ class PreparedBackbone(Prepared):
             Lent.undo(module)
         self._graphs = self._new_graphs() if self._backend == "inductor" or not takes else None
         self._twins: dict[int, Twin] = {}
-        self._packed_for = 0  # rows
+        self._packed_for: int | None = 0  # rows; None: any
         self._lock = threading.RLock()
 
     def check_images(
@@ -262,11 +262,12 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
 
     def _pack(self, blocks: Sequence[nn.Module], rows: int) -> None:
         """Pack all weights before the first activation: between them they would leave holes that fit nothing else."""
-        if rows and rows != self._packed_for:
+        wanted = None if self._dynamic else rows
+        if rows and wanted != self._packed_for:
             for block in blocks:
                 if isinstance(block, FastBlock):
                     block.pack(rows)
-            self._packed_for = rows
+            self._packed_for = wanted
 
     def run_packed(self, batches: Sequence[Tokens], taps: Sequence[int]) -> list[list[Tensor]]:
         if self._graphs is None:

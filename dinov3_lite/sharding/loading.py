@@ -71,23 +71,22 @@ def assign_sharded(
 @torch.no_grad()
 def fill(model: Any, opened: Checkpoint, device: torch.device | str | None = None) -> None:
     """Fill a model from an opened checkpoint: see `load_weights`."""
-    _check_same_model(model, opened)
+    state = opened.state()
+    _check_same_model(model, opened, {name: shape for name, (shape, _) in state.items()})
     resharded(model)
     if any(held.tensor.is_meta for held in held_by(model)):
         mesh = mesh_of(model)
         place = device if device is not None else device_of(mesh) if mesh is not None else "cpu"
         model._apply(lambda tensor: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor)
-    state = opened.state()
     for name, tensor, _ in held_by(model):
         part = local_part(tensor)
         numbers = read(state[name][1], Region.held(name, tensor).runs(), name, part.dtype)
         part.copy_(numbers.view(part.shape))
 
 
-def _check_same_model(model: Any, opened: Checkpoint) -> None:
+def _check_same_model(model: Any, opened: Checkpoint, found: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError that names the tensors which the model and the checkpoint do not share."""
     wanted = {name: shape for name, _, shape in held_by(model)}
-    found = {name: shape for name, (shape, _) in opened.state().items()}
     for names, words in ((wanted.keys() - found.keys(), "lacks"), (found.keys() - wanted.keys(), "holds")):
         if names:
             other = "which the model has" if words == "lacks" else "which the model does not have"

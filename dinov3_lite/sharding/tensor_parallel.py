@@ -122,10 +122,7 @@ class WideLayerNorm(LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return self.unrounded(x) if torch.is_grad_enabled() else super().forward(x)
 
 
 OURS.add(WideLayerNorm)
