@@ -141,6 +141,28 @@ def test_where_nothing_can_be_written_is_said_before_the_work(checkpoint, tmp_pa
         check_output(folder / "Image" / "0.png", [folder / "GT" / ".." / "Image" / "0.png"])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_happens_to_a_picture_meanwhile_is_one_sentence(workers, checkpoint, tmp_path):
+    """After all were looked at and before they are read: in this process, or in one that reads for it."""
+    folder = data_set(tmp_path / "d", 4)
+    model = DINOv3ViT.from_pretrained(checkpoint)
+    for file in (folder / "Image" / "1.png", folder / "GT" / "1.png"):
+        content = file.read_bytes()
+        for damage, kind, said in (
+            (Path.unlink, FileNotFoundError, "[Errno 2] No such file or directory: '{}'"),
+            (lambda f: f.write_bytes(content[:-30]), ValueError, "{}: "),  # noqa: B023
+        ):
+
+            def report(line: str, file: Path = file, damage=damage) -> None:
+                damage(file)
+
+            with pytest.raises(kind) as raised:
+                fit(folder, model, tmp_path / "h", recipe=QUICK, report=report, workers=workers)
+            assert str(raised.value).startswith(said.format(file)) and "\n" not in str(raised.value)
+            file.write_bytes(content)
+    assert not (tmp_path / "h").exists()
+
+
 # ---- kills
 
 

@@ -190,9 +190,10 @@ def load_head(path: str | os.PathLike[str], backbone: Backbone) -> tuple[Segment
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: is no whole safetensors file ({error}): expected a head that `fit` wrote") from error
-    if metadata.get("format") != FORMAT:
-        found = metadata.get("format", "a file of other tensors")
-        raise ValueError(f"{path}: is {found}: expected {FORMAT}, which `fit` writes")
+    kind = metadata.get("format", "")
+    if kind != FORMAT:
+        found = f"is {kind}" if kind.startswith("dinov3-lite head") else "holds other tensors than a head's"
+        raise ValueError(f"{path}: {found}: expected {FORMAT}, which `fit` writes")
     try:
         content = json.loads(metadata["settings"])
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
