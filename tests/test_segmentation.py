@@ -256,8 +256,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_curve(checkpoint, data, tmp
         run(tmp_path / "part.safetensors", dies_after=2)
     assert (tmp_path / "part.safetensors.resume").exists()
     assert run(tmp_path / "part.safetensors") == whole
-    ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("part", "whole"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (tmp_path / "part.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["part.safetensors", "whole.safetensors"]
 
 
