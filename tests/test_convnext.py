@@ -10,7 +10,14 @@ import torch
 from convnexts import TINY_CONVNEXT, made
 from helpers import relative_error
 
-from dinov3_lite import DINOv3Config, DINOv3ConvNeXt, DINOv3ConvNextBackbone, DINOv3ConvNeXtConfig, FeaturesOnly
+from dinov3_lite import (
+    DINOv3Config,
+    DINOv3ConvNeXt,
+    DINOv3ConvNextBackbone,
+    DINOv3ConvNeXtConfig,
+    FeaturesOnly,
+    optimize_for_inference,
+)
 from dinov3_lite.config import CONVNEXTS
 
 # Parameters counted on transformers' own models; tensors of the files on the hub.
@@ -328,6 +335,19 @@ def test_dtypes_of_outputs(dtype, raw):
     assert {state.dtype for state in out.hidden_states[1:]} == {raw}
     assert model.forward_features(images)["x_prenorm"].dtype == raw
     assert model.get_intermediate_layers(images, 2, norm=True)[0].dtype == raw
+
+
+@torch.no_grad()
+def test_every_norm_has_the_configs_epsilon():
+    """One so large that a single norm with PyTorch's own shows; the prepared model's are the same."""
+    model = DINOv3ConvNeXt(replace(TINY_CONVNEXT, layer_norm_eps=0.5)).eval()
+    model.load_state_dict(made().state_dict())
+    norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 1 + 3 + 7 + 1 and all(model.get_submodule(name).eps == 0.5 for name in norms)
+    images = torch.randn(1, 3, 64, 96)
+    expected = model(images).last_hidden_state
+    assert relative_error(optimize_for_inference(model)(images).last_hidden_state, expected) < 3e-6
+    assert relative_error(made()(images).last_hidden_state, expected) > 1e-2
 
 
 @torch.no_grad()
