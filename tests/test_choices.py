@@ -64,6 +64,11 @@ def test_every_way_of_attention_is_attention(way, dtype, scores, monkeypatch):
         assert relative_error(out.transpose(1, 2), truth) <= bound * relative_error(fused, truth), way
 
 
+def test_what_computes_the_same_twice_is_timed_once():
+    assert ways_of_attention(torch.float32) == [way for way in ATTENTIONS if way != "sdpa in float32"]
+    assert ways_of_attention(torch.bfloat16) == ways_of_attention(torch.float16) == list(ATTENTIONS)
+
+
 @pytest.mark.parametrize(("way", "scores"), [("products, 1 head", 700), ("products, 4 heads", 4 * 130)])
 def test_no_more_scores_are_held_than_fit_a_cache(way, scores, monkeypatch):
     """At least one query's of the heads at a time, which is what the second has room for."""

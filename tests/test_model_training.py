@@ -179,6 +179,8 @@ def test_initial_weights():
     model = DINOv3ViT(replace(TINY, hidden_size=128, layerscale_value=0.5))
     weight = model.blocks[1].attn.qkv.weight
     assert weight.std().item() == pytest.approx(0.02, rel=0.05) and weight.abs().max() > 0.05
+    wider = DINOv3ViT(replace(TINY, hidden_size=128, initializer_range=0.3)).blocks[1].attn.qkv.weight
+    assert wider.std().item() == pytest.approx(0.3, rel=0.05)
     assert (model.blocks[0].attn.proj.bias == 0).all() and (model.mask_token == 0).all()
     assert (model.blocks[2].ls2.gamma == 0.5).all()
     with torch.device("meta"):
