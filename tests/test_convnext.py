@@ -19,6 +19,7 @@ from dinov3_lite import (
     optimize_for_inference,
 )
 from dinov3_lite.config import CONVNEXTS
+from dinov3_lite.convnext import Downsample
 
 # Parameters counted on transformers' own models; tensors of the files on the hub.
 SIZES = {
@@ -348,6 +349,17 @@ def test_every_norm_has_the_configs_epsilon():
     expected = model(images).last_hidden_state
     assert relative_error(optimize_for_inference(model)(images).last_hidden_state, expected) < 3e-6
     assert relative_error(made()(images).last_hidden_state, expected) > 1e-2
+
+
+@torch.no_grad()
+def test_a_step_down_errs_as_little_as_with_channels_first():
+    """Sums as long as a ConvNeXt-Tiny's: no tiny model has them."""
+    step = Downsample(384, 768, 1e-6)
+    torch.nn.init.trunc_normal_(step.conv.weight, std=0.02)
+    x = torch.randn(1, 28, 28, 384)
+    first = step.conv(step.norm(x).permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+    actual, truth = step(x), step.double()(x.double())
+    assert relative_error(actual, truth) <= 1.1 * relative_error(first, truth)
 
 
 @torch.no_grad()
