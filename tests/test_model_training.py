@@ -11,6 +11,7 @@ from helpers import TINY, TINY_GATED, write_checkpoint
 
 from dinov3_lite import DINOv3ViT
 from dinov3_lite.attention import eager_attention
+from dinov3_lite.layers import Block
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])
@@ -191,6 +192,22 @@ def test_initial_weights():
     empty.init_weights()
     assert all(t.isfinite().all() for t in empty.state_dict().values())
     assert (empty.blocks[0].norm1.weight == 1).all() and (empty.blocks[0].attn.qkv.bias == 0).all()
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["mlp", "gated"])
+def test_a_block_by_itself_is_as_its_config_says(config):
+    """As somebody appends one to a model, whose `init_weights` has run."""
+    block = Block(replace(config, layerscale_value=0.25))
+    assert (block.ls1.gamma == 0.25).all() and (block.ls2.gamma == 0.25).all()
+    within = {"mlp.fc1.bias", "mlp.fc2.bias"} if config is TINY else {"mlp.w12.bias", "mlp.w3.bias"}
+    always = {"norm1.bias", "norm2.bias", "attn.qkv.bias"}
+    for changes, more in (
+        ({}, {"attn.proj.bias", *within}),
+        ({"proj_bias": False}, within),
+        ({"mlp_bias": False}, {"attn.proj.bias"}),
+    ):
+        names = {name for name, _ in Block(replace(config, **changes)).named_parameters() if name.endswith("bias")}
+        assert names == always | more
 
 
 def test_stochastic_depth_may_drop_both_branches():
