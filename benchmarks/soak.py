@@ -197,7 +197,10 @@ def tokens_of(output: Any) -> Tensor:
 
 
 class OwnLayers(nn.Module):
-    """PyTorch's own transformer of a model's sizes, without anything of ours: images (B, 3, H, W) to (B, N, C)."""
+    """PyTorch's own transformer of a model's sizes, without anything of ours: images (B, 3, H, W) to (B, N, C).
+
+    Its layers run one by one, as those of eager models do, and not as one operator a block, which DINOv3 has not.
+    """
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__()
@@ -224,6 +227,7 @@ def sizes_in_a_process(config: DINOv3Config, backend: str | None, seconds: float
     The process has one thread, as a server's worker has.
     """
     torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
     model: nn.Module = OwnLayers(config) if backend == "own layers" else DINOv3ViT(config)
     model.eval()
     if backend not in (None, "own layers"):
