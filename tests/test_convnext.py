@@ -382,6 +382,18 @@ def test_channels_last(dtype):
         assert all(relative_error(a, b) < bound for a, b in zip(out.hidden_states, expected.hidden_states, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_gradients_nor_hooks_change_a_bit(dtype):
+    model, images = made(dtype=dtype), torch.randn(1, 3, 64, 64)
+    with_gradients = model(images).last_hidden_state
+    with torch.no_grad():
+        without = model(images).last_hidden_state
+        for module in model.modules():
+            module.register_forward_hook(lambda *_: None)
+        watched = model(images).last_hidden_state
+    assert torch.equal(with_gradients, without) and torch.equal(without, watched)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "raw"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_dtypes_of_outputs(dtype, raw):
