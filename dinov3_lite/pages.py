@@ -1,4 +1,4 @@
-"""Memory that goes back to the system at once: pages of mapped files that were read, and copies for a short while."""
+"""Memory that goes back to the system: mapped pages that were read, short-lived copies, a heap's holes."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ def give_back(tensor: Tensor) -> bool:
         return False
     address, size = ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page)
     return not _c_library().madvise(address, size, MADV_DONTNEED)
+
+
+def give_back_heap() -> None:
+    """Have the C library return to the system what lies free between what is in use, where it can (glibc)."""
+    if sys.platform.startswith("linux") and (trim := getattr(_c_library(), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 @functools.cache

@@ -122,7 +122,7 @@ EDGES = {
     "dinov3_lite/prepacked.py": set(),
     "dinov3_lite/attention_ways.py": set(),
     "dinov3_lite/stopwatch.py": set(),
-    "dinov3_lite/choices.py": {"stopwatch"},
+    "dinov3_lite/choices.py": {"pages", "stopwatch"},
     "dinov3_lite/folding.py": {"convnext", "image", "layers"},
     "dinov3_lite/stand_ins.py": {
         *("attention", "attention_ways", "choices", "convnext", "folding", "layers", "lent", "packing", "pages"),
