@@ -1,4 +1,4 @@
-"""Memory that goes back to the system at once: pages of mapped files that were read, and copies for a short while."""
+"""Mapped files, and memory that goes back to the system at once: their pages, and copies for a short while."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import mmap
 import sys
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ from torch import Tensor
 OF_A_FILE = 1 << 61  # Documentation/admin-guide/mm/pagemap.rst
 MADV_DONTNEED = 4
 LARGE = 1 << 17  # bytes, as of the C library's own mappings
+
+
+def mapped(file: Path) -> mmap.mmap:
+    """The bytes of a file as memory: pages are read when first used, and what is written to them stays in memory."""
+    with file.open("rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def give_back(tensor: Tensor) -> bool:

@@ -34,7 +34,7 @@ from .layouts import (
     carried_names,
     detect,
     model_tensors,
-    own_name,
+    own_names,
     reason_of,
 )
 from .layouts.others import what_else
@@ -49,7 +49,7 @@ CONVERTED = LITE.files[0]
 """The converted copy that may lie beside the weights it was made of."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class Checkpoint:
     """An opened checkpoint, checked to hold exactly the tensors that its config calls for."""
 
@@ -105,20 +105,25 @@ class Checkpoint:
 
     def state(self) -> dict[str, tuple[Shape, list[Span]]]:
         """The model's state dict: the shape of each of its tensors, and the stored elements that make it up."""
-        equations = STATE_DICT.table(self.config).equations(self.config)
-        return {name: (shape, self.spans_of(equation)) for equation in equations for name, shape in equation.theirs}
+        return {
+            name: (shape, self.spans_of(equation)) for equation in self._equations for name, shape in equation.theirs
+        }
+
+    @functools.cached_property
+    def _equations(self) -> list[Equation]:
+        return STATE_DICT.table(self.config).equations(self.config)
 
     def read(self, spans: Sequence[Span]) -> Tensor:
         """These elements one after the other, flat: memory-mapped where they are stored so.
 
         Of several dtypes the narrowest that holds them all.
         """
+        if len(spans) == 1:
+            return spans[0].read()
         parts = [span.read() for span in spans]
-        if len(parts) == 1:
-            return parts[0]
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-        whole = empty((sum(map(len, parts)),), dtype)
-        for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        whole = empty((sum(span.size for span in spans),), dtype)
+        for part, place in zip(parts, whole.split([span.size for span in spans]), strict=True):
             place.copy_(part)
             give_back(part)
         return whole
@@ -129,9 +134,10 @@ class Checkpoint:
 
         Raises ValueError if they have several, apart from the tensors that are kept in float32 on purpose.
         """
-        first = self.spans[self.table.family.weight][0].stored
+        family, assumed = self.table.family, self.table.assumed
+        first = self.spans[family.weight][0].stored
         for name, spans in self.spans.items():
-            if name in self.table.assumed or name == "rope_embed.periods":  # Meta's are bfloat16 under float32 weights
+            if name in assumed or name == "rope_embed.periods":  # Meta's are bfloat16 under float32 weights
                 continue
             for stored in (span.stored for span in spans):
                 if stored.dtype not in (first.dtype, storage_dtype(name, first.dtype)):
@@ -154,22 +160,36 @@ class Checkpoint:
         Loading stays instant and most pages stay on disk. Training changes every number and so the digest; a change of
         a few by hand may go unseen.
         """
+        found = [
+            sample if dtype is None else sample.to(storage_dtype(name, dtype))
+            for name, parts in self.samples.items()
+            if name not in ("rope_embed.periods", "mask_token")  # not stored in every layout
+            for sample in parts
+        ]
         sha = hashlib.sha256()
-        for name, sample in self.samples:
-            sample = sample if dtype is None else sample.to(storage_dtype(name, dtype))
-            sha.update(sample.view(torch.uint8).numpy().data)
+        for _, alike in itertools.groupby(found, lambda sample: sample.dtype):
+            sha.update(torch.cat(list(alike)).view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
     @functools.cached_property
-    def samples(self) -> list[tuple[str, Tensor]]:
-        """A few numbers of each tensor, of each of those that are fused in one of ours."""
-        spans = [
-            (name, span)
+    def samples(self) -> dict[str, list[Tensor]]:
+        """A few numbers of each of the model's tensors: one sample, or one of each of those that are fused in it."""
+        spans = {
+            name: list(itertools.chain(*cut(self.spans[name], [numel(shape) // fused] * fused)))
             for name, (shape, fused) in model_tensors(self.config).items()
-            if name not in ("rope_embed.periods", "mask_token")  # not stored in every layout
-            for span in itertools.chain(*cut(self.spans[name], [numel(shape) // fused] * fused))
-        ]
-        return [(name, sample) for (name, _), sample in zip(spans, samples(span for _, span in spans), strict=True)]
+        }
+        read = samples(itertools.chain(*spans.values()))
+        return {name: list(itertools.islice(read, len(parts))) for name, parts in spans.items()}
+
+    def state_samples(self, dtype: torch.dtype | None) -> dict[str, list[Tensor | None]]:
+        """The samples by tensor of a model's state dict, part by part, in `dtype`; None for a bias that it lacks."""
+        weights_dtype, result = dtype or self.dtype, {}
+        for equation in self._equations:
+            name = equation.theirs[0][0]
+            held = storage_dtype(name, weights_dtype)
+            parts = (sample for ours, _ in equation.ours for sample in self.samples.get(ours, (None,)))
+            result[name] = [part if part is None else part.to(held) for part in parts] or [torch.empty(0, device="cpu")]
+        return result
 
     @property
     def weights_id(self) -> str:
@@ -293,8 +313,9 @@ def _backbone(stored: dict[str, StoredTensor], prefix: str | None) -> tuple[dict
     if not found and prefix is not None:
         raise ValueError(f"has no backbone under {prefix!r}, nor under another prefix")
     chosen = choose(found, prefix) if found else ""
-    outside = {name: f"outside of {chosen!r}" for name in stored if not name.startswith(chosen)}
-    return _renamed((own_name(n, chosen), tensor) for n, tensor in stored.items() if n not in outside), outside
+    own = own_names(stored, chosen)
+    outside = {name: f"outside of {chosen!r}" for name in stored if name not in own}
+    return _renamed((own[name], stored[name]) for name in own), outside
 
 
 def _renamed(tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:

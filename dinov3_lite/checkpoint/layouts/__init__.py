@@ -93,14 +93,13 @@ def backbones(names: Collection[str]) -> list[str]:
     return [p for p in found if not any(p.endswith(i) and p.removesuffix(i) in found for i in inner)]
 
 
-def own_name(name: str, prefix: str) -> str:
-    """The backbone's own name of a tensor."""
-    own = name.removeprefix(prefix)
-    for layout in LAYOUTS.values():
-        for start, written in layout.in_memory.items():
-            if own.startswith(start):
-                return written + own.removeprefix(start)
-    return own
+def own_names(names: Iterable[str], prefix: str) -> dict[str, str]:
+    """The backbone's own names of those tensors that stand behind the prefix."""
+    extra = [(start, written) for layout in LAYOUTS.values() for start, written in layout.in_memory.items()]
+    result = {name: name[len(prefix) :] for name in names if name.startswith(prefix)}
+    for start, written in extra:
+        result |= {name: written + own[len(start) :] for name, own in result.items() if own.startswith(start)}
+    return result
 
 
 def carried_names(layout: Layout, table: Table, names: Iterable[str]) -> dict[str, str]:

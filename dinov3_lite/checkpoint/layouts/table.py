@@ -275,6 +275,7 @@ class Layout(NamedTuple):
         return self.tables[type(config)]
 
 
+@functools.lru_cache(maxsize=1024)
 def pattern(name: str) -> str:
     """The name with # for each number and for each `{i}`: names of one row have one pattern."""
     return NUMBER.sub("#", name)
