@@ -25,6 +25,14 @@ def mapped(file: Path) -> mmap.mmap:
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
+def view(data: mmap.mmap, dtype: torch.dtype, start: int, count: int) -> Tensor:
+    """The `count` numbers from byte `start` of a mapped file on; copied where they are at no multiple of their size."""
+    if not count:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start)
+    return flat.clone() if start % dtype.itemsize else flat
+
+
 def give_back(tensor: Tensor) -> bool:
     """Let go of the whole pages that a tensor lies in, if all are of a mapped file and none was written to.
 

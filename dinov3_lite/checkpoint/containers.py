@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..pages import empty, mapped
+from ..pages import empty, mapped, view
 from .files import not_whole
 from .spans import Shape, Span, StoredTensor, read_into
 
@@ -98,6 +98,11 @@ def _read_safetensors(file: Path) -> Headers:
         raise error if error.filename else OSError(f"{file}: can't be opened: {error}") from error
     metadata = header.pop("__metadata__", None) or {}
     data = functools.cache(functools.partial(mapped, file))
+
+    def read(stored: StoredTensor) -> Tensor:
+        assert stored.offset is not None
+        return view(data(), stored.dtype, stored.offset, math.prod(stored.shape)).view(stored.shape)
+
     tensors = []
     for name, entry in sorted(header.items()):
         dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
@@ -105,14 +110,8 @@ def _read_safetensors(file: Path) -> Headers:
             expected = ", ".join(SAFETENSORS_DTYPES)
             tensors.append(StoredTensor.unreadable(name, file, f"is {entry['dtype']}, expected one of {expected}"))
             continue
-        shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
-
-        def read(dtype: torch.dtype = dtype, shape: Shape = shape, offset: int = offset) -> Tensor:
-            if not (count := math.prod(shape)):
-                return torch.empty(shape, dtype=dtype, device="cpu")
-            return torch.frombuffer(data(), dtype=dtype, count=count, offset=offset).view(shape)
-
-        tensors.append(StoredTensor(name, dtype, shape, read, file, offset))
+        offset = start + entry["data_offsets"][0]
+        tensors.append(StoredTensor(name, dtype, tuple(entry["shape"]), read, file, offset))
     return tensors, metadata
 
 

@@ -23,8 +23,7 @@ class StoredTensor(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: Shape
-    read: Callable[[], Tensor]
-    """Memory-mapped where the file allows it."""
+    reader: Callable[[StoredTensor], Tensor]
     file: Path
     offset: int | None = None
     """Where in `file` its bytes start, in order and without gaps; None if they are not there as such."""
@@ -34,16 +33,20 @@ class StoredTensor(NamedTuple):
     @classmethod
     def in_memory(cls, name: str, tensor: Tensor, file: Path | None = None) -> StoredTensor:
         """A tensor that no file holds as it is; `file`: whose tensors it was made of."""
-        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor, file or Path())
+        return cls(name, tensor.dtype, tuple(tensor.shape), lambda _: tensor, file or Path())
 
     @classmethod
     def unreadable(cls, name: str, file: Path, problem: str) -> StoredTensor:
         """A tensor that has a name and can't be read: `read()` raises ValueError that says why."""
 
-        def read() -> Tensor:
+        def refuse(stored: StoredTensor) -> Tensor:
             raise ValueError(f"{file}: tensor {name!r} {problem}")
 
-        return cls(name, torch.uint8, (), read, file, problem=problem)
+        return cls(name, torch.uint8, (), refuse, file, problem=problem)
+
+    def read(self) -> Tensor:
+        """The tensor, memory-mapped where the file allows it."""
+        return self.reader(self)
 
     def span(self) -> Span:
         """All its elements."""
