@@ -228,7 +228,11 @@ def _samples(model: nn.Module | None) -> dict[str, list[Tensor | None]]:
     """A few numbers of each parameter."""
     from .checkpoint.spans import sample
 
-    return {} if model is None else {name: [sample(flat).cpu()] for name, flat in _here(model).items()}
+    return (
+        {}
+        if model is None
+        else {name: [sample(flat).cpu()] if flat.numel() else [] for name, flat in _here(model).items()}
+    )
 
 
 def _here(model: nn.Module) -> dict[str, Tensor]:
@@ -245,7 +249,7 @@ def _has(flat: Tensor, samples: list[Tensor | None]) -> bool:
     """Whether these are the numbers in each part of a tensor, in its dtype."""
     from .checkpoint.spans import sample
 
-    parts = flat.chunk(len(samples))
+    parts = flat.chunk(max(1, len(samples))) if flat.numel() else ()
     return len(parts) == len(samples) and all(
         wanted is None or torch.equal(wanted.to(part.dtype), sample(part).cpu())
         for wanted, part in zip(samples, parts, strict=True)

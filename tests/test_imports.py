@@ -66,7 +66,7 @@ EDGES = {
     "dinov3_lite/checkpoint/json_files.py": {"checkpoint.files"},
     "dinov3_lite/checkpoint/folders.py": {"checkpoint.files", "checkpoint.json_files", "checkpoint.spans"},
     "dinov3_lite/checkpoint/pickles.py": set(),
-    "dinov3_lite/checkpoint/pth.py": {"checkpoint.files", "checkpoint.pickles", "checkpoint.spans"},
+    "dinov3_lite/checkpoint/pth.py": {"checkpoint.pickles", "checkpoint.spans", "checkpoint.words", "pages"},
     "dinov3_lite/checkpoint/choose.py": set(),
     "dinov3_lite/checkpoint/containers.py": {"checkpoint.files", "checkpoint.pth", "checkpoint.spans", "pages"},
     "dinov3_lite/checkpoint/matching.py": {
@@ -86,7 +86,7 @@ EDGES = {
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit", "checkpoint.spans", "pages"),
     },
     "dinov3_lite/pretrained.py": {
-        *("checkpoint", "checkpoint.channels", "checkpoint.hub", "checkpoint.saving"),
+        *("checkpoint", "checkpoint.channels", "checkpoint.hub", "checkpoint.saving", "checkpoint.spans"),
         *("sharding.loading", "sharding.parameters", "sharding.saving"),
     },
     "dinov3_lite/sharding/*": {

@@ -29,10 +29,10 @@ from .json_files import read_json
 from .layouts import (
     LAYOUTS,
     LITE,
-    STATE_DICT,
     backbones,
     carried_names,
     detect,
+    joined,
     model_tensors,
     own_names,
     reason_of,
@@ -89,8 +89,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """The model's tensor `name`: memory-mapped where the layout stores it whole."""
-        shape = model_tensors(self.config)[name][0]
-        return self.read(self.spans[name]).view(shape) if self.spans[name] else torch.empty(shape, dtype=self.dtype)
+        return self.read(self.spans[name]).view(model_tensors(self.config)[name][0])
 
     def spans_of(self, equation: Equation) -> list[Span]:
         """The stored elements of the tensors in an equation, one after the other: zeros for what the model lacks."""
@@ -105,21 +104,22 @@ class Checkpoint:
 
     def state(self) -> dict[str, tuple[Shape, list[Span]]]:
         """The model's state dict: the shape of each of its tensors, and the stored elements that make it up."""
-        return {
-            name: (shape, self.spans_of(equation)) for equation in self._equations for name, shape in equation.theirs
-        }
-
-    @functools.cached_property
-    def _equations(self) -> list[Equation]:
-        return STATE_DICT.table(self.config).equations(self.config)
+        state = {name: (shape, self.spans[name]) for name, (shape, _) in model_tensors(self.config).items()}
+        for name, equation in joined(self.config).items():
+            for ours, _ in equation.ours:
+                state.pop(ours, None)
+            state[name] = equation.theirs[0][1], self.spans_of(equation)
+        return state
 
     def read(self, spans: Sequence[Span]) -> Tensor:
         """These elements one after the other, flat: memory-mapped where they are stored so.
 
-        Of several dtypes the narrowest that holds them all.
+        Of several dtypes the narrowest that holds them all; no elements in the weights'.
         """
         if len(spans) == 1:
             return spans[0].read()
+        if not spans:
+            return torch.empty(0, dtype=self._first.dtype, device="cpu")
         parts = [span.read() for span in spans]
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
         whole = empty((sum(span.size for span in spans),), dtype)
@@ -134,8 +134,7 @@ class Checkpoint:
 
         Raises ValueError if they have several, apart from the tensors that are kept in float32 on purpose.
         """
-        family, assumed = self.table.family, self.table.assumed
-        first = self.spans[family.weight][0].stored
+        first, assumed = self._first, self.table.assumed
         for name, spans in self.spans.items():
             if name in assumed or name == "rope_embed.periods":  # Meta's are bfloat16 under float32 weights
                 continue
@@ -146,6 +145,11 @@ class Checkpoint:
                         f"but {first.name!r} is {first.dtype}: say which dtype you want"
                     )
         return first.dtype
+
+    @property
+    def _first(self) -> StoredTensor:
+        """What stores the projection of the images, or its begin."""
+        return self.spans[self.table.family.weight][0].stored
 
     @property
     def rope(self) -> str:
@@ -176,6 +180,8 @@ class Checkpoint:
         """A few numbers of each of the model's tensors: one sample, or one of each of those that are fused in it."""
         spans = {
             name: list(itertools.chain(*cut(self.spans[name], [numel(shape) // fused] * fused)))
+            if fused > 1
+            else self.spans[name]
             for name, (shape, fused) in model_tensors(self.config).items()
         }
         read = samples(itertools.chain(*spans.values()))
@@ -183,12 +189,13 @@ class Checkpoint:
 
     def state_samples(self, dtype: torch.dtype | None) -> dict[str, list[Tensor | None]]:
         """The samples by tensor of a model's state dict, part by part, in `dtype`; None for a bias that it lacks."""
-        weights_dtype, result = dtype or self.dtype, {}
-        for equation in self._equations:
-            name = equation.theirs[0][0]
-            held = storage_dtype(name, weights_dtype)
-            parts = (sample for ours, _ in equation.ours for sample in self.samples.get(ours, (None,)))
-            result[name] = [part if part is None else part.to(held) for part in parts] or [torch.empty(0, device="cpu")]
+        weights_dtype = dtype or self.dtype
+        result: dict[str, list[Tensor | None]] = {
+            name: [part.to(storage_dtype(name, weights_dtype)) for part in parts]
+            for name, parts in self.samples.items()
+        }
+        for name, equation in joined(self.config).items():
+            result[name] = [part for ours, _ in equation.ours for part in result.pop(ours, [None])]
         return result
 
     @property

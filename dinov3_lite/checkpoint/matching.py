@@ -45,7 +45,7 @@ def match(file: Path, table: Table, config: Config, stored: dict[str, StoredTens
     spans: dict[str, list[Span]] = {}
     for equation in equations:
         theirs = [_masked(file, stored, name, equation.mask).span() for name, _ in equation.theirs if name not in empty]
-        runs = cut(theirs, [numel(shape) for _, shape in equation.ours])
+        runs = cut(theirs, [numel(shape) for _, shape in equation.ours]) if len(equation.ours) > 1 else [theirs]
         lacks_mask = bool(equation.mask) and equation.mask not in stored
         for (name, _), run in zip(equation.ours, runs, strict=True):
             if name in shapes:

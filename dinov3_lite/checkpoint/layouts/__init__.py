@@ -13,13 +13,13 @@ from ..choose import prefixes
 from ..files import short
 from .lite import LITE, STATE_DICT
 from .meta import META
-from .table import Card, Config, Layout, Named, Read, Shape, Table, numel, pattern
+from .table import Card, Config, Equation, Layout, Named, Read, Shape, Table, numel, pattern
 from .timm import TIMM
 from .transformers import TRANSFORMERS
 
 LAYOUTS = {layout.name: layout for layout in (LITE, TRANSFORMERS, META, TIMM)}
 __all__ = ["LAYOUTS", "LITE", "META", "STATE_DICT", "TIMM", "TRANSFORMERS"]
-__all__ += ["backbones", "detect", "model_tensors", "rename", "tensors_of"]
+__all__ += ["backbones", "detect", "joined", "model_tensors", "rename", "tensors_of"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -45,12 +45,17 @@ def rename(state: Mapping[str, Tensor], layout: Layout, config: Config) -> dict[
 def tensors_of(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """A state dict of the model by the names of our file: what is fused in one of its tensors is cut, as views."""
     tensors = dict(state)
-    for equation in STATE_DICT.table(config).equations(config):
-        name = equation.theirs[0][0]
-        if len(equation.ours) > 1 and name in tensors:
+    for name, equation in joined(config).items():
+        if name in tensors:
             parts = _cut(tensors.pop(name).flatten(), equation.ours)
             tensors |= {ours: part for ours, part in parts.items() if ours in model_tensors(config)}
     return tensors
+
+
+def joined(config: Config) -> dict[str, Equation]:
+    """The model's parameters that lie in our file as several tensors, the biases of its attention: see `STATE_DICT`."""
+    table = STATE_DICT.table(config)
+    return {equation.theirs[0][0]: equation for equation in table.equations(config, table.differences)}
 
 
 def _cut(flat: Tensor, wanted: Named) -> dict[str, Tensor]:

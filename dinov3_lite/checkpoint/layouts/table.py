@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -174,11 +174,11 @@ class Table:
         """What it calls that tensor of ours; nothing where it does not store it, or only with others in one."""
         return next((row.theirs for row in self.rows if row.ours[0] == ours), ())
 
-    def equations(self, config: Config) -> list[Equation]:
-        """The rows that a config calls for, block by block, with names and shapes filled in."""
+    def equations(self, config: Config, rows: Iterable[Row] | None = None) -> list[Equation]:
+        """The rows that a config calls for, or these, block by block, with names and shapes filled in."""
         tensors = {tensor.name: tensor for tensor in self.family.tensors}
         result = []
-        for row in self.rows:
+        for row in self.rows if rows is None else rows:
             ours = [tensors[name] for name in row.ours]
             if any(tensor.exists(config) for tensor in ours):
                 wholes = [self.family.shape(tensor.shape, config) for tensor in ours]
