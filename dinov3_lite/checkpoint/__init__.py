@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ..pages import empty, give_back
 from .choose import choose, without_wrappers
 from .containers import cast, read_headers
-from .files import few
 from .folders import SeveralFiles, check_index, read_license, weight_files
 from .json_files import read_json
 from .layouts import (
@@ -42,6 +41,7 @@ from .layouts.table import Beside, Card, Equation, Layout, Shape, Table, numel
 from .layouts.vit import storage_dtype
 from .matching import match
 from .spans import Span, StoredTensor, cut, samples
+from .words import few
 
 # What --dtype of the command lines offers.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..pages import empty, mapped, view
-from .files import not_whole
 from .spans import Shape, Span, StoredTensor, read_into
+from .words import not_whole
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIGNMENT = 64  # bytes; the data starts on a cache line, as matrix kernels like it

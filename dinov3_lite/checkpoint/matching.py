@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from .containers import SAFETENSORS_DTYPES
-from .files import few
 from .layouts import model_tensors
 from .layouts.table import Config, Shape, Table, masked, numel
 from .spans import Span, StoredTensor, cut
+from .words import few
 
 DTYPES = tuple(SAFETENSORS_DTYPES.values())
 ONE_MODEL = "weights and config must be of one model"

@@ -20,9 +20,9 @@ from typing import IO, Any, NamedTuple
 from torch import Tensor
 
 from ..pages import mapped, view
-from .files import not_whole
 from .pickles import OtherTensor, SavedTensor, read_pickle
 from .spans import StoredTensor
+from .words import not_whole
 
 MAX_DEPTH = 16  # dictionaries within dictionaries; a training checkpoint has five or six
 MAX_NAME = 1000  # characters of a tensor's name, its dictionaries' keys included

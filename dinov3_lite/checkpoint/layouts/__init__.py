@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..choose import prefixes
-from ..files import short
+from ..words import short
 from .lite import LITE, STATE_DICT
 from .meta import META
 from .table import Card, Config, Equation, Layout, Named, Read, Shape, Table, numel, pattern
