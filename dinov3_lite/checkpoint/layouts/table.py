@@ -6,7 +6,7 @@ cuts in both directions follow from it. `{i}` in a name is the block's number; s
 reads off a config. Nothing here opens a file.
 """
 
-# Annotations are evaluated here: as texts, those of NamedTuples are compiled at every import, half a millisecond in all.
+# Annotations are evaluated here: as texts, those of NamedTuples are compiled at every import, half a millisecond.
 import functools
 import math
 import re
