@@ -185,11 +185,11 @@ def measure(
 
 
 def add(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What another result has, and the rows and contenders of this one that it has not; all in one order."""
+    """The rows and contenders of this result, and those of another that it has not; all in one order."""
     rows = {(row["variant"], row["size"]): row for row in other["rows"]}
     for row in result["rows"]:
         before = rows.get((row["variant"], row["size"]), {})
-        both = {name: {**row[name], **before.get(name, {})} for name in ("seconds", "ratios")}
+        both = {name: {**before.get(name, {}), **row[name]} for name in ("seconds", "ratios")}
         rows[row["variant"], row["size"]] = {**row, **both}
     in_order = [(variant, size) for variant in ("vits16", "vitb16") for size in SIZES]
     return {**result, "rows": [rows[key] for key in in_order if key in rows]}

@@ -221,6 +221,10 @@ class DINOv3ViT(features.Sizes, Pretrained):
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         return run_stack(list(self.blocks), tokens, taps, attention_of(tokens, self.attention), recompute)
 
+    def run_prefix(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
+        """As `run_blocks`, the CLS and register tokens alone: (B, 1 + R, C). A prepared model saves most of a block."""
+        return [state[:, : self.num_prefix_tokens] for state in self.run_blocks(tokens, taps)]
+
     def forward_packed(self, images: Sequence[Tensor]) -> list[DINOv3Output]:
         """Compute the features of images of different sizes as one sequence without padding: one output an image.
 

@@ -1,4 +1,4 @@
-"""Mapped files, and memory that goes back to the system at once: their pages, and copies for a short while."""
+"""Mapped files, and memory that goes back to the system: their pages, short-lived copies, a heap's holes."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ def give_back(tensor: Tensor) -> bool:
         return False
     address, size = ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page)
     return not _c_library().madvise(address, size, MADV_DONTNEED)
+
+
+def give_back_heap() -> None:
+    """Have the C library return to the system what lies free between what is in use, where it can (glibc)."""
+    if sys.platform.startswith("linux") and (trim := getattr(_c_library(), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 @functools.cache

@@ -260,6 +260,17 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
             return run_stack(blocks, tokens, taps, attention_of(tokens, self.attention))
         return self._graphs(blocks, tokens[:3], tuple(taps), self.attention)
 
+    @torch.no_grad()
+    def run_prefix(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
+        block = self._stand_in(self.blocks[taps[-1]])
+        if not isinstance(block, FastBlock) or tokens.shapes is not None or self.attention not in ("auto", "sdpa"):
+            return super().run_prefix(tokens, taps)
+        before = self.run_blocks(tokens, sorted({*taps[:-1], taps[-1] - 1} - {-1}))
+        x = before[-1] if taps[-1] else tokens.x
+        attention = PreparedAttention(tokens, self.attention, self._choices, self._dynamic)
+        states = [*before[: len(taps) - 1], block(x, tokens.cos, tokens.sin, attention, self.num_prefix_tokens)]
+        return [state[:, : self.num_prefix_tokens] for state in states]
+
     def _pack(self, blocks: Sequence[nn.Module], rows: int) -> None:
         """Pack all weights before the first activation: between them they would leave holes that fit nothing else."""
         wanted = None if self._dynamic else rows

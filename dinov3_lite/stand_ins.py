@@ -145,12 +145,16 @@ class PreparedAttention:
         """As any attention function, for a block that runs as it is."""
         return self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
 
-    def of_pairs(self, qkv: Tensor, num_heads: int) -> Tensor:
-        """Of a fused projection whose queries and keys lie pair by pair: (B, N, 3C) -> (B, N, C)."""
+    def of_pairs(self, qkv: Tensor, num_heads: int, first: int | None = None) -> Tensor:
+        """Of a fused projection whose queries and keys lie pair by pair: (B, N, 3C) -> (B, N, C).
+
+        first: of so many queries alone, (B, first, C).
+        """
         C = qkv.shape[-1] // 3
         rotated = rotate_pairs(qkv[..., : 2 * C].unflatten(-1, (2 * num_heads, -1)), self.rotation)
         q, k = rotated.chunk(2, dim=-2)
-        return self.attend(q, k, qkv[..., 2 * C :].unflatten(-1, (num_heads, -1))).flatten(-2)
+        v = qkv[..., 2 * C :].unflatten(-1, (num_heads, -1))
+        return (self.attend(q, k, v) if first is None else ATTENTIONS["sdpa"](q[:, :first], k, v)).flatten(-2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Of queries and keys that are rotated: (B, N, heads, D), or packed."""
@@ -208,7 +212,7 @@ class FastGatedMlp(nn.Module):
 
 
 class FastBlock(nn.Module):
-    """A ViT's block: (B, N, C) -> (B, N, C)."""
+    """A ViT's block: (B, N, C) -> (B, N, C); or (B, first, C), where no others are wanted."""
 
     def __init__(self, block: Block, choices: Choices, dynamic: bool) -> None:
         super().__init__()
@@ -228,9 +232,11 @@ class FastBlock(nn.Module):
             if isinstance(module, Projection):
                 module.packed_for(rows)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: PreparedAttention) -> Tensor:
-        attended = attention.of_pairs(self.qkv(self.norm1(x)), self.num_heads)
-        x = torch.addcmul(x, self.proj(attended), self.gamma1).to(x.dtype)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attention: PreparedAttention, first: int | None = None
+    ) -> Tensor:
+        attended = attention.of_pairs(self.qkv(self.norm1(x)), self.num_heads, first)
+        x = torch.addcmul(x[:, :first], self.proj(attended), self.gamma1).to(x.dtype)
         return x.addcmul_(self.mlp(self.norm2(x)), self.gamma2)  # nobody else holds this sum
 
 

@@ -73,7 +73,7 @@ EDGES = {
     "dinov3_lite/checkpoint/containers.py": {"checkpoint.words", "checkpoint.pth", "checkpoint.spans", "pages"},
     "dinov3_lite/checkpoint/matching.py": {
         *("checkpoint.containers", "checkpoint.words", "checkpoint.layouts", "checkpoint.layouts.table"),
-        "checkpoint.spans",
+        *("checkpoint.choose", "checkpoint.spans"),
     },
     "dinov3_lite/checkpoint/layouts/table.py": set(),
     "dinov3_lite/checkpoint/layouts/vit.py": {"checkpoint.layouts.table", "config", "rope"},
@@ -83,7 +83,7 @@ EDGES = {
     },
     "dinov3_lite/checkpoint/hub.py": {"checkpoint.words", "checkpoint.layouts", "checkpoint.layouts.timm"},
     "dinov3_lite/checkpoint/__init__.py": {
-        *("checkpoint.choose", "checkpoint.containers", "checkpoint.words", "checkpoint.folders"),
+        *("checkpoint.containers", "checkpoint.words", "checkpoint.folders"),
         *("checkpoint.json_files", "checkpoint.layouts.others", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit", "checkpoint.spans", "pages"),
     },
@@ -124,7 +124,7 @@ EDGES = {
     "dinov3_lite/prepacked.py": set(),
     "dinov3_lite/attention_ways.py": set(),
     "dinov3_lite/stopwatch.py": set(),
-    "dinov3_lite/choices.py": {"stopwatch"},
+    "dinov3_lite/choices.py": {"pages", "stopwatch"},
     "dinov3_lite/folding.py": {"convnext", "image", "layers"},
     "dinov3_lite/stand_ins.py": {
         *("attention", "attention_ways", "choices", "convnext", "folding", "layers", "lent", "packing", "pages"),

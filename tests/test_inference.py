@@ -156,6 +156,30 @@ def test_packed_weights_serve_every_batch_and_size(config, dynamic, tmp_path):
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("config", [TINY, TINY_GATED, NO_BIAS], ids=["mlp", "gated", "no biases"])
+@torch.no_grad()
+def test_the_prefix_alone_is_that_of_all_tokens(config, dynamic, tmp_path):
+    model = load(tmp_path, config)
+    images = torch.randn(3, 3, 4 * model.patch_size, 9 * model.patch_size)
+    tokens, truth = model.embed(images)[0], copy.deepcopy(model).double()
+    exact = truth.run_blocks(truth.embed(images)[0], range(model.depth))
+    fast = optimize_for_inference(model, dynamic=dynamic)
+    last = model.depth - 1
+    for taps in ([last], [0], [0, last], [last - 1, last]):
+        for tap, prefix, of_all in zip(
+            taps, fast.run_prefix(tokens, taps), model.run_blocks(tokens, taps), strict=True
+        ):
+            expected = exact[tap][:, : model.num_prefix_tokens]
+            assert relative_error(prefix, expected) <= 1.5 * relative_error(of_all, exact[tap]), (taps, tap)
+    full = fast.run_blocks(tokens, [last])[0]  # after which weights are packed for all rows again
+    assert relative_error(full, exact[last]) < 2e-6
+    seen = []
+    fast.blocks[last].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    fast.run_prefix(tokens, [last])
+    assert seen == [tokens.x.shape[1]]  # an observed block runs whole
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @torch.no_grad()
 def test_outputs_are_the_same_bits_whatever_came_before(dynamic, dtype, tmp_path):

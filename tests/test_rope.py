@@ -67,6 +67,18 @@ def test_rotation_is_that_of_complex_numbers():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_gradient_it_is_the_same_rotation_bit_for_bit_with_heads_apart(dtype):
+    q = torch.randn(2, 21, 3 * 4 * 32).to(dtype).unflatten(-1, (3, 4, 32))[:, :, 1]  # a view, as in the model
+    angles = torch.rand(21, 16, dtype=torch.promote_types(dtype, torch.float32)) * 6
+    recorded = apply_rope(q, angles.cos(), angles.sin())
+    with torch.no_grad():
+        written = apply_rope(q, angles.cos(), angles.sin())
+        mapped = torch.func.vmap(apply_rope, in_dims=(0, None, None))(q, angles.cos(), angles.sin())
+    assert torch.equal(written, recorded) and torch.equal(mapped, recorded)
+    assert written.transpose(1, 2).is_contiguous()
+
+
 def test_the_identity_rotation_changes_no_bit():
     x = torch.randn(1, 5, 2, 16).to(torch.bfloat16)
     assert torch.equal(apply_rope(x, torch.ones(5, 8), torch.zeros(5, 8)), x)

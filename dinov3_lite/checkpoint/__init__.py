@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ..pages import empty, give_back
-from .choose import choose, without_wrappers
 from .containers import cast, read_headers
 from .folders import SeveralFiles, check_index, read_license, weight_files
 from .json_files import read_json
-from .layouts import (
-    LAYOUTS,
-    LITE,
-    backbones,
-    carried_names,
-    detect,
-    joined,
-    model_tensors,
-    own_names,
-    reason_of,
-)
+from .layouts import LAYOUTS, LITE, carried_names, detect, joined, model_tensors, reason_of
 from .layouts.others import what_else
 from .layouts.table import Beside, Card, Equation, Layout, Shape, Table, numel
 from .layouts.vit import storage_dtype
-from .matching import match
+from .matching import backbone, match
 from .spans import Span, StoredTensor, cut, samples
 from .words import few
 
@@ -251,7 +240,7 @@ def _open(path: Path, files: list[Path], prefix: str | None) -> Checkpoint:
     stored, metadata = read_headers(files)
     check_index(files, stored)
     try:
-        stored, left_out = _backbone(stored, prefix)
+        stored, left_out = backbone(stored, prefix)
         layout, config_class = detect(stored, metadata)
         table = layout.tables[config_class]
         heads = {name: reason for name in stored if (reason := table.reason_against(name))}
@@ -311,28 +300,6 @@ def _with_config(card: Card, path: Path, layout: Layout, table: Table, stored: d
         for config in (card.config, shown)
     )
     return card if said == seen else card._replace(config=shown, preprocessing=None, note="")
-
-
-def _backbone(stored: dict[str, StoredTensor], prefix: str | None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of the backbone that is meant, under its own names, and what else the files hold."""
-    stored = _renamed((without_wrappers(name), tensor) for name, tensor in stored.items())
-    found = backbones(stored)
-    if not found and prefix is not None:
-        raise ValueError(f"has no backbone under {prefix!r}, nor under another prefix")
-    chosen = choose(found, prefix) if found else ""
-    own = own_names(stored, chosen)
-    outside = {name: f"outside of {chosen!r}" for name in stored if name not in own}
-    return _renamed((own[name], stored[name]) for name in own), outside
-
-
-def _renamed(tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """Tensors by their new names. Raises ValueError if two have the same."""
-    result: dict[str, StoredTensor] = {}
-    for name, tensor in tensors:
-        if name in result:
-            raise ValueError(f"tensor {tensor.name!r} is also there as {result[name].name!r}: remove one")
-        result[name] = tensor
-    return result
 
 
 def _check_current(converted: Checkpoint, source: Checkpoint) -> None:

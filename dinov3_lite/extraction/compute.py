@@ -13,6 +13,7 @@ from ..features import patches_and_prefix
 from ..image import ImageProcessor
 from ..inference import optimize_for_inference
 from ..loading import Backbone
+from ..model import DINOv3ViT
 
 OUTPUTS = ("cls_token", "patch_mean", "patch_tokens", "register_tokens")
 STORES = {"float16": torch.float16, "float32": torch.float32}
@@ -61,6 +62,7 @@ class Network:
             self.at_once = min(batch[0], images_at_once(*batch[1:])) if self.device.type == "cpu" else batch[0]
         self.model: Any = self.prepared(model, pixels)
         self.blocks = [model.depth - 1] if blocks is None else list(blocks)
+        self.prefix_only = isinstance(model, DINOv3ViT) and {"cls_token", "register_tokens"}.issuperset(outputs)
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def prepared(self, model: Backbone, pixels: ImageProcessor | None) -> Backbone:
@@ -69,6 +71,10 @@ class Network:
 
     def run(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, h, w) -> for each output (B, ..) or, of K > 1 blocks, (B, K, ..), in the dtype of the files."""
+        if self.prefix_only:
+            tokens, _ = self.model.embed(images)
+            prefixes = map(self.model.norm, self.model.run_prefix(tokens, self.blocks))
+            return self._pick([(prefix[:, :0], prefix[:, 0], prefix[:, 1:]) for prefix in prefixes])
         every = {"return_class_token": True, "return_extra_tokens": True}
         return self._pick(self.model.get_intermediate_layers(images, self.blocks, **every))
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 METHODS = (
     *("forward_features", "forward_intermediates", "forward_packed", "get_intermediate_layers", "attention_maps"),
-    *("embed", "embed_patches", "run_blocks", "run_packed"),
+    *("embed", "embed_patches", "run_blocks", "run_packed", "run_prefix"),
 )
 """The methods of a DINOv3ViT that compute, beside `forward`."""
 

@@ -154,6 +154,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "embed_patches": lambda m: m.embed_patches(x),
     "run_blocks": lambda m: m.run_blocks(m.embed(x)[0], [1]),
     "run_packed": lambda m: m.run_packed([m.embed(x)[0], m.embed(images(1, (8, 8)))[0]], [0, 3]),
+    "run_prefix": lambda m: m.run_prefix(m.embed(x)[0], [0, 2]),
     "the backbone": lambda m: DINOv3ViTBackbone(m, out_indices=(0, 2, 4), return_class_token=True)(x),
     "timm's features": lambda m: FeaturesOnly(m, norm=True)(x),
     "the encoder": lambda m: PyramidEncoder(m)(x),
