@@ -239,7 +239,9 @@ def _here(model: nn.Module) -> dict[str, Tensor]:
     """Each parameter flat, of a DTensor what lies here: none on the meta device, nor of other kinds."""
     result = {}
     for name, parameter in model.named_parameters():
-        here: Any = parameter.to_local() if is_sharded(parameter) else parameter
+        here: Any = parameter
+        if is_sharded(here):
+            here = here.to_local()
         if type(here) in (nn.Parameter, Tensor) and not here.is_meta:
             result[name] = here.detach().reshape(-1)
     return result

@@ -173,7 +173,7 @@ EDGES = {
             ("decode", ("reading",), {"image", "pixels"}),
             ("pipeline", ("decode", "reading"), set()),
             ("commit", ("folder", "pipeline", "writer"), {"checkpoint.files"}),
-            ("compute", (), {"features", "image", "inference", "loading"}),
+            ("compute", (), {"features", "image", "inference", "loading", "model"}),
             (
                 "job",
                 ("commit", "compute", "decode", "folder", "plan", "sources"),
