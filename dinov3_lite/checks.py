@@ -43,8 +43,13 @@ def check_kind(
     images: Tensor, channels: int, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
 ) -> None:
     """Rank, channels and dtype of images of any size: see `check_images`."""
+    expected = ", ".join(dims).replace("channels", str(channels))
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"{name} is a {type(images).__name__}: expected a tensor ({expected}), which dinov3_lite.ImageProcessor "
+            "makes of pictures and of arrays"
+        )
     if images.ndim != len(dims) or images.shape[-3] != channels:
-        expected = ", ".join(dims).replace("channels", str(channels))
         raise ValueError(f"{name} has shape {tuple(images.shape)}: expected ({expected})")
     if not (pixels or images.is_floating_point()):
         raise ValueError(

@@ -43,8 +43,8 @@ class Stem(nn.Module):
         self.norm = LayerNorm(config.hidden_sizes[0], eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        return self.norm(self.conv(pixel_values).permute(0, 2, 3, 1))
+        channels_last = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return self.norm(self.conv(channels_last).permute(0, 2, 3, 1))
 
     @property
     def num_channels(self) -> int:
@@ -149,8 +149,7 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
     _no_split_modules = ("ConvNeXtBlock",)  # what accelerate leaves whole
 
     def __init__(self, config: DINOv3ConvNeXtConfig, patch_size: int | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.patch_size = patch_size
         self.gradient_checkpointing = False
         self.residual_dtype: torch.dtype | None = None

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_count
 from .config import DINOv3ConvNeXtConfig
 from .features import as_output, block_indices, dtype_of
 
@@ -115,8 +116,8 @@ def get_intermediate_layers(
     `return_extra_tokens` it is a tuple that continues with the map's mean (B, C) and with a ConvNeXt's register
     tokens, of which there are none: (B, 0, C).
 
-    Raises ValueError for a count or an index that the model does not have and for a patch size that is not
-    positive or larger than the image.
+    Raises ValueError for a count or an index that the model does not have, and for a patch size that is no whole
+    number from 1 to the image's shorter side.
     """
     taps = block_indices(model, n)
     patch_size = model.patch_size if patch_size is None else patch_size
@@ -208,14 +209,18 @@ def to_map(model: Any, state: Tensor) -> Tensor:
 
 
 def on_grid(state: Tensor, images: Tensor, patch_size: int | None) -> Tensor:
-    """The map (B, h, w, C) on the grid of a ViT with this patch size, as it is if None."""
+    """The map (B, h, w, C) on the grid of a ViT with this patch size, as it is if None.
+
+    PyTorch resizes so in float32 and float64 alone: a narrower map is resized in float32.
+    """
     if patch_size is None:
         return state
-    H, W = images.shape[-2:]
-    if not 1 <= patch_size <= min(H, W):
-        raise ValueError(f"patch_size is {patch_size}: expected 1 to {min(H, W)} for images of {H} x {W} pixels")
-    grid = (H // patch_size, W // patch_size)
-    return F.interpolate(state.permute(0, 3, 1, 2), grid, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    side, (H, W) = check_count("patch_size", patch_size), images.shape[-2:]
+    if side > min(H, W):
+        raise ValueError(f"patch_size is {side}: expected 1 to {min(H, W)} for images of {H} x {W} pixels")
+    wide = state.to(torch.promote_types(state.dtype, torch.float32)).permute(0, 3, 1, 2)
+    resized = F.interpolate(wide, (H // side, W // side), mode="bilinear", antialias=True)
+    return resized.permute(0, 2, 3, 1).to(state.dtype)
 
 
 def refuse(**tensors: Tensor | None) -> None:

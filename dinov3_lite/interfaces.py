@@ -47,6 +47,8 @@ class _Backbone(nn.Module):
         out_features: Sequence[str] | None,
     ) -> None:
         super().__init__()
+        if not isinstance(model.config, self.model_class.config_class):
+            raise ValueError(f"model is a {type(model).__name__}: expected a {self.model_class.__name__}")
         self.model = model
         self.config = model.config
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, model.depth + 1))]
@@ -108,7 +110,8 @@ class DINOv3ViTBackbone(_Backbone):
     ) -> None:
         """Of the stages whose indices (negative: from the end) or names are given; without either, of the last.
 
-        Raises ValueError for a stage that the model does not have, or if both are given and disagree.
+        Raises ValueError for a stage that the model does not have, for indices and names that disagree, and for a
+        model of the other architecture.
         """
         super().__init__(model, model.embed_dim, out_indices, out_features)
         self.apply_layernorm = apply_layernorm
@@ -153,7 +156,8 @@ class DINOv3ConvNextBackbone(_Backbone):
     ) -> None:
         """Of the stages whose indices (negative: from the end) or names are given; without either, of the last.
 
-        Raises ValueError for a stage that the model does not have, or if both are given and disagree.
+        Raises ValueError for a stage that the model does not have, for indices and names that disagree, and for a
+        model of the other architecture.
         """
         super().__init__(model, model.num_channels, out_indices, out_features)
 

@@ -41,15 +41,17 @@ class PatchEmbed(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm of a residual stream that may be wider than the weights: computed in x's dtype, returned in theirs."""
+    """LayerNorm of an x that may be wider than the weights (a residual stream) or narrower (what autocast's
+    convolutions return): computed in the wider of both dtypes, returned in the weights'.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return self.unrounded(x).to(self.weight.dtype)
 
     def unrounded(self, x: Tensor) -> Tensor:
-        """The same in x's dtype."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        """The same in the dtype that it is computed in."""
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
 
 
 class QKVProjection(nn.Linear):

@@ -92,9 +92,8 @@ class DINOv3ViT(features.Sizes, Pretrained):
     _no_split_modules = ("Block",)  # what accelerate leaves whole: x flows around its parts
 
     def __init__(self, config: DINOv3Config, attention: str = "auto") -> None:
-        super().__init__()
+        super().__init__(config)
         resolve_attention(attention)
-        self.config = config
         self.attention = attention
         self.gradient_checkpointing = False
         self.residual_dtype: torch.dtype | None = None

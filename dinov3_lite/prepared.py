@@ -171,12 +171,13 @@ class PreparedBackbone(Prepared):
     def check_images(
         self, images: Tensor, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
     ) -> tuple[int, int]:
+        grid = super().check_images(images, name, dims, pixels or self._processor is not None)  # type: ignore[misc]
         if self._processor is not None and images.dtype != torch.uint8:
             raise ValueError(
                 f"{name} is {images.dtype}: expected torch.uint8 pixels, which the processor given to "
                 "optimize_for_inference() normalises"
             )
-        return super().check_images(images, name, dims, pixels or self._processor is not None)  # type: ignore[misc]
+        return grid
 
     def _embedded(self, embed: nn.Module, pixel_values: Tensor, as_loaded: Callable[[Tensor], Tensor]) -> Tensor:
         """What `embed` gives for images, or for pixels where a processor was folded in."""

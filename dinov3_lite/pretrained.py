@@ -68,6 +68,15 @@ class Pretrained(nn.Module):
     """What was said of the weights where they were loaded from: preprocessing, licence, a note."""
     _origin: Origin | None = None
 
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise ValueError(
+                f"config is a {type(config).__name__}: expected a {self.config_class.__name__}, as its from_name and "
+                "from_dict make it; DINOv3ViT and DINOv3ConvNeXt take one kind each"
+            )
+        self.config = config
+
     @classmethod
     def from_name(cls, name: str, **config_changes: Any) -> Self:
         """A released variant with random weights; `config_changes` are fields of its config to replace.

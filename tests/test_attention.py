@@ -7,7 +7,7 @@ import torch
 from dinov3_lite.kernels import availability, rope_attention_reference
 from helpers import TINY, relative_error, write_checkpoint
 
-from dinov3_lite import DINOv3ViT
+from dinov3_lite import DINOv3ViT, load
 from dinov3_lite import attention as attention_module
 from dinov3_lite.attention import ATTENTION, eager_attention, resolve_attention, sdpa_attention
 
@@ -81,6 +81,12 @@ def test_auto_is_sdpa_on_the_cpu():
     for dtype in (torch.float32, torch.float16):
         arguments = inputs(6, 64, dtype)
         assert torch.equal(resolve_attention("auto")(*arguments), sdpa_attention(*arguments))
+
+
+def test_the_name_is_taken_at_every_door(tmp_path):
+    folder = write_checkpoint(tmp_path, TINY)
+    for door in (DINOv3ViT.from_pretrained, load):
+        assert door(folder).attention == "auto" and door(folder, attention="eager").attention == "eager"
 
 
 def test_unknown_name_at_any_door(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -187,6 +188,27 @@ def test_a_file_of_another_kind(tmp_path):
     file.write_bytes(b"123")
     with pytest.raises(ValueError, match="weights.npz: expected a folder or a file of type .safetensors, .pth, .pt"):
         DINOv3ViT.from_pretrained(file)
+
+
+def test_what_lies_outside_of_a_file_is_not_said_of_the_file(folder, monkeypatch):
+    """Its path, memory, the system: nobody is told to download it again."""
+    file = folder / "model.safetensors"
+    odd = file.rename(folder / os.fsdecode(b"model\xff.safetensors"))
+    with pytest.raises(ValueError, match=r"model\\udcff.safetensors': its path is no UTF-8, .*: rename it"):
+        DINOv3ViT.from_pretrained(odd)
+    odd.rename(file)
+    pth = folder / "model.pth"
+    torch.save(load_file(file), pth)
+
+    def no_memory(*args, **kwargs):
+        raise OSError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr("dinov3_lite.checkpoint.containers.safe_open", no_memory)
+    monkeypatch.setattr("dinov3_lite.checkpoint.pth.read_content", no_memory)
+    with pytest.raises(OSError, match=r"model.safetensors: can't be opened: Cannot allocate memory \(os error 12\)$"):
+        DINOv3ViT.from_pretrained(file)
+    with pytest.raises(OSError, match="^Cannot allocate memory"):
+        DINOv3ViT.from_pretrained(pth)
 
 
 def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TINY, TINY_GATED, relative_error, run_python, write_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, attention_ways, choices, optimize_for_inference, stopwatch
 from dinov3_lite.attention_ways import ATTENTIONS, ways_of_attention
 from dinov3_lite.choices import Answer, Choices
 from dinov3_lite.prepacked import available, ways_of_products
-from dinov3_lite.stand_ins import pair_by_pair
+from dinov3_lite.stand_ins import pair_by_pair, way_of_attention
 
 DTYPES = [d for d in (torch.float32, torch.bfloat16, torch.float16) if available(torch.empty(0, dtype=d))]
 
@@ -87,6 +88,30 @@ def test_every_way_of_attention_is_attention(way, dtype, scores, monkeypatch):
         # scores in half precision are rounded once, as queries and keys are
         bound = 1.5 if dtype == torch.float32 else 2.0
         assert relative_error(out.transpose(1, 2), truth) <= bound * relative_error(fused, truth), way
+
+
+def test_what_computes_the_same_twice_is_timed_once():
+    assert ways_of_attention(torch.float32) == [way for way in ATTENTIONS if way != "sdpa in float32"]
+    assert ways_of_attention(torch.bfloat16) == ways_of_attention(torch.float16) == list(ATTENTIONS)
+
+
+@pytest.mark.parametrize(("way", "scores"), [("products, 1 head", 700), ("products, 4 heads", 4 * 130)])
+def test_no_more_scores_are_held_than_fit_a_cache(way, scores, monkeypatch):
+    """At least one query's of the heads at a time, which is what the second has room for."""
+    monkeypatch.setattr(attention_ways, "SCORES", scores)
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten.baddbmm, torch.ops.aten._softmax):
+                largest[0] = max(largest[0], out.numel())
+            return out
+
+    q, k, v = torch.randn(1, 130, 3, 5, 16).unbind(2)
+    with Watch():
+        ATTENTIONS[way](q, k, v)
+    assert scores - 130 < largest[0] <= scores
 
 
 def test_the_first_way_is_taken_unless_another_is_faster(cache, measured):
@@ -206,6 +231,41 @@ def test_an_answer_does_not_change_within_a_process(cache, measured):
     assert ask() == "onednn"
     Choices().way("product, other", ["onednn", "plain"], lambda way: [id])
     assert json.loads(file.read_text())["product"][0] == "onednn"
+
+
+def test_answers_of_other_processes_stay_beside_ones_own(cache, measured):
+    def ask(question):
+        return Choices().way(question, ["onednn", "plain"], lambda way: [id])
+
+    ask("product a")
+    (file,) = cache.iterdir()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "product of another": ["plain", {"plain": 1.0}]}))
+    ask("product b")
+    assert set(json.loads(file.read_text())) == {"product a", "product of another", "product b"}
+
+
+def test_where_sizes_are_free_attention_is_asked_about_few(cache, measured, monkeypatch):
+    """Whatever the batch and the size: six questions at most. Else about the very size, timed at a bearable one."""
+    timed = []
+    real = choices.least_seconds
+
+    def least_seconds(ways):
+        timed.append({call.args[0].shape for calls in ways.values() for call in calls})
+        return real(ways)
+
+    monkeypatch.setattr(choices, "least_seconds", least_seconds)
+    answers = Choices()
+    for batch in (1, 2, 3, 7):
+        for tokens in (5, 200, 700, 2000, 9000):
+            way_of_attention(answers, torch.empty(batch, 1, 2, 16).expand(-1, tokens, -1, -1), dynamic=True)
+    assert set(answers.answers) == {
+        f"attention about {batch} x {tokens} tokens, 2 heads of 16, float32"
+        for batch in (1, 2)
+        for tokens in (256, 1024, 2048)
+    }
+    assert timed == [{(batch, tokens, 2, 16)} for batch in (1, 2) for tokens in (256, 1024, 2048)]
+    way_of_attention(answers, torch.empty(3, 1, 2, 16).expand(-1, 9000, -1, -1), dynamic=False)
+    assert "attention 3 x 9000 tokens, 2 heads of 16, float32" in answers.answers and timed[-1] == {(3, 2048, 2, 16)}
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

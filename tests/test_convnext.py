@@ -5,13 +5,25 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from convnexts import TINY_CONVNEXT, made
-from helpers import relative_error
+from helpers import TINY, relative_error
+from torch.func import functional_call, grad, vmap
 
-from dinov3_lite import DINOv3Config, DINOv3ConvNeXt, DINOv3ConvNextBackbone, DINOv3ConvNeXtConfig, FeaturesOnly
+from dinov3_lite import (
+    DINOv3Config,
+    DINOv3ConvNeXt,
+    DINOv3ConvNextBackbone,
+    DINOv3ConvNeXtConfig,
+    DINOv3ViT,
+    DINOv3ViTBackbone,
+    FeaturesOnly,
+    optimize_for_inference,
+)
 from dinov3_lite.config import CONVNEXTS
+from dinov3_lite.convnext import Downsample
 
 # Parameters counted on transformers' own models; tensors of the files on the hub.
 SIZES = {
@@ -110,6 +122,17 @@ def test_names_of_the_other_architecture():
         DINOv3ConvNeXtConfig.from_name("convnext-huge")
 
 
+def test_classes_of_the_other_architecture():
+    with pytest.raises(ValueError, match="config is a DINOv3Config: expected a DINOv3ConvNeXtConfig, as its from_name"):
+        DINOv3ConvNeXt(TINY)
+    with pytest.raises(ValueError, match="config is a DINOv3ConvNeXtConfig: expected a DINOv3Config, as its from_name"):
+        DINOv3ViT(TINY_CONVNEXT)
+    with pytest.raises(ValueError, match="model is a DINOv3ViT: expected a DINOv3ConvNeXt"):
+        DINOv3ConvNextBackbone(DINOv3ViT(TINY))
+    with pytest.raises(ValueError, match="model is a DINOv3ConvNeXt: expected a DINOv3ViT"):
+        DINOv3ViTBackbone(made())
+
+
 # ---- outputs
 
 
@@ -152,6 +175,45 @@ def test_intermediate_layers_as_asked_for():
     assert all(torch.equal(a, b) for a, b in zip(model.get_intermediate_layers(images, 4, True), resized, strict=True))
     with pytest.raises(ValueError, match="patch_size is 71: expected 1 to 70 for images of 70 x 101 pixels"):
         model.get_intermediate_layers(images, patch_size=71)
+    for size in (0, 16.0, (16, 16), "16", True):
+        with pytest.raises(ValueError, match=r"patch_size is .*: expected a whole number from 1 up"):
+            model.get_intermediate_layers(images, patch_size=size)
+
+
+@torch.no_grad()
+def test_maps_narrower_than_pytorch_resizes():
+    model, images = made(dtype=torch.bfloat16), torch.randn(2, 3, 70, 101)
+    exact = made(dtype=torch.float64).get_intermediate_layers(images, 4, reshape=True, patch_size=16)
+    for residual in (None, torch.bfloat16):
+        model.residual_dtype = residual
+        resized = model.get_intermediate_layers(images, 4, reshape=True, patch_size=16)
+        assert {m.dtype for m in resized} == {torch.bfloat16}
+        assert all(relative_error(m, e) < 2e-2 for m, e in zip(resized, exact, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_images_at_all(dtype):
+    model, images = made(dtype=dtype), torch.zeros(0, 3, 70, 101)
+    for each in (model, optimize_for_inference(model)):
+        out = each(images, output_hidden_states=True)
+        assert out.last_hidden_state.shape == (0, 7, 32) and out.pooler_output.shape == (0, 32)
+        assert [state.shape[0] for state in out.hidden_states] == [0] * 5
+
+
+def test_gradients_of_each_sample_by_vmap():
+    """torch.func maps over samples what is written for a batch: no operator here asks what it can't tell there."""
+    model, images = made(), torch.randn(3, 3, 32, 64)
+
+    def loss(parameters, image):
+        return functional_call(model, parameters, (image.unsqueeze(0),)).pooler_output.square().sum()
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    found = vmap(grad(loss), (None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        model.zero_grad()
+        model(image.unsqueeze(0)).pooler_output.square().sum().backward()
+        assert all(relative_error(found[name][i], p.grad) < 2e-5 for name, p in model.named_parameters())
 
 
 @torch.no_grad()
@@ -209,6 +271,8 @@ def test_nothing_runs_after_the_last_stage_wanted():
             torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
             "pixel_values is torch.uint8: expected normalised floating-point",
         ),
+        ([torch.zeros(3, 64, 64)], r"pixel_values is a list: expected a tensor \(batch, 3, height, width\), which"),
+        (np.zeros((1, 3, 64, 64), np.float32), "pixel_values is a ndarray: expected a tensor"),
     ],
 )
 def test_images_that_it_does_not_take(images, message):
@@ -319,6 +383,18 @@ def test_channels_last(dtype):
         assert all(relative_error(a, b) < bound for a, b in zip(out.hidden_states, expected.hidden_states, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_gradients_nor_hooks_change_a_bit(dtype):
+    model, images = made(dtype=dtype), torch.randn(1, 3, 64, 64)
+    with_gradients = model(images).last_hidden_state
+    with torch.no_grad():
+        without = model(images).last_hidden_state
+        for module in model.modules():
+            module.register_forward_hook(lambda *_: None)
+        watched = model(images).last_hidden_state
+    assert torch.equal(with_gradients, without) and torch.equal(without, watched)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "raw"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_dtypes_of_outputs(dtype, raw):
@@ -328,6 +404,30 @@ def test_dtypes_of_outputs(dtype, raw):
     assert {state.dtype for state in out.hidden_states[1:]} == {raw}
     assert model.forward_features(images)["x_prenorm"].dtype == raw
     assert model.get_intermediate_layers(images, 2, norm=True)[0].dtype == raw
+
+
+@torch.no_grad()
+def test_every_norm_has_the_configs_epsilon():
+    """One so large that a single norm with PyTorch's own shows; the prepared model's are the same."""
+    model = DINOv3ConvNeXt(replace(TINY_CONVNEXT, layer_norm_eps=0.5)).eval()
+    model.load_state_dict(made().state_dict())
+    norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 1 + 3 + 7 + 1 and all(model.get_submodule(name).eps == 0.5 for name in norms)
+    images = torch.randn(1, 3, 64, 96)
+    expected = model(images).last_hidden_state
+    assert relative_error(optimize_for_inference(model)(images).last_hidden_state, expected) < 3e-6
+    assert relative_error(made()(images).last_hidden_state, expected) > 1e-2
+
+
+@torch.no_grad()
+def test_a_step_down_errs_as_little_as_with_channels_first():
+    """Sums as long as a ConvNeXt-Tiny's: no tiny model has them."""
+    step = Downsample(384, 768, 1e-6)
+    torch.nn.init.trunc_normal_(step.conv.weight, std=0.02)
+    x = torch.randn(1, 28, 28, 384)
+    first = step.conv(step.norm(x).permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+    actual, truth = step(x), step.double()(x.double())
+    assert relative_error(actual, truth) <= 1.1 * relative_error(first, truth)
 
 
 @torch.no_grad()

@@ -109,6 +109,24 @@ def test_every_hidden_state(variant, dtype):
         record(row | {"ours": max(errors[0]), "transformers": max(errors[1]), "worst_ratio": ratio})
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_no_more_than_transformers_does(dtype, tmp_path):
+    """The sum of all states' errors: from the third stage on both do the same roundings, and single ones are by luck."""
+    pytest.importorskip("transformers")
+    import reference_convnext as reference
+
+    folder = write_checkpoint(tmp_path, WIDE, renamed(trained_like(WIDE), TRANSFORMERS))
+    images = torch.randn(2, 3, 70, 101, generator=torch.Generator().manual_seed(0))
+    truth = reference.states(reference.load(folder, torch.float64), images.double())
+    errors = []
+    for model in (made(WIDE), reference.load(folder)):
+        with torch.autocast("cpu", dtype):
+            found = reference.states(model, images)
+        errors.append(sum(relative_error(state, t) for state, t in zip(found, truth, strict=True)))
+    assert 0 < errors[0] <= errors[1]
+
+
 STAGES = [{}, {"out_indices": [0, 2, 4]}, {"out_features": ["stage1", "stage2", "stage3", "stage4"]}]
 
 

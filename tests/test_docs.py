@@ -212,6 +212,13 @@ def test_links_and_pictures_are_there(page):
         assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
 
 
+def test_tests_that_a_page_names_are_there():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", "\n".join(PAGES.values()))
+    assert len(named) > 40
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
 def test_the_site_has_every_page():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     assert set(re.findall(r"[\w.-]+\.md", navigation)) == {file.name for file in (ROOT / "docs").glob("*.md")}

@@ -145,6 +145,21 @@ def test_pictures_in_their_native_size(checkpoint, photos, names, tmp_path, bloc
     assert [len(block) for block in store["patch_tokens"].blocks()] == [9, 7]
 
 
+def test_packs_of_native_pictures_have_a_bearable_length(checkpoint, photos, names, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinov3_lite.extraction.shard.PACK", 40)  # patches a picture of a batch
+    packs, real = [], Network.run_several
+
+    def watched(self, images):
+        packs.append([image.shape[1] * image.shape[2] // 64 for image in images])
+        return real(self, images)
+
+    monkeypatch.setattr(Network, "run_several", watched)
+    store = dinov3_lite.extract(photos, checkpoint, tmp_path, size="native", batch_size=4)
+    assert list(store.keys) == names and sum(map(len, packs)) == 16
+    assert all(len(pack) == 1 or sum(pack) <= 4 * 40 for pack in packs)
+    assert max(map(len, packs)) > 1 and len(packs) > 4
+
+
 def test_a_batch_that_runs_in_several_forwards_has_the_same_rows(complete, checkpoint, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("dinov3_lite.extraction.compute.AT_ONCE", 5 * 48 * 48)
     assert (images_at_once(48, 48), images_at_once(48, 96), images_at_once(480, 480)) == (4, 2, 1)

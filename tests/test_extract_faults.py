@@ -167,6 +167,34 @@ def test_a_read_is_tried_three_times_and_then_fails_its_shard(checkpoint, tmp_pa
     assert check.status(tmp_path / "out")["failed"] == {}
 
 
+def test_an_archive_is_read_again_from_its_start(checkpoint, tmp_path, monkeypatch):
+    """Whole or not at all: one that fails thrice, or that has fewer pictures than were counted, fails its shard."""
+    write_tar(tmp_path / "a.tar", [(f"{i}.jpg", picture(i)) for i in range(5)])
+    real, failures, most = reading._read_tar, [99], [5]
+
+    def flaky(shard):
+        for i, item in enumerate(real(shard)):
+            if i == most[0]:
+                return
+            if i == 3 and failures[0] > 0:
+                failures[0] -= 1
+                raise OSError(errno.EIO, "Input/output error", shard["path"])
+            yield item
+
+    monkeypatch.setattr(reading, "_read_tar", flaky)
+    arguments = ([tmp_path / "a.tar"], checkpoint, tmp_path / "out")
+    with pytest.raises(ShardsFailed, match="1 of 1 shards failed; shard 0: reading failed: .*Input/output error"):
+        dinov3_lite.extract(*arguments, **FLOAT32)
+    assert failures == [96]
+    failures[0], most[0] = 0, 2
+    with pytest.raises(ShardsFailed, match="reading failed: 2 pictures were read, and 5 are planned"):
+        dinov3_lite.extract(*arguments, **FLOAT32)
+    failures[0], most[0] = 2, 5
+    store = dinov3_lite.extract(*arguments, **FLOAT32)
+    assert failures == [0] and list(store.keys) == [f"a.tar/{i}.jpg" for i in range(5)]
+    assert not list((tmp_path / "out" / "failed").iterdir())
+
+
 def test_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_room(checkpoint, tmp_path, monkeypatch, capsys):
     write_pictures(tmp_path / "in", 8)
     real, room = writer._write_all, [500]

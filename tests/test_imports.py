@@ -108,7 +108,7 @@ EDGES = {
     "dinov3_lite/convnext.py": {
         *("checks", "config", "convnext_features", "features", "layers", "model", "pretrained")
     },
-    "dinov3_lite/convnext_features.py": {"config", "features"},
+    "dinov3_lite/convnext_features.py": {"checks", "config", "features"},
     "dinov3_lite/pixels.py": set(),
     "dinov3_lite/encoder.py": {"loading"},
     "dinov3_lite/interfaces.py": {

@@ -282,6 +282,12 @@ def test_a_backbone_is_loaded_as_asked_for_and_in_evaluation_mode(tmp_path):
     assert DINOv3ViTBackbone.from_pretrained(folder, device="meta").model.device.type == "meta"
 
 
+def test_the_reduction_of_a_map_is_the_patch_size():
+    for size in (8, 14):
+        model = DINOv3ViT(replace(CONFIGS["gelu"], patch_size=size))
+        assert FeaturesOnly(model, [0, 2]).feature_info.reduction() == [size, size]
+
+
 @torch.no_grad()
 def test_normed_features_are_the_normed_layers(model, images):
     maps = FeaturesOnly(model, [0, 2], norm=True)(images)

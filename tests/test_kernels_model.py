@@ -11,6 +11,7 @@ from kernel_inputs import DEVICE
 from torch import Tensor
 
 from dinov3_lite import DINOv3ViT, kernels
+from dinov3_lite.attention import sdpa_attention, triton_attention
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -73,6 +74,24 @@ def test_model_runs_the_row_kernels_beside_attention(config, row_kernels, images
         with torch.no_grad():
             model(images)
         assert called == expected
+
+
+@pytest.mark.parametrize("config", [TINY, SWIGLU], ids=["mlp", "swiglu"])
+def test_stochastic_depth_may_drop_both_branches_of_a_fused_block(config):
+    block = DINOv3ViT(replace(config, drop_path_rate=1 - 1e-7)).to(DEVICE).train().blocks[0]
+    x, ones = torch.randn(2, 3, config.hidden_size, device=DEVICE), torch.ones(3, config.head_dim // 2, device=DEVICE)
+    for training in (True, False):
+        out = block.train(training)(x, ones, torch.zeros_like(ones), triton_attention)
+        assert torch.equal(out, x) == training
+
+
+@torch.no_grad()
+def test_the_norm_of_a_fused_block_has_the_configs_epsilon():
+    block = DINOv3ViT(replace(TINY, layer_norm_eps=0.5)).to(DEVICE).blocks[0]
+    x, ones = torch.randn(2, 3, 32, device=DEVICE), torch.ones(3, 8, device=DEVICE)
+    block.ls2.gamma.fill_(1.0)
+    plain, fused = (block(x.clone(), ones, torch.zeros_like(ones), a) for a in (sdpa_attention, triton_attention))
+    assert relative_error(fused - x, plain - x) < 2e-6
 
 
 @pytest.mark.parametrize("act", ["gelu", "silu"])

@@ -42,6 +42,20 @@ def test_tokens_stay_float32_under_float16_only():
     assert DINOv3ViT(TINY).bfloat16().register_tokens.dtype == torch.bfloat16
 
 
+def test_tokens_that_were_half_precision_on_the_meta_device_get_storage():
+    """Where there is nothing to keep of them."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            model = DINOv3ViT(TINY)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.cls_token.dtype == torch.float16
+    model.to_empty(device="cpu").init_weights()
+    assert model.cls_token.dtype == model.mask_token.dtype == model.register_tokens.dtype == torch.float32
+    assert 0 < model.register_tokens.std() < 0.1 and model.norm.weight.dtype == torch.float16
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_the_stream_in_float32(model, images, dtype):
     exact = model(images).last_hidden_state

@@ -11,6 +11,7 @@ from helpers import TINY, TINY_GATED, write_checkpoint
 
 from dinov3_lite import DINOv3ViT
 from dinov3_lite.attention import eager_attention
+from dinov3_lite.layers import Block
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])
@@ -179,6 +180,8 @@ def test_initial_weights():
     model = DINOv3ViT(replace(TINY, hidden_size=128, layerscale_value=0.5))
     weight = model.blocks[1].attn.qkv.weight
     assert weight.std().item() == pytest.approx(0.02, rel=0.05) and weight.abs().max() > 0.05
+    wider = DINOv3ViT(replace(TINY, hidden_size=128, initializer_range=0.3)).blocks[1].attn.qkv.weight
+    assert wider.std().item() == pytest.approx(0.3, rel=0.05)
     assert (model.blocks[0].attn.proj.bias == 0).all() and (model.mask_token == 0).all()
     assert (model.blocks[2].ls2.gamma == 0.5).all()
     with torch.device("meta"):
@@ -189,6 +192,22 @@ def test_initial_weights():
     empty.init_weights()
     assert all(t.isfinite().all() for t in empty.state_dict().values())
     assert (empty.blocks[0].norm1.weight == 1).all() and (empty.blocks[0].attn.qkv.bias == 0).all()
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["mlp", "gated"])
+def test_a_block_by_itself_is_as_its_config_says(config):
+    """As somebody appends one to a model, whose `init_weights` has run."""
+    block = Block(replace(config, layerscale_value=0.25))
+    assert (block.ls1.gamma == 0.25).all() and (block.ls2.gamma == 0.25).all()
+    within = {"mlp.fc1.bias", "mlp.fc2.bias"} if config is TINY else {"mlp.w12.bias", "mlp.w3.bias"}
+    always = {"norm1.bias", "norm2.bias", "attn.qkv.bias"}
+    for changes, more in (
+        ({}, {"attn.proj.bias", *within}),
+        ({"proj_bias": False}, within),
+        ({"mlp_bias": False}, {"attn.proj.bias"}),
+    ):
+        names = {name for name, _ in Block(replace(config, **changes)).named_parameters() if name.endswith("bias")}
+        assert names == always | more
 
 
 def test_stochastic_depth_may_drop_both_branches():

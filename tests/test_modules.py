@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, build_dinov3_encoder, optimize_for_inference
 from dinov3_lite.layers import DropPath, untouched
+from dinov3_lite.prepacked import available
 
 CONFIGS = {"mlp": TINY, "gated": TINY_GATED}
-PATHS = ["eager", "prepacked", "inductor"] + ["triton"] * bool(find_spec("triton"))
+PATHS = ["eager", "inductor"] + ["prepacked"] * available(torch.empty(0)) + ["triton"] * bool(find_spec("triton"))
 
 
 @pytest.fixture(params=CONFIGS)

@@ -69,9 +69,17 @@ def test_blocks_run_on_the_mapped_pages(tmp_path):
     assert names <= seen.keys() and {name: seen[name] for name in names} == {name: mapped[name] for name in names}
 
 
+class AsTheModel(dict):
+    """Choices by which a prepared model attends as the model does: what is fastest here may round otherwise."""
+
+    def get(self, question, default=None):
+        return "sdpa" if question.startswith("attention") else default
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("config", [TINY_GATED, replace(TINY, query_bias=False, value_bias=False)])
 def test_other_blocks_and_half_precision(config, tmp_path):
+    """Blocks that a hook fetches the weights of run as they are, in a prepared model too."""
     source = write_checkpoint(tmp_path / "checkpoint", config)
     images = torch.randn(2, 3, 32, 48)
     for dtype in (torch.bfloat16, torch.float16):
@@ -79,7 +87,9 @@ def test_other_blocks_and_half_precision(config, tmp_path):
         expected = whole(images).last_hidden_state
         model = dispatched(model, 50_000)
         assert torch.equal(model(images).last_hidden_state, expected)
-        assert torch.equal(optimize_for_inference(model)(images).last_hidden_state, expected)
+        prepared = optimize_for_inference(model, choices=AsTheModel())
+        assert torch.equal(prepared(images).last_hidden_state, expected)
+        assert not [question for question in prepared.choices if question.startswith("product")]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov3_lite import DINOv3ViT
+from dinov3_lite.attention import ATTENTION
 from dinov3_lite.packing import pack, unpack
 
 
@@ -92,6 +93,33 @@ def test_no_token_of_padding_is_computed(model):
     assert seen == [(1, sum(prefix + h * w // 64 for h, w in SIZES), 32)]
 
 
+def test_a_pack_is_attended_by_the_function_that_was_chosen(model, monkeypatch):
+    calls: dict[str, int] = dict.fromkeys(("eager", "sdpa"), 0)
+    for name in calls:
+
+        def counted(*args, name=name, function=ATTENTION[name]):
+            calls[name] += 1
+            return function(*args)
+
+        monkeypatch.setitem(ATTENTION, name, counted)
+    for name in calls:
+        monkeypatch.setattr(model, "attention", name)
+        before = dict(calls)
+        model.forward_packed([torch.randn(3, 8, 8), torch.randn(3, 8, 16)])
+        assert calls == {**before, name: before[name] + 2 * model.depth}
+
+
+def test_tables_of_each_sequence_are_packed_one_by_one(model):
+    """Of a batch of which each image keeps patches of its own, beside one with a table for all."""
+    kept = torch.tensor([[0, 5], [3, 1], [4, 2]])
+    batches = [model.embed(torch.randn(3, 3, 16, 24), keep_indices=kept)[0], model.embed(torch.randn(2, 3, 8, 8))[0]]
+    packed = pack(batches)
+    for table in ("cos", "sin"):
+        own, shared = unpack(getattr(packed, table), packed.shapes)
+        assert torch.equal(own, getattr(batches[0], table)) and not torch.equal(own[0], own[1])
+        assert all(torch.equal(row, getattr(batches[1], table)) for row in shared)
+
+
 def test_pack_and_unpack_are_inverse(model):
     batches = [model.embed(torch.randn(b, 3, 8 * h, 16))[0] for b, h in ((2, 3), (1, 1), (3, 2))]
     packed = pack(batches)
@@ -132,10 +160,10 @@ def test_stochastic_depth_has_no_samples_to_drop():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @torch.no_grad()
-def test_the_longest_sequence_need_not_be_the_first(tmp_path):
-    """A short one first, then one of more tokens than a kernel's tile has rows."""
+def test_the_longest_sequence_may_be_anywhere(tmp_path):
+    """Between two short ones, one of more tokens than a kernel's tile has rows."""
     model = DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, replace(TINY, num_hidden_layers=1)))
-    images = [torch.randn(3, 8, 8), torch.randn(3, 80, 88)]
+    images = [torch.randn(3, 8, 8), torch.randn(3, 80, 88), torch.randn(3, 8, 16)]
     expected = [model(image.unsqueeze(0)).last_hidden_state for image in images]
     model.attention = "triton"
     for out, truth in zip(model.forward_packed(images), expected, strict=True):

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TINY, write_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov3_lite.__main__ import main
+from dinov3_lite.tasks import tracking
 from dinov3_lite.tasks.matching import match
 from dinov3_lite.tasks.probing import (
     class_folders,
@@ -253,6 +255,48 @@ def test_objects_are_followed():
     followed, still = j_and_f(found, masks), j_and_f([masks[0]] * len(masks), masks)
     assert followed["J"] > 0.8 and followed["F"] > 0.8
     assert followed["J&F"] > still["J&F"] + 0.3
+
+
+def test_a_frame_asks_the_first_and_the_seven_before_it(monkeypatch):
+    frames, masks = sequence(11)
+    asked, real = [], tracking.propagate
+
+    def watched(vectors, context, near):
+        asked.append([keys for keys, _ in context])
+        return real(vectors, context, near)
+
+    monkeypatch.setattr(tracking, "propagate", watched)
+    list(track(frames, masks[0], colours))
+    unit = [F.normalize(colours(frame), dim=0).flatten(1).T for frame in frames]
+    assert len(asked) == 10
+    for i, context in enumerate(asked, start=1):
+        expected = [0, *range(max(1, i - 7), i)]
+        assert len(context) == len(expected)
+        assert all(torch.equal(keys, unit[k]) for keys, k in zip(context, expected, strict=True))
+
+
+def test_an_object_that_fills_the_first_frame_is_followed():
+    frames, masks = sequence(3)
+    assert all((found == 3).all() for found in track(frames, np.full_like(masks[0], 3), colours))
+
+
+def test_similarities_are_held_a_part_at_a_time(monkeypatch):
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest[0] = max(largest[0], out.numel() if func is torch.ops.aten.mm.default else 0)
+            return out
+
+    vectors, near = F.normalize(torch.randn(120, 8), dim=1), neighbourhood(3, 40, 12)
+    context = [(vectors, torch.rand(120, 2))] * 2
+    whole = propagate(vectors, context, near)
+    monkeypatch.setattr(tracking, "CHUNK", 7 * 240)
+    with Watch():
+        parts = propagate(vectors, context, near)
+    assert largest[0] == 7 * 240
+    torch.testing.assert_close(parts, whole)
 
 
 def test_labels_are_propagated_as_the_recipe_says():

@@ -16,7 +16,7 @@ from dinov3_lite import DINOv3ViT, build_dinov3_encoder
 from dinov3_lite.__main__ import main
 from dinov3_lite.tasks import DenseHead, Recipe, Segmenter, evaluate, fit, load_head, predict, train
 from dinov3_lite.tasks.data import Pair, Reading, check_pairs, find_pairs, hold_out, read_mask
-from dinov3_lite.tasks.head import fingerprint
+from dinov3_lite.tasks.head import NormedQuarters, fingerprint
 from dinov3_lite.tasks.loop import as_bytes, measure
 from dinov3_lite.tasks.losses import class_loss, structure_loss
 from dinov3_lite.tasks.measures import Measures
@@ -230,6 +230,26 @@ def test_a_head_learns_what_a_threshold_does_not_see(checkpoint, tmp_path):
     assert all(name.startswith("head.") for name in load_file(output))
 
 
+def test_a_head_begins_with_little_foreground():
+    maps, x = [torch.randn(2, 64, 4, 5) for _ in range(4)], torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        assert DenseHead((64,) * 4, 1)(maps, x).sigmoid().mean() < 0.2
+        assert 0.2 < DenseHead((64,) * 4, 3)(maps, x).softmax(1)[:, 0].mean() < 0.5  # classes begin alike
+
+
+def test_the_maps_are_those_of_a_quarter_of_the_depth_each():
+    assert NormedQuarters(DINOv3ViT(replace(CONFIG, num_hidden_layers=8))).blocks == [1, 3, 5, 7]
+
+
+def test_weights_that_differ_anywhere_have_another_fingerprint():
+    model = DINOv3ViT(CONFIG)
+    before = fingerprint(model)
+    assert before == fingerprint(model)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[64:] += 1.0
+    assert fingerprint(model) != before
+
+
 def test_the_head_has_a_million_parameters_for_every_released_width():
     for width in (384, 768, 1024):
         count = sum(p.numel() for p in DenseHead((width,) * 4, 1).parameters())
@@ -288,7 +308,7 @@ def test_what_thaws_is_what_trains(checkpoint, data, tmp_path):
     assert "norm.weight" in changed and "patch_embed.proj.weight" not in changed
     # beside the checkpoint that it was fitted to, the file gives the network back, its blocks included
     _, settings = load_head(tmp_path / "h.safetensors", fresh := DINOv3ViT.from_pretrained(checkpoint))
-    assert settings.unfreeze == 2
+    assert settings.unfreeze == 2 and fresh.weights_id == "fitted"
     for name, p in model.named_parameters():
         assert torch.equal(dict(fresh.named_parameters())[name], p), name
     with pytest.raises(ValueError, match="was fitted to the backbone"):  # that is no longer the checkpoint's
@@ -306,6 +326,14 @@ def test_a_frozen_backbone_is_prepared_and_gives_the_same(checkpoint):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         network._maps(x)
     assert not saved
+    wide = network.double()(x.double())  # no longer what was prepared in float32
+    maps = model.double().get_intermediate_layers(x.double(), n="quarters", reshape=True)
+    torch.testing.assert_close(wide, network.head(list(maps), x.double()), rtol=1e-9, atol=1e-9)
+    network(x.double())
+    assert network._prepared
+    model.blocks[3].requires_grad_(True)
+    network(x.double())
+    assert not network._prepared  # whose weights are packed a second time
 
 
 def test_any_network_is_fitted_by_the_same_loop(checkpoint, data):

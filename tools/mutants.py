@@ -5,7 +5,8 @@ r"""Make one small mistake after the other in a copy of the sources, and say whi
 FILE (tools/mutants.txt) lists the mistakes, each a line "@ path", a line "- old text" and a line "+ new text"; the old
 text must stand once in the file, the new may be empty, and " \n " is a line break in either. Each is tried on the
 tests of its room (TESTS), which is enough to be told of it, in a process forked from one that has imported torch and
-transformers already. A mistake that survives deserves a test; exit status 1 if there is one.
+transformers already; a line "? test_file.py::test_name" says which of them is tried first, since it has noticed that
+mistake before. A mistake that survives deserves a test; exit status 1 if there is one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -39,12 +41,24 @@ TESTS = {
     "dinov3_lite/pixels.py": "image",
     "dinov3_lite/window.py": "window",
     "dinov3_lite/finetune.py": "finetune",
+    "dinov3_lite/pretrained.py": "pretrained model",
+    "dinov3_lite/checkpoint/layouts/lite.py": "pretrained convnext_checkpoints checkpoint_loading convert_whole "
+    "checkpoint_bad_inputs convert_written",
+    "dinov3_lite/attention_ways.py": "choices",
+    "dinov3_lite/choices.py": "choices inference",
+    "dinov3_lite/prepacked.py": "choices lent inference prepared_exactness",
+    "dinov3_lite/stand_ins.py": "choices lent convnext_uses inference prepared_exactness",
+    "dinov3_lite/convnext.py": "convnext convnext_training convnext_uses convnext_checkpoints convnext_parity",
+    "dinov3_lite/extraction/": "extract extract_inputs extract_faults extract_deaths",
+    "dinov3_lite/tasks/tracking.py": "probe_match_track tasks_bad_inputs",
+    "dinov3_lite/tasks/head.py": "segmentation tasks_bad_inputs",
+    "dinov3_lite/sharding/": "sharding",
     "kernels/tuning.py": "kernels_tuning kernels_first_use",
     "kernels/plain.py": "kernels_first_use",
     "kernels/first_use.py": "kernels_first_use",
     "kernels/layer_norm.py": "kernels_layer_norm kernels_block_tail",
     "kernels/swiglu.py": "kernels_swiglu",
-    "kernels/": "kernels_rope_attention kernels_rope_attention_inputs kernels_rope_attention_ops kernels_model",
+    "kernels/": "kernels_rope_attention_inputs kernels_rope_attention_ops kernels_rope_attention kernels_model",
 }
 SLOW = "not inductor and not compile and not export and not two_processes"
 
@@ -55,6 +69,8 @@ class Mutant(NamedTuple):
     path: str
     old: str
     new: str
+    first: str = ""
+    """The test that is tried first."""
 
 
 def read(file: Path) -> list[Mutant]:
@@ -64,7 +80,7 @@ def read(file: Path) -> list[Mutant]:
         kind, text = line[:1], line[2:].replace(" \\n ", "\n")
         if kind == "@":
             found.append([text.strip()])
-        elif kind in ("-", "+"):
+        elif kind in ("-", "+", "?"):
             found[-1].append(text)
     return [Mutant(*parts) for parts in found]
 
@@ -87,8 +103,8 @@ def apply(mutant: Mutant, folder: Path) -> None:
     file.write_text(text.replace(mutant.old, mutant.new))
 
 
-def noticed(mutant: Mutant, tests: list[str], log: Path) -> bool:
-    """Whether a test fails with this mistake."""
+def noticed(mutant: Mutant, tests: list[str], log: Path) -> str:
+    """The test that fails with this mistake, or what ended the tests; nothing if all pass."""
     with tempfile.TemporaryDirectory() as name:
         apply(mutant, Path(name))
         if child := os.fork():
@@ -97,7 +113,8 @@ def noticed(mutant: Mutant, tests: list[str], log: Path) -> bool:
                 if time.monotonic() > end:
                     os.kill(child, signal.SIGKILL)
                 time.sleep(0.1)
-            return status[1] != 0
+            failed = re.findall(r"^(?:FAILED|ERROR) .*?(test_\w+\.py(?:::\w+)?)", log.read_text(), re.MULTILINE)
+            return (failed[0] if failed else f"status {status[1]}") if status[1] else ""
         os.environ["PYTHONPATH"] = name  # for processes that tests start
         sys.path.insert(0, name)
         with log.open("w") as out:
@@ -106,7 +123,9 @@ def noticed(mutant: Mutant, tests: list[str], log: Path) -> bool:
             import pytest
 
             options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
-            status = int(pytest.main([*options, "-k", SLOW, *tests]))
+            first = [str(ROOT / "tests" / mutant.first)] if mutant.first else []
+            status = int(pytest.main([*options, *first])) if first else 0
+            status = status or int(pytest.main([*options, "-k", SLOW, *tests]))
             out.flush()
             os._exit(status)
 
@@ -128,7 +147,7 @@ def main() -> int:
             found = noticed(mutant, args.tests or tests_of(mutant.path), Path(logs) / f"{i}.log")
             survived += not found
             change = f"{mutant.old!r} -> {mutant.new!r}"
-            print(f"{'noticed ' if found else 'SURVIVED'} {mutant.path}: {change[:150]}", flush=True)
+            print(f"{f'noticed by {found}' if found else 'SURVIVED'}: {mutant.path}: {change[:150]}", flush=True)
     print(f"{len(chosen)} mistakes, {survived} that no test noticed")
     return int(survived > 0)
 
