@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dinov3_lite.checkpoint import DTYPES, open_checkpoint, weights_in
-from dinov3_lite.checkpoint.files import short
 from dinov3_lite.checkpoint.hub import locate
 from dinov3_lite.checkpoint.layouts import LAYOUTS
+from dinov3_lite.checkpoint.words import short
 from dinov3_lite.console import called_as, complain, exit_status, flush, say
 
 from .describe import describe, describe_as_text, describe_plan, plan_as_text, summary, summary_as_text

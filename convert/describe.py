@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dinov3_lite.checkpoint import Checkpoint
-from dinov3_lite.checkpoint.files import short
+from dinov3_lite.checkpoint.words import short
 from dinov3_lite.image import satellite_warning
 from dinov3_lite.rope import rope_periods
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from dinov3_lite.checkpoint import DTYPES, Checkpoint
-from dinov3_lite.checkpoint.files import short
 from dinov3_lite.checkpoint.folders import license_files
 from dinov3_lite.checkpoint.layouts import LAYOUTS
 from dinov3_lite.checkpoint.layouts.table import README, README_MARK, Layout
 from dinov3_lite.checkpoint.saving import MAX_SHARD_SIZE, Files, WeightsFile, carried_into, files_of, losses
+from dinov3_lite.checkpoint.words import short
 
 # What readers of folders look for: the one file of weights, shards and their index.
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")

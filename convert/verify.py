@@ -102,10 +102,14 @@ def _forward_errors(source: Checkpoint, written: Checkpoint) -> list[float] | No
 
 @contextmanager
 def transformers_module() -> Iterator[Any]:
-    """transformers, imported with our root off the path: it would take our folder `kernels` for a package."""
+    """transformers, imported with a checkout's root off the path: it would take our folder `kernels` for a package.
+
+    Installed, that folder is within `dinov3_lite`, and the root is where transformers lies too.
+    """
     root = Path(__file__).resolve().parent.parent
     path = sys.path[:]
-    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != root]
+    if (root / "kernels" / "first_use.py").is_file():
+        sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != root]
     try:
         import transformers
 

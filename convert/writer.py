@@ -26,7 +26,7 @@ def write(plan: Plan, *, progress: bool = False) -> Path:
         save(plan.folder, plan.files, bar.update, obsolete=obsolete)
     for path in obsolete:
         warnings.warn(f"{path}: removed: readers would mix it with what was written", stacklevel=3)
-    not_finite = list(dict.fromkeys(name for name, sample in source.samples if not sample.isfinite().all()))
+    not_finite = [name for name, parts in source.samples.items() if not all(part.isfinite().all() for part in parts)]
     if not_finite:
         more = f" (and {len(not_finite) - 1} more)" if len(not_finite) > 1 else ""
         warnings.warn(f"{source.path}: NaN or infinity in tensor {not_finite[0]!r}{more}: kept as it is", stacklevel=3)

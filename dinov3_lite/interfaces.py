@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from . import convnext_features
 from .checkpoint import Checkpoint
-from .checkpoint.files import short
 from .checkpoint.json_files import read_json
+from .checkpoint.words import short
 from .checks import check_dtype
 from .convnext import DINOv3ConvNeXt
 from .features import patches_and_prefix

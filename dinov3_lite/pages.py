@@ -1,4 +1,4 @@
-"""Memory that goes back to the system: mapped pages that were read, short-lived copies, a heap's holes."""
+"""Mapped files, and memory that goes back to the system: their pages, short-lived copies, a heap's holes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import mmap
 import sys
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +17,20 @@ from torch import Tensor
 OF_A_FILE = 1 << 61  # Documentation/admin-guide/mm/pagemap.rst
 MADV_DONTNEED = 4
 LARGE = 1 << 17  # bytes, as of the C library's own mappings
+
+
+def mapped(file: Path) -> mmap.mmap:
+    """The bytes of a file as memory: pages are read when first used, and what is written to them stays in memory."""
+    with file.open("rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def view(data: mmap.mmap, dtype: torch.dtype, start: int, count: int) -> Tensor:
+    """The `count` numbers from byte `start` of a mapped file on; copied where they are at no multiple of their size."""
+    if not count:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start)
+    return flat.clone() if start % dtype.itemsize else flat
 
 
 def give_back(tensor: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .checkpoint import Card, Checkpoint
-
-SAMPLES = 16  # numbers at each of four places of a parameter
 
 
 class Opening(TypedDict, total=False):
@@ -113,7 +110,8 @@ class Pretrained(nn.Module):
             from .sharding.loading import assign_sharded
 
             assign_sharded(model, opened, mesh, dtype=dtype, device=device)
-        model.weights_id, model.card = opened.weights_id, opened.card
+        samples = None if mesh else opened.state_samples(dtype)
+        model._origin, model.card = Origin(opened.weights_id, model, samples), opened.card
         return model.eval()
 
     @property
@@ -197,12 +195,15 @@ class Origin:
     """The name of the weights that a model has at this moment; without a model, of any.
 
     Changes are noticed by a few numbers of each parameter, and by PyTorch's count of writes to it.
+    samples: these numbers, where they have been read already: see `Checkpoint.state_samples`.
     """
 
-    def __init__(self, name: str, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, name: str, model: nn.Module | None = None, samples: dict[str, list[Tensor | None]] | None = None
+    ) -> None:
         self.name = name
-        self.samples = {} if model is None else dict(_samples(model))
         self.writes = {} if model is None else _writes(model)
+        self.samples = _samples(model) if samples is None else {name: samples[name] for name in self.writes}
 
     def of(self, model: nn.Module) -> str:
         """The name, if the model's weights still are those; else its first word, and that they have changed."""
@@ -215,15 +216,15 @@ class Origin:
             from .sharding.parameters import resharded
 
             resharded(model)
-        samples, writes = dict(_samples(model)), _writes(model)
+        here, writes = _here(model), _writes(model)
         offloaded = {name for name, parameter in model.named_parameters() if parameter.is_meta}
-        if self.samples.keys() - offloaded != samples.keys():
+        if self.samples.keys() - offloaded != here.keys():
             return False
         for name, (tensor, count) in self.writes.items():
             now, count_now = writes[name]
             if tensor() is now() and count != count_now:
                 return False
-        return all(torch.equal(self.samples[name].to(sample.dtype), sample) for name, sample in samples.items())
+        return all(_has(tensor, self.samples[name]) for name, tensor in here.items())
 
     def __deepcopy__(self, memo: Any) -> Origin:
         return self
@@ -232,16 +233,38 @@ class Origin:
         return {"name": self.name, "samples": self.samples, "writes": {}}
 
 
-def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A few numbers of each parameter, of a DTensor of what lies here: none on the meta device, nor of other kinds."""
+def _samples(model: nn.Module | None) -> dict[str, list[Tensor | None]]:
+    """A few numbers of each parameter."""
+    from .checkpoint.spans import sample
+
+    return (
+        {}
+        if model is None
+        else {name: [sample(flat).cpu()] if flat.numel() else [] for name, flat in _here(model).items()}
+    )
+
+
+def _here(model: nn.Module) -> dict[str, Tensor]:
+    """Each parameter flat, of a DTensor what lies here: none on the meta device, nor of other kinds."""
+    result = {}
     for name, parameter in model.named_parameters():
         here: Any = parameter
         if is_sharded(here):
             here = here.to_local()
         if type(here) in (nn.Parameter, Tensor) and not here.is_meta:
-            flat = here.detach().reshape(-1)
-            count = flat.numel()
-            yield name, flat.unfold(0, min(count, SAMPLES), max(1, count // 4)).to("cpu", copy=True)
+            result[name] = here.detach().reshape(-1)
+    return result
+
+
+def _has(flat: Tensor, samples: list[Tensor | None]) -> bool:
+    """Whether these are the numbers in each part of a tensor, in its dtype."""
+    from .checkpoint.spans import sample
+
+    parts = flat.chunk(max(1, len(samples))) if flat.numel() else ()
+    return len(parts) == len(samples) and all(
+        wanted is None or torch.equal(wanted.to(part.dtype), sample(part).cpu())
+        for wanted, part in zip(samples, parts, strict=True)
+    )
 
 
 def _writes(model: nn.Module) -> dict[str, tuple[ReferenceType[Tensor], int]]:

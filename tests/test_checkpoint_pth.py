@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dinov3_lite.checkpoint.pth import MAX_DEPTH, open_pth
+from dinov3_lite.checkpoint.pth import MAX_DEPTH, open_pth, record_offset
 
 
 def contents() -> dict:
@@ -99,6 +99,15 @@ def rewrite(file: Path, change, compression: int = zipfile.ZIP_STORED) -> None:
         for name, data in members:
             if (new := change(name, data)) is not None:
                 archive.writestr(name, new)
+
+
+def test_an_index_that_points_before_the_file_is_damage(tmp_path):
+    """A damaged end of an archive moves its members' places below zero, where seeking fails as a bad disk does."""
+    member = zipfile.ZipInfo("x/byteorder")
+    member.header_offset = -64
+    (tmp_path / "x.pth").write_bytes(bytes(100))
+    with (tmp_path / "x.pth").open("rb") as file, pytest.raises(ValueError, match="'x/byteorder' before the file's"):
+        record_offset(file, member)
 
 
 def test_a_record_of_another_size_is_no_tensor(tmp_path):

@@ -156,7 +156,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path.write_bytes(b"12345678")
     with path.open("rb", buffering=0) as file, pytest.raises(OSError, match="short: ended early: was it changed"):
         spans.read_into(file, memoryview(bytearray(9)))
-    stored = spans.StoredTensor("x", torch.float32, (3,), lambda: torch.zeros(3), path, offset=0)
+    stored = spans.StoredTensor("x", torch.float32, (3,), lambda _: torch.zeros(3), path, offset=0)
     with pytest.raises(OSError, match="ended early"):
         stored.span().load()
     tensor = containers.OutputTensor("x", torch.float32, (3,), [stored.span()])

@@ -146,3 +146,17 @@ def test_python_m_convert_is_the_same_command(python, tmp_path):
     assert run(python, "-m", "convert", "--help", cwd=tmp_path, env=environment()).startswith("usage")
     refused = subprocess.run([python, "-m", "convert", "nothing"], cwd=tmp_path, capture_output=True, text=True)
     assert refused.returncode == 1 and "nothing" in refused.stderr
+
+
+def test_verify_finds_transformers_where_both_are_installed(tmp_path):
+    """A checkout's root is taken off the path for it; an installed one's is where it lies."""
+    for package in ("convert", "dinov3_lite"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels", tmp_path / "dinov3_lite" / "kernels", dirs_exist_ok=True)
+    (tmp_path / "transformers.py").write_text(
+        "class utils:\n    class logging:\n        disable_progress_bar = staticmethod(print)\n"
+    )
+    code = "from convert.verify import transformers_module\nwith transformers_module() as found: print(found.__file__)"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.stdout.strip() == str(tmp_path / "transformers.py"), done.stderr

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from ..pages import empty, give_back
-from .choose import choose, without_wrappers
 from .containers import cast, read_headers
-from .files import few
 from .folders import SeveralFiles, check_index, read_license, weight_files
 from .json_files import read_json
-from .layouts import (
-    LAYOUTS,
-    LITE,
-    STATE_DICT,
-    backbones,
-    carried_names,
-    detect,
-    model_tensors,
-    own_name,
-    reason_of,
-)
+from .layouts import LAYOUTS, LITE, carried_names, detect, joined, model_tensors, reason_of
 from .layouts.others import what_else
 from .layouts.table import Beside, Card, Equation, Layout, Shape, Table, numel
 from .layouts.vit import storage_dtype
-from .matching import match
+from .matching import backbone, match
 from .spans import Span, StoredTensor, cut, samples
+from .words import few
 
 # What --dtype of the command lines offers.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -49,7 +38,7 @@ CONVERTED = LITE.files[0]
 """The converted copy that may lie beside the weights it was made of."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class Checkpoint:
     """An opened checkpoint, checked to hold exactly the tensors that its config calls for."""
 
@@ -89,8 +78,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """The model's tensor `name`: memory-mapped where the layout stores it whole."""
-        shape = model_tensors(self.config)[name][0]
-        return self.read(self.spans[name]).view(shape) if self.spans[name] else torch.empty(shape, dtype=self.dtype)
+        return self.read(self.spans[name]).view(model_tensors(self.config)[name][0])
 
     def spans_of(self, equation: Equation) -> list[Span]:
         """The stored elements of the tensors in an equation, one after the other: zeros for what the model lacks."""
@@ -105,20 +93,26 @@ class Checkpoint:
 
     def state(self) -> dict[str, tuple[Shape, list[Span]]]:
         """The model's state dict: the shape of each of its tensors, and the stored elements that make it up."""
-        equations = STATE_DICT.table(self.config).equations(self.config)
-        return {name: (shape, self.spans_of(equation)) for equation in equations for name, shape in equation.theirs}
+        state = {name: (shape, self.spans[name]) for name, (shape, _) in model_tensors(self.config).items()}
+        for name, equation in joined(self.config).items():
+            for ours, _ in equation.ours:
+                state.pop(ours, None)
+            state[name] = equation.theirs[0][1], self.spans_of(equation)
+        return state
 
     def read(self, spans: Sequence[Span]) -> Tensor:
         """These elements one after the other, flat: memory-mapped where they are stored so.
 
-        Of several dtypes the narrowest that holds them all.
+        Of several dtypes the narrowest that holds them all; no elements in the weights'.
         """
+        if len(spans) == 1:
+            return spans[0].read()
+        if not spans:
+            return torch.empty(0, dtype=self._first.dtype, device="cpu")
         parts = [span.read() for span in spans]
-        if len(parts) == 1:
-            return parts[0]
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-        whole = empty((sum(map(len, parts)),), dtype)
-        for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        whole = empty((sum(span.size for span in spans),), dtype)
+        for part, place in zip(parts, whole.split([span.size for span in spans]), strict=True):
             place.copy_(part)
             give_back(part)
         return whole
@@ -129,9 +123,9 @@ class Checkpoint:
 
         Raises ValueError if they have several, apart from the tensors that are kept in float32 on purpose.
         """
-        first = self.spans[self.table.family.weight][0].stored
+        first, assumed = self._first, self.table.assumed
         for name, spans in self.spans.items():
-            if name in self.table.assumed or name == "rope_embed.periods":  # Meta's are bfloat16 under float32 weights
+            if name in assumed or name == "rope_embed.periods":  # Meta's are bfloat16 under float32 weights
                 continue
             for stored in (span.stored for span in spans):
                 if stored.dtype not in (first.dtype, storage_dtype(name, first.dtype)):
@@ -140,6 +134,11 @@ class Checkpoint:
                         f"but {first.name!r} is {first.dtype}: say which dtype you want"
                     )
         return first.dtype
+
+    @property
+    def _first(self) -> StoredTensor:
+        """What stores the projection of the images, or its begin."""
+        return self.spans[self.table.family.weight][0].stored
 
     @property
     def rope(self) -> str:
@@ -154,22 +153,39 @@ class Checkpoint:
         Loading stays instant and most pages stay on disk. Training changes every number and so the digest; a change of
         a few by hand may go unseen.
         """
+        found = [
+            sample if dtype is None else sample.to(storage_dtype(name, dtype))
+            for name, parts in self.samples.items()
+            if name not in ("rope_embed.periods", "mask_token")  # not stored in every layout
+            for sample in parts
+        ]
         sha = hashlib.sha256()
-        for name, sample in self.samples:
-            sample = sample if dtype is None else sample.to(storage_dtype(name, dtype))
-            sha.update(sample.view(torch.uint8).numpy().data)
+        for _, alike in itertools.groupby(found, lambda sample: sample.dtype):
+            sha.update(torch.cat(list(alike)).view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
     @functools.cached_property
-    def samples(self) -> list[tuple[str, Tensor]]:
-        """A few numbers of each tensor, of each of those that are fused in one of ours."""
-        spans = [
-            (name, span)
+    def samples(self) -> dict[str, list[Tensor]]:
+        """A few numbers of each of the model's tensors: one sample, or one of each of those that are fused in it."""
+        spans = {
+            name: list(itertools.chain(*cut(self.spans[name], [numel(shape) // fused] * fused)))
+            if fused > 1
+            else self.spans[name]
             for name, (shape, fused) in model_tensors(self.config).items()
-            if name not in ("rope_embed.periods", "mask_token")  # not stored in every layout
-            for span in itertools.chain(*cut(self.spans[name], [numel(shape) // fused] * fused))
-        ]
-        return [(name, sample) for (name, _), sample in zip(spans, samples(span for _, span in spans), strict=True)]
+        }
+        read = samples(itertools.chain(*spans.values()))
+        return {name: list(itertools.islice(read, len(parts))) for name, parts in spans.items()}
+
+    def state_samples(self, dtype: torch.dtype | None) -> dict[str, list[Tensor | None]]:
+        """The samples by tensor of a model's state dict, part by part, in `dtype`; None for a bias that it lacks."""
+        weights_dtype = dtype or self.dtype
+        result: dict[str, list[Tensor | None]] = {
+            name: [part.to(storage_dtype(name, weights_dtype)) for part in parts]
+            for name, parts in self.samples.items()
+        }
+        for name, equation in joined(self.config).items():
+            result[name] = [part for ours, _ in equation.ours for part in result.pop(ours, [None])]
+        return result
 
     @property
     def weights_id(self) -> str:
@@ -224,7 +240,7 @@ def _open(path: Path, files: list[Path], prefix: str | None) -> Checkpoint:
     stored, metadata = read_headers(files)
     check_index(files, stored)
     try:
-        stored, left_out = _backbone(stored, prefix)
+        stored, left_out = backbone(stored, prefix)
         layout, config_class = detect(stored, metadata)
         table = layout.tables[config_class]
         heads = {name: reason for name in stored if (reason := table.reason_against(name))}
@@ -284,27 +300,6 @@ def _with_config(card: Card, path: Path, layout: Layout, table: Table, stored: d
         for config in (card.config, shown)
     )
     return card if said == seen else card._replace(config=shown, preprocessing=None, note="")
-
-
-def _backbone(stored: dict[str, StoredTensor], prefix: str | None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of the backbone that is meant, under its own names, and what else the files hold."""
-    stored = _renamed((without_wrappers(name), tensor) for name, tensor in stored.items())
-    found = backbones(stored)
-    if not found and prefix is not None:
-        raise ValueError(f"has no backbone under {prefix!r}, nor under another prefix")
-    chosen = choose(found, prefix) if found else ""
-    outside = {name: f"outside of {chosen!r}" for name in stored if not name.startswith(chosen)}
-    return _renamed((own_name(n, chosen), tensor) for n, tensor in stored.items() if n not in outside), outside
-
-
-def _renamed(tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """Tensors by their new names. Raises ValueError if two have the same."""
-    result: dict[str, StoredTensor] = {}
-    for name, tensor in tensors:
-        if name in result:
-            raise ValueError(f"tensor {tensor.name!r} is also there as {result[name].name!r}: remove one")
-        result[name] = tensor
-    return result
 
 
 def _check_current(converted: Checkpoint, source: Checkpoint) -> None:

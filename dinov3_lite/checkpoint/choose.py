@@ -38,15 +38,10 @@ def prefixes(names: Collection[str], anchors: Collection[str], blocks: Collectio
     anchors: names of a tensor that every backbone has, one for each way of naming. blocks: how the names of tensors in
         blocks begin. A prefix needs one of each: a decoder has a `cls_token` too.
     """
-    found, with_blocks = (
-        {name[: place.start()] for name in names for place in re.finditer(rf"(?<![^.])(?={pattern})", name)}
-        for pattern in (_any_of(anchors) + r"\Z", _any_of(blocks))
-    )
-    return sorted(found & with_blocks)
-
-
-def _any_of(words: Collection[str]) -> str:
-    return f"(?:{'|'.join(map(re.escape, words))})"
+    ends = [name for name in names if name.endswith(tuple(anchors))]
+    before = {name.removesuffix(anchor) for name in ends for anchor in anchors if name.endswith(anchor)}
+    found = [prefix for prefix in before if not prefix or prefix.endswith(".")]
+    return sorted(p for p in found if any(name.startswith(tuple(p + start for start in blocks)) for name in names))
 
 
 def choose(found: Collection[str], wanted: str | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..pages import empty
-from .files import not_whole
+from ..pages import empty, mapped, view
 from .spans import Shape, Span, StoredTensor, read_into
+from .words import not_whole
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIGNMENT = 64  # bytes; the data starts on a cache line, as matrix kernels like it
@@ -87,9 +88,7 @@ def read_headers(files: Sequence[Path]) -> tuple[dict[str, StoredTensor], dict[s
 
 def _read_safetensors(file: Path) -> Headers:
     try:
-        # checks header, offsets and size; for PyTorch it would map the file at once, which needs memory for all of it
-        handle = safe_open(file, framework="np")
-        metadata = handle.metadata() or {}
+        safe_open(file, framework="np")  # checks header, offsets and size
         header, start = _header(file)
     except UnicodeEncodeError as error:
         raise ValueError(f"{file!a}: its path is no UTF-8, which safetensors needs: rename it") from error
@@ -97,19 +96,20 @@ def _read_safetensors(file: Path) -> Headers:
         raise ValueError(f"{file}: {not_whole(file, 'safetensors', error)}") from error
     except OSError as error:  # a path or memory, nothing in the file
         raise error if error.filename else OSError(f"{file}: can't be opened: {error}") from error
-    mapped = functools.cache(lambda: safe_open(file, framework="pt"))
+    metadata = header.pop("__metadata__", None) or {}
+    data = functools.cache(functools.partial(mapped, file))
+
+    def read(stored: StoredTensor) -> Tensor:
+        assert stored.offset is not None
+        return view(data(), stored.dtype, stored.offset, math.prod(stored.shape)).view(stored.shape)
+
     tensors = []
-    for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-        entry = header[name]
+    for name, entry in sorted(header.items()):
         dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
             expected = ", ".join(SAFETENSORS_DTYPES)
             tensors.append(StoredTensor.unreadable(name, file, f"is {entry['dtype']}, expected one of {expected}"))
             continue
-
-        def read(name: str = name) -> Tensor:
-            return mapped().get_tensor(name)
-
         offset = start + entry["data_offsets"][0]
         tensors.append(StoredTensor(name, dtype, tuple(entry["shape"]), read, file, offset))
     return tensors, metadata

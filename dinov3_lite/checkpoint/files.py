@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the words for those that are not whole."""
+"""Files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import glob
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,29 +19,6 @@ try:
 except ImportError:  # not POSIX: there, an open file can't be removed
     fcntl = None  # type: ignore[assignment]
 
-
-def not_whole(file: Path, kind: str, error: Exception) -> str:
-    """What is wrong with a file that can't be read as one of that kind, and what to do."""
-    with file.open("rb") as f:
-        if f.read(32).startswith(b"version https://git-lfs"):
-            return "a git-lfs pointer, not the weights: download it again"
-    return f"not a whole {kind} file ({' '.join(str(error).split())[:200]}): download it again"
-
-
-def few(names: Iterable[object], most: int = 5) -> str:
-    """The first names in quotes, none longer than a line, and how many more there are."""
-    quoted = [short(name) for name in names]
-    more = f" and {len(quoted) - most} more" if len(quoted) > most else ""
-    return ", ".join(quoted[:most]) + more
-
-
-def short(value: object, width: int = 100) -> str:
-    """The value as Python writes it, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= width else f"{text[: width - 4]}...{text[-1]}"
-
-
-# ---- whole or not at all
 
 RANDOM = "[0-9a-f]" * 8  # what stands in temporary names, as a pattern
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .files import few, short
 from .json_files import read_json
 from .spans import StoredTensor
+from .words import few, short
 
 
 def weight_files(folder: Path, names: Sequence[str]) -> list[Path]:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from .files import few, short
 from .layouts import LAYOUTS
 from .layouts.timm import ungated_copy
+from .words import few, short
 
 SIDE_FILES = sorted({name for layout in LAYOUTS.values() for name in layout.side_files})
 # Weights: the first kind that a repository has. What Trainer leaves beside pytorch_model.bin is not fetched.

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .files import short
+from .words import short
 
 MAX_JSON_BYTES = 4 << 20  # of a config or an index; a real one has kilobytes, the 7B's index 60 of them
 

@@ -1,20 +1,45 @@
-"""Which stored elements make up each of the model's tensors: a layout's equations, held against what files have."""
+"""Which of the stored tensors are the backbone's, and which elements make up each of the model's: equations, held
+against what files have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 
+from .choose import choose, without_wrappers
 from .containers import SAFETENSORS_DTYPES
-from .files import few
-from .layouts import model_tensors
+from .layouts import backbones, model_tensors, own_names
 from .layouts.table import Config, Shape, Table, masked, numel
 from .spans import Span, StoredTensor, cut
+from .words import few
 
 DTYPES = tuple(SAFETENSORS_DTYPES.values())
 ONE_MODEL = "weights and config must be of one model"
+
+
+def backbone(stored: dict[str, StoredTensor], prefix: str | None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of the backbone that is meant, under its own names, and what else the files hold."""
+    stored = _renamed((without_wrappers(name), tensor) for name, tensor in stored.items())
+    found = backbones(stored)
+    if not found and prefix is not None:
+        raise ValueError(f"has no backbone under {prefix!r}, nor under another prefix")
+    chosen = choose(found, prefix) if found else ""
+    own = own_names(stored, chosen)
+    outside = {name: f"outside of {chosen!r}" for name in stored if name not in own}
+    return _renamed((own[name], stored[name]) for name in own), outside
+
+
+def _renamed(tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """Tensors by their new names. Raises ValueError if two have the same."""
+    result: dict[str, StoredTensor] = {}
+    for name, tensor in tensors:
+        if name in result:
+            raise ValueError(f"tensor {tensor.name!r} is also there as {result[name].name!r}: remove one")
+        result[name] = tensor
+    return result
 
 
 def match(file: Path, table: Table, config: Config, stored: dict[str, StoredTensor]) -> dict[str, list[Span]]:
@@ -45,7 +70,7 @@ def match(file: Path, table: Table, config: Config, stored: dict[str, StoredTens
     spans: dict[str, list[Span]] = {}
     for equation in equations:
         theirs = [_masked(file, stored, name, equation.mask).span() for name, _ in equation.theirs if name not in empty]
-        runs = cut(theirs, [numel(shape) for _, shape in equation.ours])
+        runs = cut(theirs, [numel(shape) for _, shape in equation.ours]) if len(equation.ours) > 1 else [theirs]
         lacks_mask = bool(equation.mask) and equation.mask not in stored
         for (name, _), run in zip(equation.ours, runs, strict=True):
             if name in shapes:

@@ -10,18 +10,19 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from mmap import mmap
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from .files import not_whole
+from ..pages import mapped, view
 from .pickles import OtherTensor, SavedTensor, read_pickle
 from .spans import StoredTensor
+from .words import not_whole
 
 MAX_DEPTH = 16  # dictionaries within dictionaries; a training checkpoint has five or six
 MAX_NAME = 1000  # characters of a tensor's name, its dictionaries' keys included
@@ -64,15 +65,12 @@ def open_pth(file: Path) -> list[StoredTensor]:
     if not found:
         raise ValueError(f"{file}: no tensors in it (it holds a {type(content).__name__}): expected a state dict")
 
-    @cache
-    def mapped() -> torch.UntypedStorage:
-        return map_bytes(file)
-
-    return [_stored(name, tensor, file, places, mapped) for name, tensor in found]
+    data = cache(partial(mapped, file))
+    return [_stored(name, tensor, file, places, data) for name, tensor in found]
 
 
 def _stored(
-    name: str, tensor: SavedTensor | OtherTensor, file: Path, places: Mapping[str, Place], mapped: Any
+    name: str, tensor: SavedTensor | OtherTensor, file: Path, places: Mapping[str, Place], data: Callable[[], mmap]
 ) -> StoredTensor:
     if isinstance(tensor, OtherTensor):
         return StoredTensor.unreadable(name, file, f"is {tensor.kind}, expected a plain one")
@@ -80,8 +78,9 @@ def _stored(
         return StoredTensor.unreadable(name, file, problem)
     start = places[tensor.storage.key].start + tensor.start * tensor.dtype.itemsize
 
-    def read() -> Tensor:
-        return view(mapped(), start, tensor)
+    def read(stored: StoredTensor) -> Tensor:
+        flat = view(data(), tensor.dtype, start, tensor.end - tensor.start)
+        return flat.as_strided(tensor.shape, tensor.stride)
 
     return StoredTensor(name, tensor.dtype, tensor.shape, read, file, start if tensor.is_contiguous else None)
 
@@ -205,22 +204,8 @@ def named_tensors(content: Any) -> Iterator[tuple[str, SavedTensor | OtherTensor
 
 def record_offset(f: IO[bytes], info: zipfile.ZipInfo) -> int:
     """Where an uncompressed member of an archive starts: after its local header of 30 bytes, name and extra field."""
+    if info.header_offset < 0:  # the system's own error would look like one of the disk
+        raise ValueError(f"its index puts {info.filename[:100]!r} before the file's first byte")
     f.seek(info.header_offset + 26)
     name, extra = struct.unpack("<HH", f.read(4))
     return info.header_offset + 30 + name + extra
-
-
-def map_bytes(file: Path) -> torch.UntypedStorage:
-    """The file in memory, page by page as it is used; writing to it changes the copy in memory alone."""
-    mapped = torch.UntypedStorage.from_file(os.fspath(file), shared=False, nbytes=file.stat().st_size)
-    assert isinstance(mapped, torch.UntypedStorage)
-    return mapped
-
-
-def view(mapped: torch.UntypedStorage, start: int, tensor: SavedTensor) -> Tensor:
-    """The tensor, as a view of the mapped file; copied where its bytes don't lie at a multiple of their size."""
-    end = start + (tensor.end - tensor.start) * tensor.dtype.itemsize
-    part = mapped[start:end]
-    if start % tensor.dtype.itemsize:
-        part = part.clone()
-    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(part, 0, tensor.shape, tensor.stride)

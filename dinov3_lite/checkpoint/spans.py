@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+FEW = 2048  # elements, which are read as fast as some of them
 
 
 class StoredTensor(NamedTuple):
@@ -21,8 +23,7 @@ class StoredTensor(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: Shape
-    read: Callable[[], Tensor]
-    """Memory-mapped where the file allows it."""
+    reader: Callable[[StoredTensor], Tensor]
     file: Path
     offset: int | None = None
     """Where in `file` its bytes start, in order and without gaps; None if they are not there as such."""
@@ -32,16 +33,20 @@ class StoredTensor(NamedTuple):
     @classmethod
     def in_memory(cls, name: str, tensor: Tensor, file: Path | None = None) -> StoredTensor:
         """A tensor that no file holds as it is; `file`: whose tensors it was made of."""
-        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor, file or Path())
+        return cls(name, tensor.dtype, tuple(tensor.shape), lambda _: tensor, file or Path())
 
     @classmethod
     def unreadable(cls, name: str, file: Path, problem: str) -> StoredTensor:
         """A tensor that has a name and can't be read: `read()` raises ValueError that says why."""
 
-        def read() -> Tensor:
+        def refuse(stored: StoredTensor) -> Tensor:
             raise ValueError(f"{file}: tensor {name!r} {problem}")
 
-        return cls(name, torch.uint8, (), read, file, problem=problem)
+        return cls(name, torch.uint8, (), refuse, file, problem=problem)
+
+    def read(self) -> Tensor:
+        """The tensor, memory-mapped where the file allows it."""
+        return self.reader(self)
 
     def span(self) -> Span:
         """All its elements."""
@@ -66,7 +71,8 @@ class Span(NamedTuple):
 
     def read(self) -> Tensor:
         """The elements, (stop - start,), without a copy: the mapping keeps what was touched of the file in memory."""
-        return self.stored.read().reshape(-1)[self.start : self.stop]
+        flat = self.stored.read().reshape(-1)
+        return flat if self.size == flat.numel() else flat[self.start : self.stop]
 
     def load(self, parts: Iterable[tuple[int, int]] | None = None, opened: IO[bytes] | None = None) -> Tensor:
         """The elements, or these parts of them, flat, read into memory of their own, which is freed with the tensor.
@@ -91,12 +97,29 @@ class Span(NamedTuple):
 
 
 def samples(spans: Iterable[Span]) -> Iterator[Tensor]:
-    """Of each span 64 elements at each of five places, read into memory of their own."""
+    """Of each span the elements at `places`, read into memory of their own."""
     for path, of_it in itertools.groupby(spans, lambda span: span.stored.offset is not None and span.stored.file):
         with path.open("rb", buffering=0) if path else nullcontext() as file:
             for span in of_it:
-                starts = (*(span.size * quarter // 4 for quarter in range(4)), max(0, span.size - 64))
-                yield span.load([(start, min(start + 64, span.size)) for start in starts], file)
+                if span.size <= FEW:
+                    yield sample(span.load(None, file))
+                else:
+                    yield span.load(places(span.size), file)
+
+
+def sample(flat: Tensor) -> Tensor:
+    """The elements at `places`."""
+    return flat.index_select(0, _indices(flat.numel()).to(flat.device))
+
+
+def places(size: int) -> list[tuple[int, int]]:
+    """Start and stop of 64 elements at each of five places among `size`: what is looked at to tell weights apart."""
+    return [(start, min(start + 64, size)) for start in (0, size // 4, size // 2, size * 3 // 4, max(0, size - 64))]
+
+
+@functools.lru_cache
+def _indices(size: int) -> Tensor:
+    return torch.cat([torch.arange(start, stop, device="cpu") for start, stop in places(size)])
 
 
 def cut(spans: Iterable[Span], sizes: Sequence[int]) -> list[list[Span]]:
@@ -107,11 +130,11 @@ def cut(spans: Iterable[Span], sizes: Sequence[int]) -> list[list[Span]]:
         run: list[Span] = []
         while size:
             span = queue.pop(0)
-            taken = min(size, span.size)
-            run.append(span.part(0, taken))
-            if taken < span.size:
-                queue.insert(0, span.part(taken, span.size))
-            size -= taken
+            if span.size > size:
+                queue.insert(0, span.part(size, span.size))
+                span = span.part(0, size)
+            run.append(span)
+            size -= span.size
         runs.append(run)
     return runs
 

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.containers import cast
-from ..checkpoint.files import few
 from ..checkpoint.hub import locate
 from ..checkpoint.spans import Span
+from ..checkpoint.words import few
 from .mesh import check_mesh, device_of, mesh_of
 from .parameters import Region, held_by, local_part, resharded
 from .wrapping import shard

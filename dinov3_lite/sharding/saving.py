@@ -64,7 +64,7 @@ class _Gathered:
             for i, (name, tensor, shape) in enumerate(self.held)
         }
 
-    def _read(self, i: int) -> Tensor:
+    def _read(self, i: int, stored: StoredTensor) -> Tensor:
         if self._last[0] != i:
             _tell(self.mesh, i)
             _, tensor, shape = self.held[i]

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ..choose import prefixes
-from ..files import short
+from ..words import short
 from .lite import LITE, STATE_DICT
 from .meta import META
-from .table import Card, Config, Layout, Named, Read, Shape, Table, numel, pattern
+from .table import Card, Config, Equation, Layout, Named, Read, Shape, Table, numel, pattern
 from .timm import TIMM
 from .transformers import TRANSFORMERS
 
 LAYOUTS = {layout.name: layout for layout in (LITE, TRANSFORMERS, META, TIMM)}
 __all__ = ["LAYOUTS", "LITE", "META", "STATE_DICT", "TIMM", "TRANSFORMERS"]
-__all__ += ["backbones", "detect", "model_tensors", "rename", "tensors_of"]
+__all__ += ["backbones", "detect", "joined", "model_tensors", "rename", "tensors_of"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -45,12 +45,17 @@ def rename(state: Mapping[str, Tensor], layout: Layout, config: Config) -> dict[
 def tensors_of(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """A state dict of the model by the names of our file: what is fused in one of its tensors is cut, as views."""
     tensors = dict(state)
-    for equation in STATE_DICT.table(config).equations(config):
-        name = equation.theirs[0][0]
-        if len(equation.ours) > 1 and name in tensors:
+    for name, equation in joined(config).items():
+        if name in tensors:
             parts = _cut(tensors.pop(name).flatten(), equation.ours)
             tensors |= {ours: part for ours, part in parts.items() if ours in model_tensors(config)}
     return tensors
+
+
+def joined(config: Config) -> dict[str, Equation]:
+    """The model's parameters that lie in our file as several tensors, the biases of its attention: see `STATE_DICT`."""
+    table = STATE_DICT.table(config)
+    return {equation.theirs[0][0]: equation for equation in table.equations(config, table.differences)}
 
 
 def _cut(flat: Tensor, wanted: Named) -> dict[str, Tensor]:
@@ -93,14 +98,13 @@ def backbones(names: Collection[str]) -> list[str]:
     return [p for p in found if not any(p.endswith(i) and p.removesuffix(i) in found for i in inner)]
 
 
-def own_name(name: str, prefix: str) -> str:
-    """The backbone's own name of a tensor."""
-    own = name.removeprefix(prefix)
-    for layout in LAYOUTS.values():
-        for start, written in layout.in_memory.items():
-            if own.startswith(start):
-                return written + own.removeprefix(start)
-    return own
+def own_names(names: Iterable[str], prefix: str) -> dict[str, str]:
+    """The backbone's own names of those tensors that stand behind the prefix."""
+    extra = [(start, written) for layout in LAYOUTS.values() for start, written in layout.in_memory.items()]
+    result = {name: name[len(prefix) :] for name in names if name.startswith(prefix)}
+    for start, written in extra:
+        result |= {name: written + own[len(start) :] for name, own in result.items() if own.startswith(start)}
+    return result
 
 
 def carried_names(layout: Layout, table: Table, names: Iterable[str]) -> dict[str, str]:

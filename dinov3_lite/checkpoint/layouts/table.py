@@ -6,12 +6,11 @@ cuts in both directions follow from it. `{i}` in a name is the block's number; s
 reads off a config. Nothing here opens a file.
 """
 
-from __future__ import annotations
-
+# Annotations are evaluated here: as texts, those of NamedTuples are compiled at every import, half a millisecond.
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -66,7 +65,7 @@ class Family(NamedTuple):
     """What the letters of shapes stand for."""
     numbers: Callable[[str, Config], list[dict[str, int]]]
     """What `{i}` in a name runs through: one empty dict for a name without it."""
-    infer: Callable[[Table, Mapping[str, Shape], Read], Config]
+    infer: Callable[["Table", Mapping[str, Shape], Read], Config]
     """The config of tensors that come without one. Raises ValueError if it can't be told."""
     anchor: str
     """The tensor by which a backbone is found in a bigger model: what stands before it stands before all."""
@@ -174,11 +173,11 @@ class Table:
         """What it calls that tensor of ours; nothing where it does not store it, or only with others in one."""
         return next((row.theirs for row in self.rows if row.ours[0] == ours), ())
 
-    def equations(self, config: Config) -> list[Equation]:
-        """The rows that a config calls for, block by block, with names and shapes filled in."""
+    def equations(self, config: Config, rows: Iterable[Row] | None = None) -> list[Equation]:
+        """The rows that a config calls for, or these, block by block, with names and shapes filled in."""
         tensors = {tensor.name: tensor for tensor in self.family.tensors}
         result = []
-        for row in self.rows:
+        for row in self.rows if rows is None else rows:
             ours = [tensors[name] for name in row.ours]
             if any(tensor.exists(config) for tensor in ours):
                 wholes = [self.family.shape(tensor.shape, config) for tensor in ours]
@@ -275,6 +274,7 @@ class Layout(NamedTuple):
         return self.tables[type(config)]
 
 
+@functools.lru_cache(maxsize=1024)
 def pattern(name: str) -> str:
     """The name with # for each number and for each `{i}`: names of one row have one pattern."""
     return NUMBER.sub("#", name)
