@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint.containers import CONTAINERS, OutputTensor
+from .checkpoint.files import whole_files
 from .checkpoint.layouts import TRANSFORMERS, rename
 from .checkpoint.layouts.cards import NOTE_KEY
 from .config import DINOv3Config, DINOv3ConvNeXtConfig, config_from_name
@@ -49,17 +49,17 @@ def write_sample(folder: Path, variant: str = "vits16") -> None:
         "image_mean": IMAGENET_MEAN,
         "image_std": IMAGENET_STD,
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as temporary:
-        save_file(theirs, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_files() as out:
+        with out.create(folder / "model.safetensors") as file:
+            tensors = [OutputTensor.of(name, tensor) for name, tensor in theirs.items()]
+            CONTAINERS[".safetensors"].write(file, tensors, {"format": "pt"}, lambda count: None)
         for name, content in {
-            "config.json": {**config.to_dict(), NOTE_KEY: NOTE},
             "preprocessor_config.json": preprocessing,
+            "config.json": {**config.to_dict(), NOTE_KEY: NOTE},
         }.items():
-            (Path(temporary) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        for file in sorted(Path(temporary).iterdir(), reverse=True):  # the config comes last
-            file.replace(folder / file.name)
+            with out.create(folder / name) as file:
+                file.write(f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def made_weights(config: DINOv3Config | DINOv3ConvNeXtConfig) -> dict[str, Tensor]:

@@ -55,6 +55,11 @@ def photo(tmp_path):
 
 def test_the_sample_is_a_vits_in_transformers_layout(sample):
     assert {p.name for p in sample.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    (by_hand := sample / "by_hand").touch()
+    assert {p.stat().st_mode for p in sample.iterdir()} == {
+        by_hand.stat().st_mode
+    }  # whoever may read others reads these
+    by_hand.unlink()
     model = DINOv3ViT.from_pretrained(sample)
     assert model.config == DINOv3Config.from_name("vits16")
     assert ImageProcessor.from_pretrained(sample) == ImageProcessor()

@@ -138,7 +138,8 @@ EDGES = {
     "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared", "pretrained"},
     "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {
-        *("checkpoint.layouts", "checkpoint.layouts.cards", "config", "convnext", "image", "model")
+        *("checkpoint.containers", "checkpoint.files", "checkpoint.layouts", "checkpoint.layouts.cards"),
+        *("config", "convnext", "image", "model"),
     },
     "dinov3_lite/__init__.py": {
         *("config", "convnext", "encoder", "finetune", "image", "inference", "interfaces", "loading"),

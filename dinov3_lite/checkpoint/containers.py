@@ -36,6 +36,11 @@ class OutputTensor(NamedTuple):
     shape: Shape
     spans: list[Span]
 
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> OutputTensor:
+        """A tensor in memory, as it is."""
+        return cls(name, tensor.dtype, tuple(tensor.shape), [StoredTensor.in_memory(name, tensor).span()])
+
     @property
     def nbytes(self) -> int:
         """Its size in the file."""

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..checkpoint.containers import CONTAINERS, OutputTensor
 from ..checkpoint.files import whole_files
-from ..checkpoint.spans import StoredTensor
 from ..finetune import freeze_but_last
 from ..inference import optimize_for_inference
 from ..loading import Backbone
@@ -172,10 +171,7 @@ def save_head(network: Segmenter, settings: HeadSettings, path: Path, entry: dic
     for the same head, which safetensors' own `save` does not give (it shuffles the metadata).
     """
     trained = {name: p.detach().cpu().contiguous() for name, p in network.named_parameters() if p.requires_grad}
-    tensors = [
-        OutputTensor(name, tensor.dtype, tuple(tensor.shape), [StoredTensor.in_memory(name, tensor).span()])
-        for name, tensor in trained.items()
-    ]
+    tensors = [OutputTensor.of(name, tensor) for name, tensor in trained.items()]
     metadata = {"format": FORMAT, "settings": json.dumps(asdict(settings)), "epoch": json.dumps(entry)}
     with whole_files() as out, out.create(path) as file:
         CONTAINERS[".safetensors"].write(file, tensors, metadata, lambda count: None)
