@@ -221,7 +221,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
+    spread = f" ± {statistics.pstdev(values):.3f}" if len(values) > 1 else ""  # one seed has none
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="scratch space; with --rank that of the sparse file")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as each process of a mesh has: other numbers of threads give other last bits
     if args.rank is not None:
         print(json.dumps(load_as(args.rank, args.folder)))
         return

@@ -50,8 +50,10 @@ def exit_status(name: str, work: Callable[[], int | None]) -> int:
 
 
 def sentence(error: Exception) -> str:
-    """What an error says, in one line; with its type where that may be no sentence."""
+    """What an error says, in one line: first the file that it names, or its type where that may be no sentence."""
     message = _one_line(error)
+    if isinstance(error, OSError) and error.filename is not None and error.filename2 is None:
+        message = _one_line(f"{error.filename}: {error.strerror}")
     return message if message and isinstance(error, SENTENCES) else f"{type(error).__name__}: {message}"
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import TINY, write_checkpoint
+from helpers import TINY, disk_of, write_checkpoint
 
 from convert import convert
 from convert.__main__ import main
@@ -213,3 +215,19 @@ sys.exit(main([{str(a)!r}, "--to", {to!r}, "--allow-loss", "--output", {str(tmp_
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"convert: {tmp_path / 'out'}/") and "can't be written" in done.stderr
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_what_does_not_go_onto_the_disk_in_one_write_is_no_file(tmp_path):
+    """The system writes what still fits, and says so by a number alone; torch.save hides the error behind its own."""
+    file = tmp_path / "x.bin"
+    file.write_bytes(b"old")
+    data = os.urandom(50_000)
+    for write in (lambda f: f.write(data), lambda f: torch.save(torch.zeros(10_000), f), lambda f: f.write(data[::2])):
+        named = re.escape(f"File too large: '{file}'")
+        with pytest.raises(OSError, match=named), disk_of(20_000), whole_files() as out, out.create(file) as opened:
+            write(opened)
+        assert [p.name for p in tmp_path.iterdir()] == ["x.bin"] and file.read_bytes() == b"old"
+    with disk_of(60_000), whole_files() as out, out.create(file) as opened:
+        assert opened.write(np.arange(10_000, dtype=np.int32)) == 40_000 and opened.write(b"") == 0
+    assert np.array_equal(np.fromfile(file, np.int32), np.arange(10_000))

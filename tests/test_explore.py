@@ -267,6 +267,7 @@ def test_what_is_pinned_is_marked_under_the_pointer_too(page):
     pixels = np.array(page.locator(".marks").first.evaluate(read)).reshape(6 * 16, 8 * 16, 4)
     assert pixels[2 * 16 + 2, 3 * 16 + 2].tolist() == [0x35, 0xD0, 0x7F, 255]
     assert pixels[4 * 16 + 2, 1 * 16 + 2].tolist() == [0xFF, 0x4D, 0x4D, 255]
+    assert pixels[2 * 16 + 4, 3 * 16 + 8].tolist() == [0, 0, 0, 255]  # a dark line beside it, on any colour of the map
 
 
 def test_pictures_of_one_row_have_one_height_and_only_what_the_view_has_is_shown(page):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, write_checkpoint
+from helpers import TINY, disk_of, write_checkpoint
 from safetensors.torch import load_file
 
 from dinov3_lite import DINOv3ViT
@@ -139,6 +139,28 @@ def test_where_nothing_can_be_written_is_said_before_the_work(checkpoint, tmp_pa
         fit(folder, model, folder, recipe=QUICK)
     with pytest.raises(ValueError, match="is one of the pictures"):
         check_output(folder / "Image" / "0.png", [folder / "GT" / ".." / "Image" / "0.png"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_happens_to_a_picture_meanwhile_is_one_sentence(workers, checkpoint, tmp_path):
+    """After all were looked at and before they are read: in this process, or in one that reads for it."""
+    folder = data_set(tmp_path / "d", 4)
+    model = DINOv3ViT.from_pretrained(checkpoint)
+    for file in (folder / "Image" / "1.png", folder / "GT" / "1.png"):
+        content = file.read_bytes()
+        for damage, kind, said in (
+            (Path.unlink, FileNotFoundError, "[Errno 2] No such file or directory: '{}'"),
+            (lambda f: f.write_bytes(content[:-30]), ValueError, "{}: "),  # noqa: B023
+        ):
+
+            def report(line: str, file: Path = file, damage=damage) -> None:
+                damage(file)
+
+            with pytest.raises(kind) as raised:
+                fit(folder, model, tmp_path / "h", recipe=QUICK, report=report, workers=workers)
+            assert str(raised.value).startswith(said.format(file)) and "\n" not in str(raised.value)
+            file.write_bytes(content)
+    assert not (tmp_path / "h").exists()
 
 
 # ---- kills
@@ -311,3 +333,67 @@ def test_truth_that_does_not_fit_is_said_before_anything_is_followed(checkpoint,
         j_and_f([half()] * 3, [half()] + [half(size=(20, 32))] * 2)
     with pytest.raises(ValueError, match="expected at least 3 frames"):
         j_and_f([half()] * 2, [half()] * 2)
+
+
+# ---- disks that are full
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_a_full_disk_is_one_line_and_leaves_nothing_broken(checkpoint, head, tmp_path, capsys):
+    """Each output is larger than the limit, and would be cut off there: a head, a run's state, masks, drawings, a page."""
+    folder = data_set(tmp_path / "d", 2)
+    noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
+    picture = str(save(tmp_path / "noise.png", noise))
+    first = str(save(tmp_path / "first.png", half(size=(120, 160))))
+    out, model = tmp_path / "out", ["--model", str(checkpoint)]
+    out.mkdir()
+    small = ["--size", "32"]
+    fitted = ["fit", str(folder), *small, "--epochs", "2", "--output", str(out / "head.safetensors")]
+    for size, command, named in (
+        (1_000_000, fitted, "head.safetensors.resume"),
+        (40, ["predict", picture, "--head", str(head), "--output", str(out)], "noise.png"),
+        (3_000, ["predict", picture, "--head", str(head), "--output", str(out), "--overlay"], "overlay/noise.png"),
+        (
+            40,
+            ["track", *map(str, (folder / "Image", "--mask", folder / "GT" / "0.png")), *small, "--output", str(out)],
+            "0.png",
+        ),
+        (100, ["match", picture, first, *small, "--output", str(out / "m.json")], "m.json"),
+        (
+            3_000,
+            ["match", picture, first, *small, "--output", str(out / "m.json"), "--picture", str(out / "m.jpg")],
+            "m.jpg",
+        ),
+        (9_000, ["explore", picture, *small, "--output", str(out / "page.html")], "page.html"),
+        (3_000, ["features", picture, *small, "--output", str(out / "f"), "--picture", str(out / "f.jpg")], "f.jpg"),
+    ):
+        with disk_of(size):
+            assert main([*command, *model]) == 1, command
+        said = capsys.readouterr().err
+        assert said == f"dinov3_lite: {out / named}: File too large\n", said
+        assert not (out / named).exists()
+        assert not list(out.rglob(".*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_a_head_that_does_not_go_onto_the_disk_is_written_by_the_next_run(checkpoint, tmp_path, monkeypatch):
+    """The state of the run was written before it, on a disk that became full between the two."""
+    import dinov3_lite.tasks.fitting as fitting
+
+    folder, file = data_set(tmp_path / "d", 4), tmp_path / "h"
+    real = fitting.save_head
+
+    def save_head(*arguments):
+        with disk_of(100_000):
+            real(*arguments)
+
+    def run() -> None:
+        fit(folder, DINOv3ViT.from_pretrained(checkpoint), file, recipe=QUICK, report=quiet)
+
+    with monkeypatch.context() as full:
+        full.setattr(fitting, "save_head", save_head)
+        with pytest.raises(OSError, match=f"File too large: '{file}'"):
+            run()
+    assert not file.exists() and file.with_name("h.resume").exists()
+    run()
+    assert sum(t.numel() for t in load_file(file).values()) > 100_000 / 4 and not file.with_name("h.resume").exists()

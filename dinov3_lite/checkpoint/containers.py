@@ -196,7 +196,7 @@ def _write_tensor(file: IO[bytes], tensor: OutputTensor, on_bytes: OnBytes) -> N
             _copy(stored.file, stored.offset + span.start * itemsize, span.size * itemsize, file, on_bytes)
         else:
             data = tensor.cast(span).view(torch.uint8).numpy().data
-            _write_all(file, data)
+            file.write(data)
             on_bytes(data.nbytes)
 
 
@@ -209,7 +209,7 @@ def _copy(source: Path, offset: int, count: int, target: IO[bytes], on_bytes: On
                 buffer = memoryview(bytearray(min(size, BLOCK)))
                 file.seek(offset)
                 read_into(file, buffer)
-                _write_all(target, buffer)
+                target.write(buffer)
                 copied = len(buffer)
             offset, count = offset + copied, count - copied
             on_bytes(copied)
@@ -225,8 +225,3 @@ def _copy_in_kernel(source: IO[bytes], offset: int, count: int, target: IO[bytes
         if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
             return 0
         raise
-
-
-def _write_all(file: IO[bytes], data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import glob
+import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 try:
     import fcntl
@@ -29,8 +33,9 @@ class WholeFiles:
         self._locks: list[int] = []
 
     @contextmanager
-    def create(self, path: Path) -> Iterator[IO[bytes]]:
-        """A new file, open for reading and writing, that will be `path`: flushed to disk when the block ends.
+    def create(self, path: Path) -> Iterator[io.FileIO]:
+        """A new file, open for reading and writing, that will be `path`: flushed to disk when the block ends. What is
+        written is written whole, or an OSError that names `path` is raised.
 
         Where the system has files without a name, nothing is left of it if the process is killed. Elsewhere a temporary
         file is locked while its process lives, and what killed ones have left is removed.
@@ -40,18 +45,23 @@ class WholeFiles:
         descriptor = _without_name(path.parent)
         if descriptor is not None:
             self._nameless[temporary] = os.dup(descriptor)
-            file: IO[bytes] = os.fdopen(descriptor, "r+b", buffering=0)
+            file = _WritesAll(descriptor, "r+", path)
         else:
-            file = temporary.open("x+b", buffering=0)
+            file = _WritesAll(temporary, "x+", path)
             while not (_lock(file.fileno(), wait=True) and temporary.exists()):  # it was taken for a leftover
                 file.close()
-                file = temporary.open("x+b", buffering=0)
+                file = _WritesAll(temporary, "x+", path)
             if fcntl is not None:  # elsewhere an open file can't get another name
                 self._locks.append(os.dup(file.fileno()))
         with file:
             self._temporary[path] = temporary
-            yield file
-            os.fsync(file.fileno())
+            try:
+                yield file
+            except Exception as error:
+                if file.failure is None:
+                    raise
+                raise file.failure from error  # libraries say other things where a disk is full
+            file.flush_to_disk()
 
     def adopt(self, temporary: Path, path: Path) -> None:
         """A file that a library has written under a name of its own, on the same disk, will be `path`."""
@@ -108,6 +118,36 @@ class WholeFiles:
         for descriptor in (*self._locks, *self._nameless.values()):
             os.close(descriptor)
         self._locks, self._nameless = [], {}
+
+
+class _WritesAll(io.FileIO):
+    """An unbuffered file whose `write` writes all. Where a disk becomes full, the system writes a part and tells so by
+    a number alone, which most libraries don't look at. Errors name the file by its final name.
+    """
+
+    def __init__(self, file: Path | int, mode: str, path: Path) -> None:
+        super().__init__(file, mode)
+        self.path = path
+        self.failure: OSError | None = None
+
+    def write(self, data: Buffer, /) -> int:
+        rest = whole = memoryview(data).cast("B")
+        with self._remembering():
+            while rest:
+                rest = rest[super().write(rest) :]
+        return len(whole)
+
+    def flush_to_disk(self) -> None:
+        with self._remembering():
+            os.fsync(self.fileno())
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = OSError(error.errno, error.strerror, str(self.path))
+            raise self.failure from error
 
 
 @contextmanager

@@ -60,9 +60,10 @@ def run(args: argparse.Namespace) -> None:
     page = explore(pictures, model, processor, grids, blocks)
     with whole_files() as out, out.create(args.output) as file:
         file.write(page.encode())
-    shown = ", ".join(map(str, blocks))
+    count = f"{len(pictures)} picture{'s' * (len(pictures) > 1)}"
+    shown = f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
     say(f"{model.config.name}  weights {model.weights_id}")
-    say(f"{args.output}: {len(page) / 1e6:.1f} MB, {len(pictures)} pictures, block{'s' * (len(blocks) > 1)} {shown}")
+    say(f"{args.output}: {len(page) / 1e6:.1f} MB, {count}, {shown}")
 
 
 def _size(text: str) -> int | tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..console import complain, naming, progress, say, sentence
+from ..console import complain, progress, say, sentence
 from .arguments import MODEL, add_device_and_dtype, add_json, image_size, point
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..checkpoint import DTYPES
     from ..loading import load
+    from ..tasks.drawing import save_picture
     from .rows import RowWriter
 
     model = load(args.model, dtype=DTYPES.get(args.dtype), device=args.device)
@@ -86,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
     for reason in failed.values():
         complain(f"dinov3_lite: {reason}")
     if drawn:
-        with naming(args.picture):
-            _draw(drawn, args.query, f"{model.config.name}, weights {model.weights_id}").save(args.picture)
+        save_picture(_draw(drawn, args.query, f"{model.config.name}, weights {model.weights_id}"), args.picture)
         if not args.json:
             say(f"{args.picture}: the first three principal components of the patch tokens")
     return 1 if failed else 0
@@ -136,12 +136,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
         if place == model or (output.exists() and place.parent == model):
             raise ValueError(f"{output}: is one of the model's files: give another name")
     if args.picture:
-        from PIL import Image
+        from ..tasks.drawing import picture_format
 
         if args.picture.resolve() == args.output.resolve():
             raise ValueError(f"{args.picture}: is the file for the features too: give another name")
-        if args.picture.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"{args.picture}: unknown type of picture: name it .png or .jpg")
+        picture_format(args.picture)
 
 
 def _processor(args: argparse.Namespace) -> ImageProcessor:

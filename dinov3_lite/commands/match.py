@@ -32,14 +32,16 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.files import whole_files
     from ..explore import grid_of
     from ..tasks.data import check_output, read_picture
-    from ..tasks.drawing import draw_matches, save_picture
+    from ..tasks.drawing import draw_matches, picture_format, save_picture
     from ..tasks.matching import match
     from .loading import feature_map, load_model_and_processor
 
     for output in filter(None, (args.output, args.picture)):
         check_output(output, (args.first, args.second))
-    if args.picture and args.picture.resolve() == args.output.resolve():
-        raise ValueError(f"{args.picture}: is the file for the matches too: give another name")
+    if args.picture:
+        if args.picture.resolve() == args.output.resolve():
+            raise ValueError(f"{args.picture}: is the file for the matches too: give another name")
+        picture_format(args.picture)
     pictures = [read_picture(file) for file in (args.first, args.second)]
     model, processor = load_model_and_processor(args)
     grids = [grid_of(pixels, args.size, model.stride) for pixels in pictures]

@@ -40,7 +40,7 @@ function makeView(picture, p) {
   const button = (text, what) => element("button", { type: "button", textContent: text, onclick: () => download(p, what) });
   const caption = element("figcaption", {}, element("strong", { textContent: picture.name }),
     element("span", { textContent: `${picture.width} x ${picture.height} px, ${rows} x ${columns} patches` }),
-    button("download mask", "mask"), button("download heat map", "heat"));
+    element("span", { className: "saves" }, button("download mask", "mask"), button("download heat map", "heat")));
   const figure = element("figure", {}, stack, caption);
   figure.style.setProperty("--aspect", picture.width / picture.height);
   $("pictures").append(figure);
@@ -177,9 +177,13 @@ function decorate() {
     pen.clearRect(0, 0, marks.width, marks.height);
     const frame = (patch, colour) => {
       const columns = data.pictures[p].columns;
-      pen.lineWidth = 3;
-      pen.strokeStyle = colour;
-      pen.strokeRect(16 * (patch % columns) + 1.5, 16 * Math.floor(patch / columns) + 1.5, 13, 13);
+      const [x, y] = [16 * (patch % columns), 16 * Math.floor(patch / columns)];
+      pen.lineJoin = "round";
+      for (const [width, style] of [[7, "#000"], [3, colour]]) { // on a dark line, to be seen on any map
+        pen.lineWidth = width;
+        pen.strokeStyle = style;
+        pen.strokeRect(x + 1.5, y + 1.5, 13, 13);
+      }
     };
     const first = best.find((b) => b.picture === p);
     if (first && p !== (state.pins[0] ?? state.pointer).picture) frame(first.patch, "#ffd400");

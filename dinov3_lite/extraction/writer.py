@@ -16,7 +16,7 @@ from ..checkpoint.files import whole_files
 def write_whole(path: Path, data: bytes) -> None:
     """A small file, at once."""
     with whole_files() as files, files.create(path) as file:
-        _write_all(file, data)
+        file.write(data)
 
 
 class Hashed:
@@ -26,7 +26,7 @@ class Hashed:
         self.file, self.sha, self.bytes = file, hashlib.sha256(), 0
 
     def write(self, data: bytes | memoryview) -> None:
-        _write_all(self.file, data)
+        self.file.write(data)
         self.sha.update(data)
         self.bytes += len(data)
 
@@ -67,14 +67,8 @@ class Rows(Hashed):
         if self.count == self.expected:
             return
         self.file.seek(0)
-        _write_all(self.file, self._header(self.count))
+        self.file.write(self._header(self.count))
         self.file.seek(0)
         self.sha = hashlib.sha256()
         while data := self.file.read(1 << 20):
             self.sha.update(data)
-
-
-def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]

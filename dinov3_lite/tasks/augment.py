@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from .data import Pair, Reading, read_picture
 
@@ -38,6 +40,37 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
         if rng.random() < 0.5:
             picture, mask = picture.flip(-1), mask.flip(-1)
         return light(picture, rng), mask
+
+
+def batches(
+    examples: Examples, size: int, order: Sequence[int] | None = None, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Examples in batches (B, 3, H, W) and (B, H, W), read by so many processes. What one of them raises is raised here
+    as it was: a DataLoader alone would bury a file's name in the process's traceback.
+    """
+    order = range(len(examples)) if order is None else order
+    indices = [order[i : i + size] for i in range(0, len(order), size)]
+    loader = DataLoader(_Batches(examples), batch_size=None, sampler=indices, collate_fn=_as_it_is, num_workers=workers)
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+class _Batches(Dataset[tuple[Tensor, Tensor] | Exception]):
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor] | Exception:
+        try:
+            pictures, masks = zip(*(self.examples[i] for i in indices), strict=True)
+            return torch.stack(pictures), torch.stack(masks)
+        except Exception as error:
+            return error
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
 
 
 def resize(picture: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..checkpoint.files import whole_files
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 TINTS = np.array(  # of the foreground, or of the classes from 1 in turn
     [(255, 40, 90), (40, 170, 255), (255, 190, 30), (60, 200, 90), (170, 90, 255), (255, 120, 200)], np.float32
 )
 
 
-def save_picture(pixels: np.ndarray, path: Path, palette: Sequence[int] | None = None) -> None:
-    """Write (H, W) or (H, W, 3) uint8 as a PNG, whole or not at all; (H, W) with the colours of a palette, if given."""
+def picture_format(path: Path) -> str:
+    """What a picture of this name is written as. Raises ValueError for an ending that Pillow knows no picture by."""
     from PIL import Image
 
-    image = Image.fromarray(pixels)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path}: unknown type of picture: name it .png or .jpg")
+    return kind
+
+
+def save_picture(picture: np.ndarray | Image.Image, path: Path, palette: Sequence[int] | None = None) -> None:
+    """Write (H, W) or (H, W, 3) uint8 whole or not at all, as the kind of picture that the name's ending says.
+
+    palette: the colours of (H, W).
+    """
+    from PIL import Image
+
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     if palette is not None:
         image.putpalette(palette)
+    encoded = (
+        BytesIO()
+    )  # as some of Pillow's encoders write to a file by themselves, and don't look whether all of it went
+    image.save(encoded, picture_format(path))
     with whole_files() as out, out.create(path) as file:
-        image.save(file, "png")
+        file.write(encoded.getbuffer())
 
 
 def overlay(pixels: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:

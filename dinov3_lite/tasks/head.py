@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..checkpoint.containers import CONTAINERS, OutputTensor
 from ..checkpoint.files import whole_files
+from ..checkpoint.spans import StoredTensor
 from ..finetune import freeze_but_last
 from ..inference import optimize_for_inference
 from ..loading import Backbone
@@ -167,11 +168,17 @@ def sample(parameter: Tensor) -> bytes:
 
 
 def save_head(network: Segmenter, settings: HeadSettings, path: Path, entry: dict[str, float]) -> None:
-    """Write what was trained, its settings and its epoch's loss and measures, as one safetensors file."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in network.named_parameters() if p.requires_grad}
+    """Write what was trained, its settings and its epoch's loss and measures, as one safetensors file: the same bytes
+    for the same head, which safetensors' own `save` does not give (it shuffles the metadata).
+    """
+    trained = {name: p.detach().cpu().contiguous() for name, p in network.named_parameters() if p.requires_grad}
+    tensors = [
+        OutputTensor(name, tensor.dtype, tuple(tensor.shape), [StoredTensor.in_memory(name, tensor).span()])
+        for name, tensor in trained.items()
+    ]
     metadata = {"format": FORMAT, "settings": json.dumps(asdict(settings)), "epoch": json.dumps(entry)}
     with whole_files() as out, out.create(path) as file:
-        file.write(save(tensors, metadata))
+        CONTAINERS[".safetensors"].write(file, tensors, metadata, lambda count: None)
 
 
 def load_head(path: str | os.PathLike[str], backbone: Backbone) -> tuple[Segmenter, HeadSettings]:
@@ -190,9 +197,10 @@ def load_head(path: str | os.PathLike[str], backbone: Backbone) -> tuple[Segment
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: is no whole safetensors file ({error}): expected a head that `fit` wrote") from error
-    if metadata.get("format") != FORMAT:
-        found = metadata.get("format", "a file of other tensors")
-        raise ValueError(f"{path}: is {found}: expected {FORMAT}, which `fit` writes")
+    kind = metadata.get("format", "")
+    if kind != FORMAT:
+        found = f"is {kind}" if kind.startswith("dinov3-lite head") else "holds other tensors than a head's"
+        raise ValueError(f"{path}: {found}: expected {FORMAT}, which `fit` writes")
     try:
         content = json.loads(metadata["settings"])
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}

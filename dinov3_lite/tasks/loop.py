@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..checkpoint.files import whole_files
 from ..image import IMAGENET_MEAN, IMAGENET_STD
-from .augment import Examples
+from .augment import Examples, batches
 from .data import Pair, Reading
 from .head import sample
 from .losses import class_loss, structure_loss
@@ -117,10 +116,10 @@ def train(
         examples.epoch = epoch
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)  # so that an epoch's order follows from these two alone
         order = torch.randperm(len(examples)).tolist()
-        loader = DataLoader(examples, recipe.batch_size, sampler=order, num_workers=workers)
         network.train()
         total = torch.zeros((), device=device)
-        for step, (pictures, masks) in enumerate(loader, start=epoch * steps):
+        read = batches(examples, recipe.batch_size, order, workers)
+        for step, (pictures, masks) in enumerate(read, start=epoch * steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * _warm_cosine(step, recipe.epochs * steps, recipe.warmup)
             value = loss(network(normalise(pictures.to(device))), masks.to(device))
@@ -160,8 +159,7 @@ def measure(
     normalise = Normalise(recipe.mean, recipe.std).to(device)
     network.eval()
     measures = Measures(reading.classes, ("S", "MAE", "IoU"))
-    loader = DataLoader(Examples(list(pairs), reading, recipe.size), recipe.batch_size, num_workers=workers)
-    for pictures, masks in loader:
+    for pictures, masks in batches(Examples(list(pairs), reading, recipe.size), recipe.batch_size, workers=workers):
         logits = resized(network(normalise(pictures.to(device))), masks.shape[1:])
         for prediction, mask in zip(as_bytes(logits), masks.numpy(), strict=True):
             measures.add(prediction.numpy(), mask)

@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,6 +124,19 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     """||actual - truth|| / ||truth||, in float64; infinity if anything in `actual` is not finite."""
     error = (actual.double() - truth.double()).norm() / truth.double().norm()
     return error.item() if error.isfinite() else float("inf")
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file grows beyond so many bytes: what a full disk does, by a limit of the system's (POSIX)."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def run_python(code: str, **kwargs) -> subprocess.CompletedProcess[str]:
