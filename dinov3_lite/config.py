@@ -238,6 +238,7 @@ _POSITIVE = {
     "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps",
     "rope_theta", "image_size", "num_channels", "pos_embed_jitter", "pos_embed_rescale", "hidden_sizes", "depths",
 }  # fmt: skip
+_KINDS: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 _BY_STAGE = ("hidden_sizes", "depths")
 
 
@@ -253,13 +254,8 @@ def _checked(name: str, kind: str, value: Any) -> Any:
     ):
         value = value[0]  # transformers 5.23 also writes a pair; only square ones exist
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    valid = {
-        "int": number and isinstance(value, int),
-        "float": number and -1e30 < value < 1e30,
-        "bool": isinstance(value, bool),
-        "str": isinstance(value, str),
-    }[kind]
-    if not valid:
+    valid = isinstance(value, _KINDS[kind]) and isinstance(value, bool) == (kind == "bool")
+    if not valid or (kind == "float" and not -1e30 < value < 1e30):
         raise ValueError(f"{name} is {repr(value)[:100]}: expected {kind}")
     if number and (value < 0 or (value == 0 and name in _POSITIVE)):
         raise ValueError(f"{name} is {value}: expected {'more than zero' if name in _POSITIVE else 'zero or more'}")

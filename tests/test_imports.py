@@ -365,7 +365,7 @@ for source in ({str(folder)!r}, {str(file)!r}):
         *("attention", "checks", "config", "features", "layers", "model", "packing", "pages", "pretrained", "rope"),
         *("checkpoint", *(f"checkpoint.{name}" for name in ("choose", "containers", "folders", "hub", "json_files"))),
         *("checkpoint.layouts", "checkpoint.matching", "checkpoint.spans", "checkpoint.words"),
-        *(f"checkpoint.layouts.{name}" for name in ("cards", "convnext", "lite", "meta", "others", "table", "timm")),
+        *(f"checkpoint.layouts.{name}" for name in ("cards", "convnext", "lite", "meta", "table", "timm")),
         *("checkpoint.layouts.transformers", "checkpoint.layouts.vit"),
     }
     others = {name.split(".")[0] for name in first.split()} - {"dinov3_lite"}

@@ -25,7 +25,6 @@ from .containers import cast, read_headers
 from .folders import SeveralFiles, check_index, read_license, weight_files
 from .json_files import read_json
 from .layouts import LAYOUTS, LITE, carried_names, detect, joined, model_tensors, reason_of
-from .layouts.others import what_else
 from .layouts.table import Beside, Card, Equation, Layout, Shape, Table, numel
 from .layouts.vit import storage_dtype
 from .matching import backbone, match
@@ -250,6 +249,8 @@ def _open(path: Path, files: list[Path], prefix: str | None) -> Checkpoint:
         own = {name: tensor for name, tensor in stored.items() if name not in carried and name not in heads}
         spans = match(file, table, card.config, own)
     except ValueError as error:
+        from .layouts.others import what_else  # for those alone that no layout of ours fits
+
         if other := what_else(stored):
             raise ValueError(f"{file}: is {other}") from error
         raise error if str(error).startswith(str(file.parent)) else ValueError(f"{file}: {error}") from error
