@@ -16,12 +16,19 @@ from torch import Tensor
 
 OF_A_FILE = 1 << 61  # Documentation/admin-guide/mm/pagemap.rst
 MADV_DONTNEED = 4
+MAP_NORESERVE = 0x4000  # Python's mmap has no name for it
 LARGE = 1 << 17  # bytes, as of the C library's own mappings
 
 
 def mapped(file: Path) -> mmap.mmap:
-    """The bytes of a file as memory: pages are read when first used, and what is written to them stays in memory."""
+    """The bytes of a file as memory: pages are read when first used, and what is written to them stays in memory.
+
+    On Linux the file may be larger than the memory.
+    """
     with file.open("rb") as f:
+        if sys.platform.startswith("linux"):
+            flags, prot = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(f.fileno(), 0, flags=flags, prot=prot)
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
 
 

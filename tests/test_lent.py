@@ -9,6 +9,7 @@ import pickle
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, TINY_GATED, relative_error, run_python, write_checkpoint
@@ -19,7 +20,7 @@ from torch import nn
 from convert import convert
 from dinov3_lite import DINOv3ViT, optimize_for_inference
 from dinov3_lite.lent import Lent
-from dinov3_lite.pages import give_back
+from dinov3_lite.pages import give_back, mapped, view
 from dinov3_lite.prepacked import ways_of_products
 from dinov3_lite.stand_ins import Projection
 
@@ -173,6 +174,21 @@ def test_parameters_are_a_dict_like_any_other():
     assert lent.get("nothing", 3) == 3
     Lent.undo(linear)
     assert type(linear._parameters) is dict and torch.equal(linear.weight, weight)
+
+
+@linux
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    """As a 7B in float32 is for many: of a file of holes, the end is read and written to, and the file stays."""
+    size = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    file = tmp_path / "holes"
+    with file.open("wb") as f:
+        f.truncate(size)
+        f.seek(size - 4)
+        f.write(np.float32(3.0).tobytes())
+    last = view(mapped(file), torch.float32, size - 8, 2)
+    assert last.tolist() == [0.0, 3.0]
+    last += 1
+    assert last.tolist() == [1.0, 4.0] and view(mapped(file), torch.float32, size - 4, 1).tolist() == [3.0]
 
 
 @linux
