@@ -86,7 +86,7 @@ STEPS: dict[str, tuple[Any, str, Callable[..., object] | None]] = {
     "reading": (reading, "_read_local", None),
     "decoding": (pipeline, "decode", None),
     "forward": (compute.Network, "submit", None),
-    "rows half written": (writer, "_write_all", half_written),
+    "rows half written": (writer.Hashed, "write", lambda self, data: half_written(self.file, data)),
     "rows appended": (commit.ShardFiles, "append", None),
     "before a rename": (os, "replace", None),
     "after a rename": (os, "replace", os.replace),

@@ -49,17 +49,21 @@ def write_sample(folder: Path, variant: str = "vits16") -> None:
         "image_mean": IMAGENET_MEAN,
         "image_std": IMAGENET_STD,
     }
+    files = {"preprocessor_config.json": preprocessing, "config.json": {**config.to_dict(), NOTE_KEY: NOTE}}
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_files() as out:
-        with out.create(folder / "model.safetensors") as file:
-            tensors = [OutputTensor.of(name, tensor) for name, tensor in theirs.items()]
-            CONTAINERS[".safetensors"].write(file, tensors, {"format": "pt"}, lambda count: None)
-        for name, content in {
-            "preprocessor_config.json": preprocessing,
-            "config.json": {**config.to_dict(), NOTE_KEY: NOTE},
-        }.items():
-            with out.create(folder / name) as file:
-                file.write(f"{json.dumps(content, indent=2)}\n".encode())
+    try:
+        with whole_files() as out:
+            with out.create(folder / "model.safetensors") as file:
+                tensors = [OutputTensor.of(name, tensor) for name, tensor in theirs.items()]
+                CONTAINERS[".safetensors"].write(file, tensors, {"format": "pt"}, lambda count: None)
+            for name, content in files.items():
+                with out.create(folder / name) as file:
+                    file.write(f"{json.dumps(content, indent=2)}\n".encode())
+    except BaseException:
+        if is_new:
+            folder.rmdir()
+        raise
 
 
 def made_weights(config: DINOv3Config | DINOv3ConvNeXtConfig) -> dict[str, Tensor]:
