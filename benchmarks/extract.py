@@ -189,6 +189,7 @@ def add(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     rows = {(row["variant"], row["size"]): row for row in other["rows"]}
     for row in result["rows"]:
         before = rows.get((row["variant"], row["size"]), {})
+        before = before if before.get("pictures") == row["pictures"] else {}  # seconds of as many pictures alone
         both = {name: {**before.get(name, {}), **row[name]} for name in ("seconds", "ratios")}
         rows[row["variant"], row["size"]] = {**row, **both}
     in_order = [(variant, size) for variant in ("vits16", "vitb16") for size in SIZES]
