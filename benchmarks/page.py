@@ -175,6 +175,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "windows": of("features", lambda found: features.tables(found)["windows"]),
     "growth": of("growth", growth.table),
     "startup": of("startup", startup.table),
+    "startup-reference": of("startup_reference", startup.compared),
     "conversion": of("conversion", conversion.table),
     "training-memory": of("training_memory", training_memory.table),
     "sharding": of("sharding", sharding.table),
