@@ -263,8 +263,10 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
 
     @torch.no_grad()
     def run_prefix(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
+        if torch.compiler.is_compiling() or tokens.shapes is not None or self.attention not in ("auto", "sdpa"):
+            return super().run_prefix(tokens, taps)
         block = self._stand_in(self.blocks[taps[-1]])
-        if not isinstance(block, FastBlock) or tokens.shapes is not None or self.attention not in ("auto", "sdpa"):
+        if not isinstance(block, FastBlock):
             return super().run_prefix(tokens, taps)
         before = self.run_blocks(tokens, sorted({*taps[:-1], taps[-1] - 1} - {-1}))
         x = before[-1] if taps[-1] else tokens.x

@@ -203,7 +203,10 @@ class Origin:
     ) -> None:
         self.name = name
         self.writes = {} if model is None else _writes(model)
-        self.samples = _samples(model) if samples is None else {name: samples[name] for name in self.writes}
+        if samples is None:
+            self.samples = {} if model is None else _samples(model)
+        else:
+            self.samples = {name: samples[name] for name in self.writes}
 
     def of(self, model: nn.Module) -> str:
         """The name, if the model's weights still are those; else its first word, and that they have changed."""
@@ -233,15 +236,11 @@ class Origin:
         return {"name": self.name, "samples": self.samples, "writes": {}}
 
 
-def _samples(model: nn.Module | None) -> dict[str, list[Tensor | None]]:
+def _samples(model: nn.Module) -> dict[str, list[Tensor | None]]:
     """A few numbers of each parameter."""
     from .checkpoint.spans import sample
 
-    return (
-        {}
-        if model is None
-        else {name: [sample(flat).cpu()] if flat.numel() else [] for name, flat in _here(model).items()}
-    )
+    return {name: [sample(flat).cpu()] if flat.numel() else [] for name, flat in _here(model).items()}
 
 
 def _here(model: nn.Module) -> dict[str, Tensor]:
