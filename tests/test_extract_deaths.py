@@ -62,6 +62,7 @@ def test_a_shard_that_kills_its_process_is_set_aside_and_the_rest_is_done(comman
     assert "2 of 3 shards" in out and "shard 0 failed: it ended its process" in out
     store = dinov3_lite.open_features(tmp_path / "out")
     assert store.missing == [0] and list(store.keys) == names[1:]
+    assert len(list((tmp_path / "out" / "attempts").iterdir())) == 3  # what tells of the last death is in failed/
     process = command("--shard-size", 2, hook=POISON)  # it stays set aside
     process.communicate()
     assert process.returncode == 3
@@ -116,17 +117,18 @@ def test_what_is_left_of_the_dead_goes_and_what_the_living_write_stays(checkpoin
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     host = socket.gethostname()
-    dead = [".index.json.0123abcd.tmp", "cls_token/.00000001.npy.0123abcd.tmp", f".plan.01234567.{gone.pid}.{host}.tmp"]
+    dead = [".job.json.0123abcd.tmp", ".index.json.0123abcd.tmp", "cls_token/.00000001.npy.0123abcd.tmp"]
+    dead += [f".plan.01234567.{gone.pid}.{host}.tmp"]
     living = [
         ".index.json.4567abcd.tmp",
         "keys/.00000001.txt.4567abcd.tmp",
         f".plan.89abcdef.{os.getppid()}.{host}.tmp",
     ]
-    for name in (dead[2], living[2]):
+    for name in (dead[-1], living[-1]):
         (tmp_path / "out" / name).mkdir()
         (tmp_path / "out" / name / "items.txt").write_text("")
     locked = []
-    for name in (*dead[:2], *living[:2]):
+    for name in (*dead[:-1], *living[:-1]):
         locked.append((tmp_path / "out" / name).open("wb"))
         if name in living:
             fcntl.flock(locked[-1], fcntl.LOCK_EX)

@@ -32,12 +32,15 @@ def test_a_list_keeps_its_order_and_its_lines_as_keys(checkpoint, photos, names,
 
 def test_tars_as_webdataset_writes_them(checkpoint, photos, names, complete, tmp_path):
     for number, some in ((8, names[:6]), (9, names[6:7]), (10, names[7:])):
-        members = [(f"{i:04d}{name[name.rindex('.') :]}", (photos / name).read_bytes()) for i, name in enumerate(some)]
+        dot = "./" if number == 9 else ""  # as tar writes the names of a folder that it stands in
+        members = [
+            (f"{dot}{i:04d}{name[name.rindex('.') :]}", (photos / name).read_bytes()) for i, name in enumerate(some)
+        ]
         captions = [(f"{i:04d}.json", b"{}") for i in range(len(some))]
         write_tar(tmp_path / f"a-{number:02d}.tar", [m for pair in zip(members, captions, strict=True) for m in pair])
     store = dinov3_lite.extract(str(tmp_path / "a-{08..10}.tar"), checkpoint, tmp_path / "out", **FLOAT32)
     assert same_rows(store, complete, names) and store.offsets.tolist() == [0, 6, 7, 16]
-    assert store.keys[0] == f"a-08.tar/0000{names[0][names[0].rindex('.') :]}" and store.keys[6][:9] == "a-09.tar/"
+    assert store.keys[0] == f"a-08.tar/0000{names[0][names[0].rindex('.') :]}" and store.keys[6][:13] == "a-09.tar/0000"
     by_pattern = dinov3_lite.extract(str(tmp_path / "a-*.tar"), checkpoint, tmp_path / "out2", **FLOAT32)
     assert list(by_pattern.keys) == list(store.keys)
 

@@ -75,6 +75,22 @@ def test_one_graph_a_kind_of_call(model, compiled):
         assert torch.equal(fast(torch.ones(2, 3, 16, 16))[0], fast(torch.ones(2, 3, 16, 16))[0])
     assert len(compiled) == 5
     assert fast(torch.randn(0, 3, 16, 16)).last_hidden_state.shape == (0, 9, 32)
+    for dynamic, graphs_of_one in ((True, 2), (False, 1)):  # one image and several, or that very shape
+        compiled.clear()
+        optimize_for_inference(model, backend="inductor", dynamic=dynamic).warm_up(1, 16, 24)
+        assert len(compiled) == graphs_of_one
+
+
+@torch.no_grad()
+def test_a_model_that_gives_nan_itself_is_compiled_without_a_word(model, compiled):
+    """There is nothing to compare, and nothing wrong with the graph."""
+    model.blocks[0].ls1.gamma[3] = float("nan")
+    fast = optimize_for_inference(model, backend="inductor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert fast(torch.randn(1, 3, 16, 16)).last_hidden_state.isnan().any()
+    assert len(compiled) == 1
 
 
 @torch.no_grad()

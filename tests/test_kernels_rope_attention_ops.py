@@ -14,6 +14,7 @@ from dinov3_lite.kernels import (
     rope_attention_reference,
     tuning,
 )
+from dinov3_lite.kernels.measured import Tiles
 from helpers import relative_error
 from kernel_inputs import DEVICE, attention_inputs, attention_with_gradients, whole_table
 from torch import Tensor
@@ -85,6 +86,34 @@ def test_strategies(monkeypatch, launches, limit, training, deterministic, expec
     truth = truth[: len(ours)]
     for a, t in zip(ours, truth, strict=True):
         assert relative_error(a, t) < 1e-6
+
+
+def test_each_kernel_is_launched_with_tiles_of_its_own(monkeypatch):
+    tiles = {"forward": (16, 32), "backward_q": (32, 16), "backward_kv": (16, 16)}
+    monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, 450))
+    monkeypatch.setattr(tuning, "tiles", lambda kernel, arch, D, itemsize: Tiles(*tiles[kernel], 4, 1))
+    launched = {}
+
+    class Spy:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                launched[self.name.removeprefix("rope_attention_")] = arguments["BLOCK_M"], arguments["BLOCK_N"]
+                self.kernel[grid](**arguments)
+
+            return launch
+
+    for name, file in list(KERNELS.items())[1:]:
+        module = import_module(f"dinov3_lite.kernels.{file}")
+        monkeypatch.setattr(module, f"{name}_kernel", Spy(name, getattr(module, f"{name}_kernel")))
+    qkv, cos, sin = attention_inputs(1, 37, 1, 16, 36, torch.float32)
+    ours = attention_with_gradients(rope_attention, qkv, cos, sin)
+    assert launched == tiles
+    truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
+    for a, t in zip(ours, truth, strict=True):
+        assert relative_error(a, t) < 2e-6
 
 
 def test_a_scale_reaches_pytorchs_attention(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import TINY, TINY_GATED, relative_error, write_checkpoint
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, build_dinov3_encoder, optimize_for_inference
@@ -151,6 +152,25 @@ def test_what_is_ours_plain_and_unobserved():
         assert not untouched(*touched.modules())
 
 
+def test_who_watches_all_modules_or_functions_watches_these():
+    block = DINOv3ViT(TINY).blocks[0]
+    for register in (
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+    ):
+        handle = register(lambda *_: None)
+        try:
+            assert not untouched(*block.modules(), past_modes=False)
+        finally:
+            handle.remove()
+        assert untouched(*block.modules())
+    for watch in (TorchFunctionMode(), TorchDispatchMode()):
+        with watch:
+            assert not untouched(*block.modules()) and untouched(*block.modules(), past_modes=False)
+
+
 class Subclass(torch.Tensor):
     pass
 
@@ -274,6 +294,7 @@ def test_weights_written_to_are_followed(model, images):
             lambda: model.blocks[1].mlp.get_submodule("fc2" if model.config == TINY else "w3").weight.mul_(1.5),
             lambda: model.blocks[0].ls1.gamma.add_(0.25),
             lambda: model.blocks[2].attn.qkv.bias.add_(0.25),
+            lambda: model.rope_embed.periods.mul_(1.5),
             lambda: model.load_state_dict(other),
         ):
             before = fast(images).last_hidden_state
