@@ -89,9 +89,11 @@ def test_pixels_lose_nothing_against_normalised_images(dtype, tmp_path):
 
 
 HALVES = [d for d in (torch.bfloat16, torch.float16) if available(torch.empty(0, dtype=d))]
+onednn = pytest.mark.skipif(not available(torch.empty(0)), reason="oneDNN is not here")
 
 
-LAYOUTS = [(layout, dtype) for layout in (PackedByOneDNN, Plain) for dtype in (torch.float32, *HALVES)]
+LAYOUTS = [(PackedByOneDNN, d) for d in (torch.float32, *HALVES) if available(torch.empty(0, dtype=d))]
+LAYOUTS += [(Plain, dtype) for dtype in (torch.float32, *HALVES)]
 if torch.backends.mkl.is_available():
     LAYOUTS.append((PackedByMKL, torch.float32))
 
@@ -140,6 +142,7 @@ def test_no_rows_give_no_rows(dynamic):
         assert packed(torch.randn(rows, 768)).shape == (rows, 2304)
 
 
+@onednn
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("config", [TINY, TINY_GATED, NO_BIAS], ids=["mlp", "gated", "no biases"])
 def test_packed_weights_serve_every_batch_and_size(config, dynamic, tmp_path):
@@ -190,6 +193,7 @@ def test_images_of_as_many_patches_stay_sequences_of_their_own(tmp_path):
         assert relative_error(out.last_hidden_state, model(image[None]).last_hidden_state) < 2e-6
 
 
+@onednn
 @torch.no_grad()
 def test_the_prefix_alone_is_attended_by_the_function_that_was_chosen(tmp_path, monkeypatch):
     model = load(tmp_path, TINY)
@@ -281,6 +285,7 @@ def test_outputs_are_the_same_bits_whatever_came_before(dynamic, dtype, tmp_path
     assert torch.equal(fast(images).last_hidden_state, first)
 
 
+@onednn
 def test_weights_are_packed_where_onednn_takes_the_model(tmp_path):
     model = load(tmp_path, TINY)
     assert packed_layers(optimize_for_inference(model))
@@ -337,7 +342,7 @@ def test_images_are_checked_before_anything_is_compiled(compiled):
     assert str(ours.value) == str(expected.value)
 
 
-@pytest.mark.parametrize("backend", ["prepacked", "inductor"])
+@pytest.mark.parametrize("backend", [pytest.param("prepacked", marks=onednn), "inductor"])
 def test_a_module_around_the_model_is_taken_whole(backend, tmp_path):
     torch._dynamo.reset()
     model = load(tmp_path, TINY)
