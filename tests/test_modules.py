@@ -341,10 +341,14 @@ def test_a_prepared_model_stays_in_evaluation_mode_and_does_not_train(model, ima
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_a_prepared_model_under_autocast_is_the_model_under_autocast(model, images, dtype):
-    fast = optimize_for_inference(model)
+    """Bit for bit where nothing is compiled; a graph rounds elsewhere, and errs no more."""
+    fast, truth = optimize_for_inference(model), copy.deepcopy(model).double()(images).last_hidden_state
     with torch.autocast("cpu", dtype):
-        assert torch.equal(fast(images).last_hidden_state, model(images).last_hidden_state)
+        ours, expected = fast(images).last_hidden_state, model(images).last_hidden_state
         maps = fast.attention_maps(images)
+    if available(torch.empty(0)):
+        assert torch.equal(ours, expected)
+    assert relative_error(ours, truth) <= 1.1 * relative_error(expected, truth)
     assert maps.dtype == torch.float32 and relative_error(maps, model.attention_maps(images)) < 0.1
 
 
