@@ -27,10 +27,11 @@ def command(checkpoint, tmp_path):
     def start(*words: object, hook: str = "", **env: str) -> subprocess.Popen:
         (tmp_path / "hook").mkdir(exist_ok=True)
         (tmp_path / "hook" / "sitecustomize.py").write_text(hook)
+        path = os.pathsep.join(filter(None, (str(tmp_path / "hook"), os.environ.get("PYTHONPATH"))))
         return subprocess.Popen(
             [sys.executable, "-m", "dinov3_lite", "extract", tmp_path / "in", "--model", checkpoint,
              "--output", tmp_path / "out", "--quiet", *map(str, words)],
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "hook"), **env},
+            env={**os.environ, "PYTHONPATH": path, **env},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

@@ -382,6 +382,20 @@ def test_from_pretrained_of_a_folder_and_of_a_converted_file(tmp_path):
         assert ImageProcessor.from_pretrained(source) == ImageProcessor(size=(96, 160), mean=(0.1, 0.2, 0.3))
 
 
+def test_where_a_processor_lies_is_passed_on(tmp_path, monkeypatch):
+    said = {**PREPROCESSING, "size": {"height": 96, "width": 160}}
+    folder = write_checkpoint(tmp_path / "repository" / "backbone", TINY, preprocessing=said)
+    expected = ImageProcessor(size=(96, 160))
+    assert ImageProcessor.from_pretrained(tmp_path / "repository", subfolder="backbone") == expected
+    asked = []
+    monkeypatch.setattr(
+        "dinov3_lite.checkpoint.hub.download", lambda repo_id, **options: asked.append((repo_id, options)) or folder
+    )
+    where = {"subfolder": "inner", "revision": "v2", "cache_dir": tmp_path / "cache", "local_files_only": True}
+    assert ImageProcessor.from_pretrained("owner/name", **where) == expected
+    assert asked == [("owner/name", where)]
+
+
 def test_no_preprocessing_anywhere(tmp_path):
     folder = write_checkpoint(tmp_path, TINY, preprocessing=None)
     for source in (folder, convert(folder, tmp_path / "alone")):

@@ -15,6 +15,7 @@ from dinov3_lite.kernels import (
     tuning,
 )
 from dinov3_lite.kernels.measured import Tiles
+from dinov3_lite.kernels.reference import rotate_reference
 from helpers import relative_error
 from kernel_inputs import DEVICE, attention_inputs, attention_with_gradients, whole_table
 from torch import Tensor
@@ -124,6 +125,19 @@ def test_a_scale_reaches_pytorchs_attention(monkeypatch):
     ours = attention_with_gradients(rope_attention, qkv, cos, sin, 0.4)
     for a, t in zip([rope_attention(*qkv.unbind(2), cos, sin, 0.4), *ours], [truth[0], *truth], strict=True):
         assert relative_error(a, t) < 1e-6
+
+
+def test_gradient_of_a_strided_gradient_of_the_rotation():
+    """A sum's gradient is expanded from one number, and one of both is a view of another."""
+    qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
+    q, k = (x.clone().requires_grad_() for x in qkv.unbind(2)[:2])
+    weights = torch.randn(2, 2, 32, 2, 9, device=DEVICE).permute(0, 1, 4, 3, 2)
+    for loss in (lambda rotated: rotated.sum(), lambda rotated: (rotated * weights).sum()):
+        ours = torch.autograd.grad(loss(OPS.rotate(q, k, cos, sin)), (q, k))
+        wide = [x.detach().double().requires_grad_() for x in (q, k)]
+        truth = loss(torch.stack([rotate_reference(x, cos.double(), sin.double()) for x in wide]))
+        for a, t in zip(ours, torch.autograd.grad(truth, wide), strict=True):
+            assert relative_error(a, t) < 1e-6
 
 
 def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):
