@@ -15,6 +15,7 @@ from helpers import ROOT
 from pictures import picture, write_pictures
 
 import dinov3_lite
+from dinov3_lite.extraction.folder import Folder
 
 pytest.importorskip("PIL")
 pytest_plugins = ["extracting"]
@@ -108,6 +109,24 @@ def test_killed_at_every_step_and_gone_on_the_files_are_the_same(engine):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)["engines"][engine]
     assert sum(result["kills"].values()) >= 4 and result["most_shards_redone_a_kill"] <= 1
+
+
+def test_whose_attempts_count_as_deaths(tmp_path):
+    """Those of processes that live on this machine do not; of another nobody can tell, and a shard is one process's."""
+    folder, host = Folder(tmp_path), socket.gethostname()
+    folder.make([])
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for shard, pid, at in (
+        (0, os.getppid(), host),
+        (1, gone.pid, host),
+        (2, os.getppid(), "elsewhere"),
+        (3, os.getpid(), host),
+    ):
+        (folder.attempts / f"{shard:08d}.{pid}.0a1b2c3d.{at}").touch()
+    with folder.attempt(4):
+        assert len(folder.names(folder.attempts)) == 5
+    assert {shard: len(files) for shard, files in folder.deaths().items()} == {1: 1, 2: 1, 3: 1}
 
 
 def test_what_is_left_of_the_dead_goes_and_what_the_living_write_stays(checkpoint, tmp_path):

@@ -58,6 +58,7 @@ def test_twelve_kinds_of_bad_bytes_are_rejects_and_the_neighbours_rows_stay_the_
     store = dinov3_lite.extract(tmp_path / "in", checkpoint, tmp_path / "out", **FLOAT32)
     assert list(store.keys) == names
     assert np.array_equal(np.asarray(store["cls_token"]), np.asarray(clean["cls_token"]))
+    assert list(check.verify(tmp_path / "out")) == []  # of files with fewer rows than were planned, too
     reasons = {reject["key"]: reject["reason"] for reject in store.rejects}
     assert reasons.keys() == bad.keys()
     for name, reason in bad.items():

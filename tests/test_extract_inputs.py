@@ -14,7 +14,7 @@ from extracted import FLOAT32, same_rows
 from pictures import write_tar
 
 import dinov3_lite
-from dinov3_lite.extraction import doubled, tars
+from dinov3_lite.extraction import doubled, reading, tars
 from dinov3_lite.extraction.engines import ShardsFailed
 
 pytest.importorskip("PIL")
@@ -136,6 +136,22 @@ def test_a_parquet_column_of_bytes_of_hugging_face_or_of_paths(checkpoint, photo
         dinov3_lite.extract(tmp_path / "bytes.parquet", checkpoint, tmp_path / "none", column="label")
     with pytest.raises(ValueError, match=r"no column 'img': it has image \(binary\), label \(int64\)"):
         dinov3_lite.extract(tmp_path / "bytes.parquet", checkpoint, tmp_path / "none", column="img")
+
+
+def test_what_a_row_of_parquet_holds(photos, names):
+    """Bytes before a path, empty ones too; of a path what lies there; anything else is a reject."""
+    data = (photos / names[0]).read_bytes()
+    for value, expected in (
+        (data, data),
+        ({"bytes": data, "path": "nowhere.jpg"}, data),
+        ({"bytes": b"", "path": names[0]}, b""),
+        ({"bytes": None, "path": names[0]}, data),
+        (names[0], data),
+    ):
+        assert reading._parquet_item("key", value, str(photos)).read() == expected
+    for value, reason in ((None, "nothing in this row"), (3, "a int, not bytes or a path")):
+        with pytest.raises(reading.Rejected, match=reason):
+            reading._parquet_item("key", value, str(photos)).read()
 
 
 def test_urls_of_fsspec(checkpoint, photos, names, complete, tmp_path):

@@ -140,6 +140,14 @@ def test_gradient_of_a_strided_gradient_of_the_rotation():
             assert relative_error(a, t) < 1e-6
 
 
+def test_pytorchs_attention_lies_in_memory_as_it_was_traced(monkeypatch):
+    """A compiled program goes by the strides that the op promises, whichever way the op takes."""
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: True)
+    qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
+    torch.library.opcheck(OPS.rope_attention.default, (*qkv.unbind(2), cos, sin, None, None, 0.3, False))
+    assert rope_attention(*qkv.unbind(2), cos, sin).is_contiguous()
+
+
 def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):
     """Many short sequences are rotated inside, and never given to PyTorch's attention, however many tokens they are."""
     monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, 8))
