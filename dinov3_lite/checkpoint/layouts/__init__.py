@@ -52,10 +52,11 @@ def tensors_of(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]
     return tensors
 
 
-def joined(config: Config) -> dict[str, Equation]:
+@functools.lru_cache(maxsize=8)
+def joined(config: Config) -> Mapping[str, Equation]:
     """The model's parameters that lie in our file as several tensors, the biases of its attention: see `STATE_DICT`."""
     table = STATE_DICT.table(config)
-    return {equation.theirs[0][0]: equation for equation in table.equations(config, table.differences)}
+    return MappingProxyType({e.theirs[0][0]: e for e in table.equations(config, table.differences)})
 
 
 def _cut(flat: Tensor, wanted: Named) -> dict[str, Tensor]:
