@@ -26,7 +26,7 @@ from . import convnext_features as features
 from .checks import BATCH, check_dtype, check_kind
 from .config import DINOv3ConvNeXtConfig
 from .features import dtype_of
-from .layers import OURS, DropPath, LayerNorm, LayerScale, Mlp
+from .layers import DropPath, LayerNorm, LayerScale, Mlp, add_ours
 from .model import DINOv3Output
 from .pretrained import Opening, Pretrained, open_source
 
@@ -284,4 +284,4 @@ def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *optio
     return states
 
 
-OURS.update({Stem, Downsample, DepthwiseConv, ConvNeXtBlock, Stage, NoStep})
+add_ours(Stem, Downsample, DepthwiseConv, ConvNeXtBlock, Stage, NoStep)

@@ -273,8 +273,18 @@ class Block(nn.Module):
         return self.attn.cls_attention(self.norm1(x), cos, sin)
 
 
-OURS = {Block, LayerNorm, SelfAttention, QKVProjection, Mlp, GatedMlp, LayerScale, DropPath, PatchEmbed}
-OURS |= {nn.Linear, nn.Conv2d}
+OURS: dict[type, Any] = {}
+"""The classes that faster ways know, with the `forward` that each of them has."""
+
+
+def add_ours(*classes: type[nn.Module]) -> None:
+    """Let faster ways stand in for modules of these classes."""
+    OURS.update({cls: cls.forward for cls in classes})
+
+
+add_ours(Block, LayerNorm, SelfAttention, QKVProjection, Mlp, GatedMlp, LayerScale, DropPath, PatchEmbed)
+add_ours(nn.Linear, nn.Conv2d)
+CALL = nn.Module.__call__
 GLOBAL_HOOKS = (
     *(of_all_modules._global_forward_pre_hooks, of_all_modules._global_forward_hooks),
     *(of_all_modules._global_backward_pre_hooks, of_all_modules._global_backward_hooks),
@@ -286,12 +296,13 @@ def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
 
     Everything that is not plain eager execution (fused kernels, activations in place, folded and prepacked weights,
     compiled graphs) goes past modules or changes what flows between them. It asks this first, and declines if anybody
-    replaced or wrapped a module, gave it another `forward` or another kind of parameter, or put a hook on it or on all
-    modules. past_modes: also if a mode watches PyTorch's functions or operators, which our kernels need not mind: they
-    are operators like others, and overwrite nothing.
+    replaced or wrapped a module, gave it or its class another `forward`, gave it another kind of parameter, put a hook
+    on it or on all modules, or gave all another `__call__`. past_modes: also if a mode watches PyTorch's functions or
+    operators, which our kernels need not mind: they are operators like others, and overwrite nothing.
     """
-    return not (any(GLOBAL_HOOKS) or (past_modes and _modes_watch())) and all(
-        type(module) in OURS
+    observed = any(GLOBAL_HOOKS) or nn.Module.__call__ is not CALL or (past_modes and _modes_watch())
+    return not observed and all(
+        OURS.get(type(module)) is type(module).forward
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)

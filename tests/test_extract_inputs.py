@@ -242,7 +242,7 @@ def test_what_is_asked_wrongly_is_said_in_a_sentence(checkpoint, photos, tmp_pat
     arguments = {"inputs": photos, "model": checkpoint, "output": tmp_path / "out", **options}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         dinov3_lite.extract(**arguments)
-    assert not (tmp_path / "out" / "job.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_pictures_and_a_folder_that_is_no_store(checkpoint, tmp_path):

@@ -129,7 +129,21 @@ def test_observers_of_everything_see_everything(shallow, strip, path):
     assert not any(name.startswith("mkl") or name.endswith(("gelu_.default", "silu_.default")) for name in watch.names)
 
 
-def test_what_is_ours_plain_and_unobserved():
+@pytest.mark.parametrize("path", PATHS)
+@torch.no_grad()
+def test_another_forward_of_a_class_is_run(shallow, strip, path, monkeypatch):
+    """As libraries and notebooks patch them, here after the model has run."""
+    fast = on_path(shallow, path)
+    fast(strip)
+    for cls in {type(shallow.get_submodule(name)) for name in inside_blocks(shallow, path)}:
+        forward = cls.forward
+        with monkeypatch.context() as patched:
+            patched.setattr(cls, "forward", lambda self, *args, forward=forward: 1.5 * forward(self, *args))
+            expected = shallow(strip).last_hidden_state
+            assert relative_error(fast(strip).last_hidden_state, expected) < 1e-5, cls
+
+
+def test_what_is_ours_plain_and_unobserved(monkeypatch):
     block = DINOv3ViT(TINY).blocks[0]
     assert untouched(*block.modules())
     with torch.device("cpu"):  # a mode that watches nothing
@@ -149,6 +163,8 @@ def test_what_is_ours_plain_and_unobserved():
         touched = copy.deepcopy(block)
         change(touched)
         assert not untouched(*touched.modules())
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args: print(self) or self._call_impl(*args))  # a tracer's
+    assert not untouched(*block.modules())
 
 
 class Subclass(torch.Tensor):
