@@ -87,6 +87,5 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     if not hasattr(mmap, "MAP_ANONYMOUS") or count * dtype.itemsize < LARGE:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-    at_once = getattr(mmap, "MAP_POPULATE", 0)  # all of it is going to be written: no fault for each page then
-    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | at_once)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(shape))

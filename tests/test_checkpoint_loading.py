@@ -135,7 +135,7 @@ main()
 
 
 @linux_only
-def test_what_is_joined_is_read_past_the_mapping(tmp_path):
+def test_what_is_joined_stays_in_memory_once(tmp_path):
     """Else the pages of queries, keys and values would lie in memory twice."""
     config = replace(TINY, hidden_size=256, num_attention_heads=4)
     opened = open_checkpoint(write_checkpoint(tmp_path, config))

@@ -64,7 +64,7 @@ EDGES = {
     "dinov3_lite/attention.py": {"kernels", "kernels.availability", "kernels.first_use", "rope"},
     "dinov3_lite/checkpoint/files.py": set(),
     "dinov3_lite/checkpoint/words.py": set(),
-    "dinov3_lite/checkpoint/spans.py": {"pages"},
+    "dinov3_lite/checkpoint/spans.py": set(),
     "dinov3_lite/checkpoint/json_files.py": {"checkpoint.words"},
     "dinov3_lite/checkpoint/folders.py": {"checkpoint.words", "checkpoint.json_files", "checkpoint.spans"},
     "dinov3_lite/checkpoint/pickles.py": set(),

@@ -108,11 +108,13 @@ class Checkpoint:
             return spans[0].read()
         if not spans:
             return torch.empty(0, dtype=self._first.dtype, device="cpu")
-        dtype = functools.reduce(torch.promote_types, (span.stored.dtype for span in spans))
+        parts = [span.read() for span in spans]
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
         sizes = [span.size for span in spans]
         whole = empty((sum(sizes),), dtype)
-        for span, place in zip(spans, whole.split(sizes), strict=True):
-            span.load_into(place)
+        for part, place in zip(parts, whole.split(sizes), strict=True):
+            place.copy_(part)
+            give_back(part)
         return whole
 
     @property

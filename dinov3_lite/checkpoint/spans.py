@@ -13,8 +13,6 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pages import give_back
-
 Shape = tuple[int, ...]
 FEW = 2048  # elements, which are read as fast as some of them
 
@@ -81,35 +79,21 @@ class Span(NamedTuple):
 
         opened: the file of the stored tensor, unbuffered, where it is open already.
         """
-        stored, parts = self.stored, [(0, self.size)] if parts is None else list(parts)
+        ranges = [(self.start + a, self.start + b) for a, b in ([(0, self.size)] if parts is None else parts)]
+        stored = self.stored
         if stored.offset is None or not self.size:
-            flat = self.read()
-            return flat[slice(*parts[0])] if len(parts) == 1 else torch.cat([flat[a:b] for a, b in parts])
-        data = bytearray(sum(stop - start for start, stop in parts) * stored.dtype.itemsize)
-        self._read_file(parts, memoryview(data), opened)
-        return torch.frombuffer(data, dtype=stored.dtype)
-
-    def load_into(self, place: Tensor) -> None:
-        """Fill a flat tensor of the CPU with the elements, cast to its dtype. No page of a mapping stays in memory.
-
-        Where nothing is cast they come straight from the file, past its mapping.
-        """
-        if self.stored.offset is not None and self.stored.dtype == place.dtype:
-            self._read_file([(0, self.size)], place.view(torch.uint8).numpy().data)
-        else:
-            part = self.read()
-            place.copy_(part)
-            give_back(part)
-
-    def _read_file(self, parts: list[tuple[int, int]], buffer: memoryview, opened: IO[bytes] | None = None) -> None:
-        """Fill the buffer with the bytes of these parts."""
-        itemsize, begin = self.stored.dtype.itemsize, self.stored.offset or 0
-        with nullcontext(opened) if opened else self.stored.file.open("rb", buffering=0) as file:
-            for start, stop in parts:
+            flat = stored.read().reshape(-1)
+            return flat[slice(*ranges[0])] if len(ranges) == 1 else torch.cat([flat[a:b] for a, b in ranges])
+        itemsize = stored.dtype.itemsize
+        data = bytearray(sum(stop - start for start, stop in ranges) * itemsize)
+        rest = memoryview(data)
+        with nullcontext(opened) if opened else stored.file.open("rb", buffering=0) as file:
+            for start, stop in ranges:
                 size = (stop - start) * itemsize
-                file.seek(begin + (self.start + start) * itemsize)
-                read_into(file, buffer[:size])
-                buffer = buffer[size:]
+                file.seek(stored.offset + start * itemsize)
+                read_into(file, rest[:size])
+                rest = rest[size:]
+        return torch.frombuffer(data, dtype=stored.dtype)
 
 
 def samples(spans: Iterable[Span]) -> Iterator[Tensor]:
