@@ -7,7 +7,7 @@ import operator
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from .lent import Lent
 from .model import DINOv3ViT, attention_of, run_stack
 from .packing import Tokens
 from .prepacked import available
-from .pretrained import version
 from .stand_ins import FastBlock, PreparedAttention, stand_in
 from .tracing import traced
+from .twin import Twin
 
 
 def become(module: nn.Module, mixin: type[Prepared]) -> None:
@@ -99,38 +99,6 @@ class Prepared(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, type(self).__bases__, self.__getstate__()  # its class is made here, by no name
-
-
-class Twin(NamedTuple):
-    """What stands in for a module, and what that was made of: for as long as it is, both compute the same."""
-
-    stand_in: nn.Module
-    modules: tuple[nn.Module, ...]
-    parts: tuple[tuple[list[Any], list[int]], ...]
-
-    @classmethod
-    def of(cls, module: nn.Module, stand_in: nn.Module) -> Twin:
-        """Remember what the module is made of."""
-        modules = tuple(module.modules())
-        return cls(stand_in, modules, tuple(map(_parts, modules)))
-
-    def holds(self) -> bool:
-        """Whether the module has the same modules and weights, none replaced or written to, and nobody looks inside."""
-        if not untouched(*self.modules):
-            return False
-        for module, (parts, versions) in zip(self.modules, self.parts, strict=True):
-            parts_now, versions_now = _parts(module)
-            if len(parts) != len(parts_now) or versions != versions_now or not all(map(operator.is_, parts, parts_now)):
-                return False
-        return True
-
-
-def _parts(module: nn.Module) -> tuple[list[Any], list[int]]:
-    """A module's own children and weights, and how often each weight was written to."""
-    parameters = vars(module)["_parameters"]
-    held = parameters.watched() if isinstance(parameters, Lent) else parameters.values()
-    weights: list[Tensor] = [weight for weight in held if weight is not None]
-    return [*vars(module)["_modules"].values(), *weights], list(map(version, weights))
 
 
 class PreparedBackbone(Prepared):

@@ -134,8 +134,9 @@ EDGES = {
     "dinov3_lite/graphs.py": set(),
     "dinov3_lite/prepared.py": {
         *("attention", "checks", "choices", "convnext", "folding", "graphs", "image", "layers", "lent", "model"),
-        *("packing", "prepacked", "pretrained", "stand_ins", "tracing"),
+        *("packing", "prepacked", "stand_ins", "tracing", "twin"),
     },
+    "dinov3_lite/twin.py": {"layers", "lent", "pretrained"},
     "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared", "pretrained"},
     "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {
