@@ -37,6 +37,7 @@ def test_the_file_describes_itself(folder):
     assert metadata["source_layout"] == "transformers"
     assert metadata["source_digest"] == metadata["digest"]
     assert metadata["rope"] == "computed"
+    assert open_checkpoint(path).rope == "computed"  # though it holds the periods
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_GATED], ids=["plain", "gated"])

@@ -19,6 +19,7 @@ from dinov3_lite.kernels.reference import rotate_reference
 from helpers import relative_error
 from kernel_inputs import DEVICE, attention_inputs, attention_with_gradients, whole_table
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -141,11 +142,13 @@ def test_gradient_of_a_strided_gradient_of_the_rotation():
 
 
 def test_pytorchs_attention_lies_in_memory_as_it_was_traced(monkeypatch):
-    """A compiled program goes by the strides that the op promises, whichever way the op takes."""
+    """A compiled program goes by the strides that the op promises, whichever of PyTorch's kernels it takes."""
     monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: True)
     qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
-    torch.library.opcheck(OPS.rope_attention.default, (*qkv.unbind(2), cos, sin, None, None, 0.3, False))
-    assert rope_attention(*qkv.unbind(2), cos, sin).is_contiguous()
+    for backends in ([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH]):
+        with sdpa_kernel(backends):
+            torch.library.opcheck(OPS.rope_attention.default, (*qkv.unbind(2), cos, sin, None, None, 0.3, False))
+            assert rope_attention(*qkv.unbind(2), cos, sin).is_contiguous()
 
 
 def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):
