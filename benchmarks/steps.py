@@ -42,7 +42,7 @@ def activations_apart(model: DINOv3ViT) -> Run:
 
 def rotation_apart(model: DINOv3ViT) -> Run:
     def run(images: Tensor) -> DINOv3Output:
-        with patch.object(rope, "_writes_in_place", lambda x: False):
+        with patch.object(rope, "writes_in_place", lambda x: False):
             return model(images)
 
     return run

@@ -232,10 +232,10 @@ def _as_statistics(name: str, value: Any) -> float | tuple[float, ...]:
 
 
 def _as_number(value: Any) -> float | None:
-    """A finite number as a float, or None. The float32 nearest to 0.485 becomes 0.485, not 0.48500001430511475."""
+    """A finite number as a float, or None. The float32 or float16 nearest to 0.485 becomes 0.485 itself."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
-        value = (value if value.dtype in (torch.float64, torch.bool) else value.float()).numpy()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     if isinstance(value, (np.ndarray, np.generic)):
         if value.ndim:
             return None

@@ -17,6 +17,7 @@ from torch.utils._device import DeviceContext
 from .attention import AttentionFn, fuses_rows
 from .config import DINOv3Config
 from .rope import apply_rope
+from .tracing import traced
 
 
 class PatchEmbed(nn.Module):
@@ -76,7 +77,8 @@ class QKVProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias: Tensor | None = self.bias
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled() and not all(self.has_bias.values()):
+        recorded = torch.is_grad_enabled() or torch.jit.is_tracing()  # what is traced may be trained
+        if bias is not None and bias.requires_grad and recorded and not all(self.has_bias.values()):
             bias = self._with_zeros(bias)  # through which no gradient comes
         return F.linear(x, self.weight, bias)
 
@@ -201,7 +203,7 @@ def activate(name: str, hidden: Tensor, projection: nn.Module) -> Tensor:
     In place where nothing else can read that output, neither a backward pass nor an observer: the forward's largest
     tensor then exists once, and the allocator need not return and fetch such memory in every block.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not untouched(projection):
+    if torch.is_grad_enabled() or traced() or not untouched(projection):
         return getattr(F, name)(hidden)
     return getattr(torch.ops.aten, f"{name}_")(hidden)
 
@@ -312,8 +314,8 @@ def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
 
 
 def _modes_watch() -> bool:
-    """Whether a mode sees every function or operator called, but for those that only choose a device."""
-    if torch._C._len_torch_dispatch_stack():
+    """Whether a mode or a trace sees every function or operator called, but for modes that only choose a device."""
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return True
     modes = torch.overrides._get_current_function_mode_stack() if torch._C._is_torch_function_mode_enabled() else ()
     return any(not isinstance(mode, DeviceContext) for mode in modes)
