@@ -41,9 +41,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (.., N, 1, D/2)
     x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
-    if not _writes_in_place(x):
+    if not writes_in_place(x):
         turned = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
         return torch.cat(turned, dim=-1).to(x.dtype)
+    # the same numbers in fewer passes, and each head's rows side by side, as the attention that follows reads them best
     heads_apart = torch.empty_like(x.transpose(-3, -2), dtype=cos.dtype, memory_format=torch.contiguous_format)
     out = heads_apart.transpose(-3, -2)
     out1, out2 = out.chunk(2, dim=-1)
@@ -52,11 +53,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-def _writes_in_place(x: Tensor) -> bool:
-    """Whether the rotation may write its halves in place: on a CPU, where nobody differentiates, traces or maps it.
-
-    The same numbers in fewer passes, and each head's rows side by side, as the attention that follows reads them best.
-    """
+def writes_in_place(x: Tensor) -> bool:
+    """Whether x may be computed by writes in place: on a CPU, where nobody differentiates, traces or maps it."""
     plain = type(x) is Tensor and x.is_cpu and torch._C._functorch.peek_interpreter_stack() is None
     return plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
