@@ -79,9 +79,16 @@ def ours(folder: Path, dtype: torch.dtype = torch.float32) -> DINOv3ViT | DINOv3
     return load(folder, dtype=dtype)
 
 
-def ours_prepared(backend: str) -> Builder:
+def ours_narrow(folder: Path, dtype: torch.dtype) -> DINOv3ViT | DINOv3ConvNeXt:
+    """With a residual stream of the weights' dtype, as transformers and timm have it."""
+    model = ours(folder, dtype)
+    model.residual_dtype = dtype
+    return model
+
+
+def ours_prepared(backend: str, load: Callable[..., Any] = ours) -> Builder:
     def build(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
-        model = optimize_for_inference(ours(folder, dtype).to(device), backend=backend, dynamic=False)
+        model = optimize_for_inference(load(folder, dtype).to(device), backend=backend, dynamic=False)
         return lambda images: model(images).last_hidden_state
 
     return build
@@ -221,9 +228,12 @@ def last_hidden_state(model: Any, images: Tensor) -> Tensor:
 
 
 OPENVINO_BY_ITSELF = "OpenVINO, its own precision"  # bfloat16 where the processor multiplies that, unasked
+OURS_NARROW = "ours, bfloat16 stream"  # residual_dtype = torch.bfloat16
 PEERS = [
     Peer("ours", of_module(ours, last_hidden_state)),
     Peer("ours, prepacked", ours_prepared("prepacked"), devices=("cpu",)),
+    Peer(OURS_NARROW, of_module(ours_narrow, last_hidden_state), dtypes=(torch.bfloat16,)),
+    Peer(f"{OURS_NARROW}, prepacked", ours_prepared("prepacked", ours_narrow), ("cpu",), dtypes=(torch.bfloat16,)),
     Peer("ours, compiled", ours_prepared("inductor")),
     Peer("transformers, sdpa", of_module(transformers_model, last_hidden_state)),
     Peer("transformers, eager attention", of_module(transformers_eager, last_hidden_state)),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .rope import apply_rope
+from .tracing import traced
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -71,7 +72,7 @@ def _found_wrong(q: Tensor) -> bool:
 
     A program being traced takes their op in any case: it compares and falls back by itself, though not as fast.
     """
-    if torch.compiler.is_compiling():
+    if traced():
         return False
     from .kernels.first_use import has_failed
 
@@ -111,4 +112,4 @@ def fuses_rows(attention: AttentionFn, x: Tensor) -> bool:
     """
     attention = getattr(attention, "within", attention)  # of a packed sequence
     chosen = attention is triton_attention or (attention is auto_attention and _on_gpu(x))
-    return chosen and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return chosen and x.dtype != torch.float64 and not traced()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import traced
+
 BATCH = ("batch", "channels", "height", "width")
 SINGLE = BATCH[1:]
 
@@ -92,7 +94,7 @@ def check_keep_indices(keep_indices: Tensor, patches: Tensor) -> None:
             f"keep_indices is {keep_indices.dtype} of shape {tuple(keep_indices.shape)}: "
             f"expected torch.int64 of shape ({B}, number of patches to keep)"
         )
-    if torch.compiler.is_compiling() or keep_indices.device.type != "cpu" or not keep_indices.numel():
+    if traced() or keep_indices.device.type != "cpu" or not keep_indices.numel():
         return
     if keep_indices.min() < 0 or keep_indices.max() >= P:
         raise ValueError(

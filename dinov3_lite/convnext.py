@@ -26,10 +26,10 @@ from . import convnext_features as features
 from .checks import BATCH, check_dtype, check_kind
 from .config import DINOv3ConvNeXtConfig
 from .features import dtype_of
-from .layers import OURS, DropPath, LayerNorm, LayerScale, Mlp, untouched
+from .layers import DropPath, LayerNorm, LayerScale, Mlp, add_ours, untouched
 from .model import DINOv3Output
 from .pretrained import Opening, Pretrained, open_source
-from .rope import writes_in_place
+from .tracing import writes_in_place
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -305,4 +305,4 @@ def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *optio
     return states
 
 
-OURS.update({Stem, Downsample, DepthwiseConv, ConvNeXtBlock, Stage, NoStep})
+add_ours(Stem, Downsample, DepthwiseConv, ConvNeXtBlock, Stage, NoStep)

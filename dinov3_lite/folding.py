@@ -72,8 +72,8 @@ class PixelConv(nn.Module):
 
     @staticmethod
     def fits(conv: nn.Conv2d) -> bool:
-        """Whether every patch is of pixels alone, without padding, and of all channels."""
-        return conv.padding == (0, 0) and conv.groups == 1
+        """Whether every patch is of pixels alone, without padding or gaps, and of all channels."""
+        return conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1
 
     def forward(self, pixels: Tensor) -> Tensor:
         return F.conv2d(pixels - self.centre, self.weight, self.bias, self.stride)

@@ -175,12 +175,16 @@ class ImageProcessor:
         x = torch.empty(self.num_channels, H, w, device=picture.device)
         step = max(1, BAND // W) if picture.device.type == "cpu" else H  # elsewhere resizing is no two steps
         for a in range(0, H, step):
-            band = torch.empty(self.num_channels, min(step, H - a), W, device=picture.device)
-            band.copy_(picture.rows(a, a + band.shape[1])).mul_(self.rescale_factor)
-            x[:, a : a + band.shape[1]] = _resize(band, band.shape[1], w)
+            b = min(a + step, H)
+            x[:, a:b] = _resize(self._rescaled(picture, a, b), b - a, w)
         x = _resize(x, h, w)
         mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)
+
+    def _rescaled(self, picture: Picture, a: int, b: int) -> Tensor:
+        """Rows a to b as (C, b - a, W) float32."""
+        band = torch.empty(self.num_channels, b - a, picture.width, device=picture.device)
+        return band.copy_(picture.rows(a, b)).mul_(self.rescale_factor)
 
 
 def is_satellite(path: Path) -> bool:
@@ -228,10 +232,10 @@ def _as_statistics(name: str, value: Any) -> float | tuple[float, ...]:
 
 
 def _as_number(value: Any) -> float | None:
-    """A finite number as a float, or None. The float32 nearest to 0.485 becomes 0.485, not 0.48500001430511475."""
+    """A finite number as a float, or None. The float32 or float16 nearest to 0.485 becomes 0.485 itself."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
-        value = (value if value.dtype in (torch.float64, torch.bool) else value.float()).numpy()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     if isinstance(value, (np.ndarray, np.generic)):
         if value.ndim:
             return None

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .choices import Choices
 from .convnext import DINOv3ConvNeXt
@@ -98,8 +98,12 @@ def optimize_for_inference(
 
 
 def _frozen_aliases(model: nn.Module) -> dict[int, Any]:
-    """A memo for copying: parameters that share storage with the model's and need no gradient; the model's buffers."""
+    """A memo for copying: parameters that share storage with the model's and need no gradient; the model's buffers; and
+    what autograd computed and a module keeps, as pruning does, which PyTorch does not copy.
+    """
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo |= {id(value): value.detach() for value in kept if not value.is_leaf}
     for parameter in model.parameters():
         plain = type(parameter) is nn.Parameter
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter

@@ -17,6 +17,7 @@ from torch.utils._device import DeviceContext
 from .attention import AttentionFn, fuses_rows
 from .config import DINOv3Config
 from .rope import apply_rope
+from .tracing import traced
 
 
 class PatchEmbed(nn.Module):
@@ -78,7 +79,8 @@ class QKVProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias: Tensor | None = self.bias
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled() and not all(self.has_bias.values()):
+        recorded = torch.is_grad_enabled() or torch.jit.is_tracing()  # what is traced may be trained
+        if bias is not None and bias.requires_grad and recorded and not all(self.has_bias.values()):
             bias = self._with_zeros(bias)  # through which no gradient comes
         return F.linear(x, self.weight, bias)
 
@@ -203,7 +205,7 @@ def activate(name: str, hidden: Tensor, projection: nn.Module) -> Tensor:
     In place where nothing else can read that output, neither a backward pass nor an observer: the forward's largest
     tensor then exists once, and the allocator need not return and fetch such memory in every block.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not untouched(projection):
+    if torch.is_grad_enabled() or traced() or not untouched(projection):
         return getattr(F, name)(hidden)
     return IN_PLACE[name](hidden)
 
@@ -278,8 +280,18 @@ class Block(nn.Module):
         return self.attn.cls_attention(self.norm1(x), cos, sin)
 
 
-OURS = {Block, LayerNorm, SelfAttention, QKVProjection, Mlp, GatedMlp, LayerScale, DropPath, PatchEmbed}
-OURS |= {nn.Linear, nn.Conv2d}
+OURS: dict[type, Any] = {}
+"""The classes that faster ways know, with the `forward` that each of them has."""
+
+
+def add_ours(*classes: type[nn.Module]) -> None:
+    """Let faster ways stand in for modules of these classes."""
+    OURS.update({cls: cls.forward for cls in classes})
+
+
+add_ours(Block, LayerNorm, SelfAttention, QKVProjection, Mlp, GatedMlp, LayerScale, DropPath, PatchEmbed)
+add_ours(nn.Linear, nn.Conv2d)
+CALL = nn.Module.__call__
 GLOBAL_HOOKS = (
     *(of_all_modules._global_forward_pre_hooks, of_all_modules._global_forward_hooks),
     *(of_all_modules._global_backward_pre_hooks, of_all_modules._global_backward_hooks),
@@ -291,12 +303,13 @@ def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
 
     Everything that is not plain eager execution (fused kernels, activations in place, folded and prepacked weights,
     compiled graphs) goes past modules or changes what flows between them. It asks this first, and declines if anybody
-    replaced or wrapped a module, gave it another `forward` or another kind of parameter, or put a hook on it or on all
-    modules. past_modes: also if a mode watches PyTorch's functions or operators, which our kernels need not mind: they
-    are operators like others, and overwrite nothing.
+    replaced or wrapped a module, gave it or its class another `forward`, gave it another kind of parameter, put a hook
+    on it or on all modules, or gave all another `__call__`. past_modes: also if a mode watches PyTorch's functions or
+    operators, which our kernels need not mind: they are operators like others, and overwrite nothing.
     """
-    return not (any(GLOBAL_HOOKS) or (past_modes and _modes_watch())) and all(
-        type(module) in OURS
+    observed = any(GLOBAL_HOOKS) or nn.Module.__call__ is not CALL or (past_modes and _modes_watch())
+    return not observed and all(
+        OURS.get(type(module)) is type(module).forward
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
@@ -306,8 +319,8 @@ def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
 
 
 def _modes_watch() -> bool:
-    """Whether a mode sees every function or operator called, but for those that only choose a device."""
-    if torch._C._len_torch_dispatch_stack():
+    """Whether a mode or a trace sees every function or operator called, but for modes that only choose a device."""
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return True
     modes = torch.overrides._get_current_function_mode_stack() if torch._C._is_torch_function_mode_enabled() else ()
     return any(not isinstance(mode, DeviceContext) for mode in modes)

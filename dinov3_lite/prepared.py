@@ -26,6 +26,7 @@ from .packing import Tokens
 from .prepacked import available
 from .pretrained import version
 from .stand_ins import FastBlock, PreparedAttention, stand_in
+from .tracing import traced
 
 
 def become(module: nn.Module, mixin: type[Prepared]) -> None:
@@ -250,7 +251,7 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
 
     @torch.no_grad()
     def run_blocks(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
-        if torch.compiler.is_compiling():
+        if traced():
             return super().run_blocks(tokens, taps)
         blocks = tuple(self._stand_in(block) for block in self.blocks)
         if self._graphs is None:
@@ -263,7 +264,7 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
 
     @torch.no_grad()
     def run_prefix(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
-        if torch.compiler.is_compiling() or tokens.shapes is not None or self.attention not in ("auto", "sdpa"):
+        if traced() or tokens.shapes is not None or self.attention not in ("auto", "sdpa"):
             return super().run_prefix(tokens, taps)
         block = self._stand_in(self.blocks[taps[-1]])
         if not isinstance(block, FastBlock):
@@ -320,7 +321,7 @@ class PreparedConvNeXt(PreparedBackbone, DINOv3ConvNeXt):
 
     @torch.no_grad()
     def run_stages(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
-        if torch.compiler.is_compiling() or not untouched(*self.stages):
+        if traced() or not untouched(*self.stages):
             return super().run_stages(x, taps)
         units: list[nn.Module] = []
         ends, stands_in = [], True

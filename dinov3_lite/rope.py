@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DINOv3Config
+from .tracing import writes_in_place
 
 
 def rope_periods(config: DINOv3Config) -> Tensor:
@@ -44,19 +45,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if not writes_in_place(x):
         turned = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
         return torch.cat(turned, dim=-1).to(x.dtype)
-    # the same numbers in fewer passes, and each head's rows side by side, as the attention that follows reads them best
+    # the same numbers in fewer passes, each head's rows side by side, as the attention that follows reads them best
     heads_apart = torch.empty_like(x.transpose(-3, -2), dtype=cos.dtype, memory_format=torch.contiguous_format)
     out = heads_apart.transpose(-3, -2)
     out1, out2 = out.chunk(2, dim=-1)
     torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
     torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
     return out.to(x.dtype)
-
-
-def writes_in_place(x: Tensor) -> bool:
-    """Whether x may be computed by writes in place: on a CPU, where nobody differentiates, traces or maps it."""
-    plain = type(x) is Tensor and x.is_cpu and torch._C._functorch.peek_interpreter_stack() is None
-    return plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 class RotaryEmbedding2D(nn.Module):

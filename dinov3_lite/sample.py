@@ -73,8 +73,8 @@ def made_weights(config: DINOv3Config | DINOv3ConvNeXtConfig) -> dict[str, Tenso
         if isinstance(config, DINOv3ConvNeXtConfig):
             return _made_convnext(config)
         weights = dict(DINOv3ViT(config).state_dict())
-        weights["patch_embed.proj.weight"] = _colour_frequency_filters(config.hidden_size, config.patch_size)
         C = config.hidden_size
+        weights["patch_embed.proj.weight"] = _colour_frequency_filters(C, config.patch_size)
         for i in range(config.num_hidden_layers):
             mix = torch.linalg.qr(torch.randn(C, C)).Q
             look = 0.8 * torch.linalg.qr(torch.randn(C, C)).Q
@@ -88,9 +88,7 @@ def made_weights(config: DINOv3Config | DINOv3ConvNeXtConfig) -> dict[str, Tenso
 def _made_convnext(config: DINOv3ConvNeXtConfig) -> dict[str, Tensor]:
     """The stem is filters; each step down averages 2 x 2 pixels and mixes their channels; blocks change little."""
     weights = dict(DINOv3ConvNeXt(config).state_dict())
-    filters = _colour_frequency_filters(config.hidden_sizes[0], 4)
-    weights["stem.conv.weight"] = torch.zeros_like(weights["stem.conv.weight"])
-    weights["stem.conv.weight"][: len(filters)] = filters
+    weights["stem.conv.weight"] = _colour_frequency_filters(config.hidden_sizes[0], 4)
     for name, weight in weights.items():
         if name.endswith("downsample.conv.weight"):
             mix = torch.linalg.qr(torch.randn(weight.shape[:2])).Q / 4
@@ -103,7 +101,7 @@ def _made_convnext(config: DINOv3ConvNeXtConfig) -> dict[str, Tensor]:
 def _colour_frequency_filters(channels: int, p: int) -> Tensor:
     """(C, 3, p, p): for each opponent colour the lowest-frequency cosines of a patch, high ones amplified.
 
-    C is `channels`, or three times the cosines that there are if those are fewer.
+    Channels beyond three times the cosines that there are, p ** 2, are zero.
     """
     opponent = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [0.5, 0.5, -1.0]])
     opponent = opponent / opponent.norm(dim=1, keepdim=True)
@@ -113,5 +111,6 @@ def _colour_frequency_filters(channels: int, p: int) -> Tensor:
     order = frequency.flatten().argsort(stable=True)[: channels // len(opponent)]
     basis = torch.einsum("uy,vx->uvyx", cosines, cosines).flatten(0, 1)[order]  # (n, p, p)
     gain = (1 + 0.5 * frequency.flatten()[order].sqrt()) / p**2
-    filters = torch.einsum("nyx,n,oc->noyxc", basis, gain, opponent)
-    return filters.permute(0, 1, 4, 2, 3).flatten(0, 1)
+    filters = torch.zeros(channels, len(opponent), p, p)
+    filters[: len(opponent) * len(order)] = torch.einsum("nyx,n,oc->nocyx", basis, gain, opponent).flatten(0, 1)
+    return filters

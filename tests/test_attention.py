@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from helpers import TINY, relative_error, write_checkpoint
 
 from dinov3_lite import DINOv3ViT, load
 from dinov3_lite import attention as attention_module
-from dinov3_lite.attention import ATTENTION, eager_attention, resolve_attention, sdpa_attention
+from dinov3_lite.attention import ATTENTION, eager_attention, resolve_attention, sdpa_attention, triton_attention
 
 
 def inputs(N: int, D: int, dtype: torch.dtype, heads: int = 3):
@@ -80,7 +81,19 @@ def test_auto_takes_the_kernels_where_they_are_made_for_it(monkeypatch, dtype, D
 def test_auto_is_sdpa_on_the_cpu():
     for dtype in (torch.float32, torch.float16):
         arguments = inputs(6, 64, dtype)
-        assert torch.equal(resolve_attention("auto")(*arguments), sdpa_attention(*arguments))
+        for scale in (None, 0.3):
+            assert torch.equal(resolve_attention("auto")(*arguments, scale), sdpa_attention(*arguments, scale))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_a_scale_reaches_the_kernels(scale):
+    """With a table for all, and with one of each sequence's own, which is a pack."""
+    q, k, v, cos, sin = inputs(9, 16, torch.float32)
+    own = torch.stack((cos, cos.flip(0))), torch.stack((sin, sin.flip(0)))
+    for tables in ((cos, sin), own):
+        expected = eager_attention(q, k, v, *tables, scale)
+        assert relative_error(triton_attention(q, k, v, *tables, scale), expected) < 2e-6
 
 
 def test_the_name_is_taken_at_every_door(tmp_path):

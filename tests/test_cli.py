@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -66,6 +67,16 @@ def test_the_sample_is_a_vits_in_transformers_layout(sample):
     assert "(made, not trained)" in repr(model)
     for name, tensor in made_weights(model.config).items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["vits16plus", "vitb16", "vitl16", "vith16plus"])
+def test_weights_of_any_width_can_be_made(name):
+    """A wide model has more channels than a patch has cosines in three colours, 768: the others see nothing."""
+    config = dataclasses.replace(DINOv3Config.from_name(name), num_hidden_layers=1)
+    weights = made_weights(config)
+    DINOv3ViT(config).load_state_dict(weights)
+    sees = weights["patch_embed.proj.weight"].flatten(1).norm(dim=1) > 0
+    assert sees.nonzero().flatten().tolist() == list(range(min(config.hidden_size, 768)))
 
 
 def test_transformers_reads_the_sample(sample):

@@ -196,6 +196,17 @@ def test_what_is_carried_along_keeps_its_own_dtype(folder, tmp_path):
         assert back[name].dtype == torch.bfloat16 and torch.equal(back[name], tensor)
 
 
+def test_tokens_of_our_own_float16_file_stay_float32(tmp_path):
+    """Where float16 is too narrow: released registers reach tens of thousands in a stream that adds to them."""
+    weights = trained_like(TINY)
+    weights["embeddings.register_tokens"][0, 1, 7] = 90000.0
+    file = convert(write_checkpoint(tmp_path / "model", TINY, weights), tmp_path / "half", dtype=torch.float16)
+    tensors = load_file(file)
+    wide = {"cls_token", "register_tokens", "mask_token", "rope_embed.periods"}
+    assert {name for name, tensor in tensors.items() if tensor.dtype == torch.float32} == wide
+    assert tensors["register_tokens"][0, 1, 7] == DINOv3ViT.from_pretrained(file).register_tokens[0, 1, 7] == 90000.0
+
+
 def test_the_index_of_shards_that_are_gone_is_not_of_the_file_beside_it(folder):
     """An index that transformers' own save leaves behind."""
     index = {"weight_map": dict.fromkeys(trained_like(TINY), "model-00001-of-00002.safetensors")}

@@ -181,6 +181,10 @@ def test_float16_files_and_half_precision(checkpoint, photos, complete, tmp_path
     assert bfloat16.job["dtype"] == "bfloat16"
     error = relative_error(torch.from_numpy(np.asarray(bfloat16["cls_token"])), torch.from_numpy(exact))
     assert 1e-4 < error < 3e-2
+    options = {"outputs": ["patch_mean", "patch_tokens"], "store": "float32", "dtype": "bfloat16"}
+    means = dinov3_lite.extract(photos, checkpoint, tmp_path / "means", **options)  # not rounded once more
+    expected = np.asarray(means["patch_tokens"]).astype(np.float64).mean(axis=1)
+    assert relative_error(torch.from_numpy(np.asarray(means["patch_mean"])), torch.from_numpy(expected)) < 1e-6
 
 
 # ---- models

@@ -15,6 +15,7 @@ from helpers import ROOT
 from pictures import picture, write_pictures
 
 import dinov3_lite
+from dinov3_lite.extraction.folder import Folder
 
 pytest.importorskip("PIL")
 pytest_plugins = ["extracting"]
@@ -27,10 +28,11 @@ def command(checkpoint, tmp_path):
     def start(*words: object, hook: str = "", **env: str) -> subprocess.Popen:
         (tmp_path / "hook").mkdir(exist_ok=True)
         (tmp_path / "hook" / "sitecustomize.py").write_text(hook)
+        path = os.pathsep.join(filter(None, (str(tmp_path / "hook"), os.environ.get("PYTHONPATH"))))
         return subprocess.Popen(
             [sys.executable, "-m", "dinov3_lite", "extract", tmp_path / "in", "--model", checkpoint,
              "--output", tmp_path / "out", "--quiet", *map(str, words)],
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "hook"), **env},
+            env={**os.environ, "PYTHONPATH": path, **env},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -62,6 +64,7 @@ def test_a_shard_that_kills_its_process_is_set_aside_and_the_rest_is_done(comman
     assert "2 of 3 shards" in out and "shard 0 failed: it ended its process" in out
     store = dinov3_lite.open_features(tmp_path / "out")
     assert store.missing == [0] and list(store.keys) == names[1:]
+    assert len(list((tmp_path / "out" / "attempts").iterdir())) == 3  # what tells of the last death is in failed/
     process = command("--shard-size", 2, hook=POISON)  # it stays set aside
     process.communicate()
     assert process.returncode == 3
@@ -108,6 +111,24 @@ def test_killed_at_every_step_and_gone_on_the_files_are_the_same(engine):
     assert sum(result["kills"].values()) >= 4 and result["most_shards_redone_a_kill"] <= 1
 
 
+def test_whose_attempts_count_as_deaths(tmp_path):
+    """Those of processes that live on this machine do not; of another nobody can tell, and a shard is one process's."""
+    folder, host = Folder(tmp_path), socket.gethostname()
+    folder.make([])
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for shard, pid, at in (
+        (0, os.getppid(), host),
+        (1, gone.pid, host),
+        (2, os.getppid(), "elsewhere"),
+        (3, os.getpid(), host),
+    ):
+        (folder.attempts / f"{shard:08d}.{pid}.0a1b2c3d.{at}").touch()
+    with folder.attempt(4):
+        assert len(folder.names(folder.attempts)) == 5
+    assert {shard: len(files) for shard, files in folder.deaths().items()} == {1: 1, 2: 1, 3: 1}
+
+
 def test_what_is_left_of_the_dead_goes_and_what_the_living_write_stays(checkpoint, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     write_pictures(tmp_path / "in", 5)
@@ -116,17 +137,18 @@ def test_what_is_left_of_the_dead_goes_and_what_the_living_write_stays(checkpoin
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     host = socket.gethostname()
-    dead = [".index.json.0123abcd.tmp", "cls_token/.00000001.npy.0123abcd.tmp", f".plan.01234567.{gone.pid}.{host}.tmp"]
+    dead = [".job.json.0123abcd.tmp", ".index.json.0123abcd.tmp", "cls_token/.00000001.npy.0123abcd.tmp"]
+    dead += [f".plan.01234567.{gone.pid}.{host}.tmp"]
     living = [
         ".index.json.4567abcd.tmp",
         "keys/.00000001.txt.4567abcd.tmp",
         f".plan.89abcdef.{os.getppid()}.{host}.tmp",
     ]
-    for name in (dead[2], living[2]):
+    for name in (dead[-1], living[-1]):
         (tmp_path / "out" / name).mkdir()
         (tmp_path / "out" / name / "items.txt").write_text("")
     locked = []
-    for name in (*dead[:2], *living[:2]):
+    for name in (*dead[:-1], *living[:-1]):
         locked.append((tmp_path / "out" / name).open("wb"))
         if name in living:
             fcntl.flock(locked[-1], fcntl.LOCK_EX)

@@ -58,6 +58,7 @@ def test_twelve_kinds_of_bad_bytes_are_rejects_and_the_neighbours_rows_stay_the_
     store = dinov3_lite.extract(tmp_path / "in", checkpoint, tmp_path / "out", **FLOAT32)
     assert list(store.keys) == names
     assert np.array_equal(np.asarray(store["cls_token"]), np.asarray(clean["cls_token"]))
+    assert list(check.verify(tmp_path / "out")) == []  # of files with fewer rows than were planned, too
     reasons = {reject["key"]: reject["reason"] for reject in store.rejects}
     assert reasons.keys() == bad.keys()
     for name, reason in bad.items():
@@ -141,6 +142,21 @@ def test_more_rejects_than_allowed_fail_a_shard(checkpoint, tmp_path):
     assert dinov3_lite.open_features(tmp_path / "out").missing == [0]
     store = dinov3_lite.extract(tmp_path / "in", checkpoint, tmp_path / "out", max_rejects="5%", **FLOAT32)
     assert len(store) == 4 and store.missing == []  # a percentage always allows ten
+
+
+def test_why_a_shard_failed_goes_once_it_is_done(checkpoint, tmp_path):
+    """Not when all are: with other shards to be done, it would be said of one that is."""
+    names, bad = write_pictures(tmp_path / "in", 4), {}
+    for name in (names[0], names[2]):
+        bad[name] = (tmp_path / "in" / name).read_bytes()
+        (tmp_path / "in" / name).write_bytes(b"bad")
+    arguments, options = (tmp_path / "in", checkpoint, tmp_path / "out"), {"shard_size": 2, "max_rejects": 0}
+    with pytest.raises(ShardsFailed, match="2 of 2 shards failed"):
+        dinov3_lite.extract(*arguments, **options)
+    for name, data in bad.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    dinov3_lite.extract(*arguments, part="0/2", **options)
+    assert [file.name for file in (tmp_path / "out" / "failed").iterdir()] == ["00000001.json"]
 
 
 def test_a_read_is_tried_three_times_and_then_fails_its_shard(checkpoint, tmp_path, monkeypatch):

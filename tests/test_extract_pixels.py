@@ -82,3 +82,10 @@ def test_sixteen_bits_palettes_and_transparency_are_those_of_the_image_processor
         expected = processor(Image.open(io.BytesIO(file.getvalue())))["pixel_values"][0]
         found = prepare(decode.decode(file.getvalue())).float()
         assert (found - expected).abs().max() < (1.01 if rounded else 1e-4), image.mode
+
+
+def test_a_native_size_is_a_patch_at_least():
+    """Of a picture that is thinner than half a patch, too."""
+    prepare = decode.Preparation(ImageProcessor(None), 8, rounded=False)
+    for (width, height), expected in {(50, 3): (8, 48), (2, 21): (24, 8), (1, 1): (8, 8), (44, 36): (32, 48)}.items():
+        assert prepare(Image.new("RGB", (width, height))).shape == (3, *expected)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from convnexts import made
 from helpers import TINY, relative_error, write_checkpoint
 
 from dinov3_lite import DINOv3ViT, graphs, optimize_for_inference
@@ -75,6 +76,36 @@ def test_one_graph_a_kind_of_call(model, compiled):
         assert torch.equal(fast(torch.ones(2, 3, 16, 16))[0], fast(torch.ones(2, 3, 16, 16))[0])
     assert len(compiled) == 5
     assert fast(torch.randn(0, 3, 16, 16)).last_hidden_state.shape == (0, 9, 32)
+    for dynamic, graphs_of_one in ((True, 2), (False, 1)):  # one image and several, or that very shape
+        compiled.clear()
+        optimize_for_inference(model, backend="inductor", dynamic=dynamic).warm_up(1, 16, 24)
+        assert len(compiled) == graphs_of_one
+    compiled.clear()
+    optimize_for_inference(model, backend="inductor", dynamic=False)(torch.randn(0, 3, 16, 16))
+    assert not compiled
+
+
+@torch.no_grad()
+def test_a_step_down_that_somebody_looks_at_is_not_compiled(compiled):
+    """Nor are the stages that it stands between."""
+    model, seen = made(), []
+    fast = optimize_for_inference(model, backend="inductor")
+    fast.stages[2].downsample.conv.register_forward_hook(lambda _, args, out: seen.append(out))
+    images = torch.randn(1, 3, 64, 64)
+    assert relative_error(fast(images).last_hidden_state, model(images).last_hidden_state) < 2e-6
+    assert len(seen) == 1 and not compiled
+
+
+@torch.no_grad()
+def test_a_model_that_gives_nan_itself_is_compiled_without_a_word(model, compiled):
+    """There is nothing to compare, and nothing wrong with the graph."""
+    model.blocks[0].ls1.gamma[3] = float("nan")
+    fast = optimize_for_inference(model, backend="inductor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert fast(torch.randn(1, 3, 16, 16)).last_hidden_state.isnan().any()
+    assert len(compiled) == 1
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,10 @@ def transparent(mode: str):
         image = transparent("P")
         image.info["transparency"] = bytes([255, 0])
         return image
+    if mode == "PA":
+        image = Image.frombytes("PA", (2, 1), bytes([0, 255, 0, 0]))
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        return image
     if mode == "RGB":
         image = Image.fromarray(np.array([[[0, 0, 0], [0, 0, 1]]], np.uint8))
         image.info["transparency"] = (0, 0, 1)
@@ -112,7 +117,7 @@ def transparent(mode: str):
     return Image.fromarray(np.array([[[0, 0, 0, 255], [0, 0, 0, 0]]], np.uint8), "RGBA").convert(mode)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "P", "P, alpha a colour", "RGB"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La", "P", "P, alpha a colour", "RGB"])
 def test_what_is_transparent_lies_on_white(mode):
     image = transparent(mode) if mode != "La" else transparent("LA").convert("La")
     assert values(image).tolist() == [[[0.0, 255.0]]] * 3
@@ -286,8 +291,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.mark.parametrize(
     "kind",
-    [list, np.array, torch.tensor, lambda v: np.array(v, np.float32), lambda v: torch.tensor(v, dtype=torch.float64)],
-    ids=["list", "array", "tensor", "float32 array", "float64 tensor"],
+    [
+        *(list, np.array, partial(np.array, dtype=np.float32), partial(np.array, dtype=np.float16)),
+        *(torch.tensor, partial(torch.tensor, dtype=torch.float64), partial(torch.tensor, dtype=torch.float16)),
+    ],
+    ids=["list", "array", "float32 array", "float16 array", "tensor", "float64 tensor", "float16 tensor"],
 )
 def test_statistics_of_any_kind_make_equal_processors(kind):
     processor = ImageProcessor(mean=kind(MEAN), std=kind(STD))
@@ -351,6 +359,8 @@ def test_as_many_channels_as_statistics():
         processor(image[..., :3])
     with pytest.raises(ValueError, match=r"image: it is a picture in mode RGB: expected 4 channels, as an array"):
         processor(Image.fromarray(image[..., :3]))
+    with pytest.raises(ValueError, match=r"image: it is a picture in mode RGBa: expected 4 channels"):
+        processor(Image.fromarray(image, "RGBA").convert("RGBa"))  # whose colours are multiplied by what lets through
     grey = picture(20, 30)[..., :1]
     assert torch.equal(
         values(Image.fromarray(grey[..., 0]), channels=1), torch.from_numpy(grey).permute(2, 0, 1).float()
@@ -372,6 +382,20 @@ def test_from_pretrained_of_a_folder_and_of_a_converted_file(tmp_path):
         assert ImageProcessor.from_pretrained(source) == ImageProcessor(size=(96, 160), mean=(0.1, 0.2, 0.3))
 
 
+def test_where_a_processor_lies_is_passed_on(tmp_path, monkeypatch):
+    said = {**PREPROCESSING, "size": {"height": 96, "width": 160}}
+    folder = write_checkpoint(tmp_path / "repository" / "backbone", TINY, preprocessing=said)
+    expected = ImageProcessor(size=(96, 160))
+    assert ImageProcessor.from_pretrained(tmp_path / "repository", subfolder="backbone") == expected
+    asked = []
+    monkeypatch.setattr(
+        "dinov3_lite.checkpoint.hub.download", lambda repo_id, **options: asked.append((repo_id, options)) or folder
+    )
+    where = {"subfolder": "inner", "revision": "v2", "cache_dir": tmp_path / "cache", "local_files_only": True}
+    assert ImageProcessor.from_pretrained("owner/name", **where) == expected
+    assert asked == [("owner/name", where)]
+
+
 def test_no_preprocessing_anywhere(tmp_path):
     folder = write_checkpoint(tmp_path, TINY, preprocessing=None)
     for source in (folder, convert(folder, tmp_path / "alone")):
@@ -379,16 +403,21 @@ def test_no_preprocessing_anywhere(tmp_path):
             ImageProcessor.from_pretrained(source)
 
 
-def test_a_satellite_model_with_imagenet_statistics_deserves_a_warning(tmp_path):
-    folder = write_checkpoint(tmp_path / "dinov3-vitl16-pretrain-sat493m", TINY)
-    with pytest.warns(
-        UserWarning, match=r"satellite model \(sat493m\) with ImageNet's image statistics: .*0.43, 0.411, 0.296"
-    ):
-        ImageProcessor.from_pretrained(folder)
+NAME = "dinov3-vitl16-pretrain-sat493m"
+
+
+@pytest.mark.parametrize("place", [NAME, f"models--facebook--{NAME}/snapshots/0a1b2c"], ids=["folder", "hub"])
+def test_a_satellite_model_with_imagenet_statistics_deserves_a_warning(place, tmp_path):
+    folder = write_checkpoint(tmp_path / place, TINY)
+    for source in (folder, convert(folder)):
+        with pytest.warns(
+            UserWarning, match=r"satellite model \(sat493m\) with ImageNet's image statistics: .*0.43, 0.411, 0.296"
+        ):
+            ImageProcessor.from_pretrained(source)
     right = {**PREPROCESSING, "image_mean": SATELLITE_MEAN, "image_std": SATELLITE_STD}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ImageProcessor.from_pretrained(write_checkpoint(folder, TINY, preprocessing=right))
+        ImageProcessor.from_pretrained(write_checkpoint(tmp_path / "right" / place, TINY, preprocessing=right))
         ImageProcessor.from_pretrained(write_checkpoint(tmp_path / "web", TINY))
 
 

@@ -59,9 +59,10 @@ EDGES = {
         *("swiglu_triton", "tuning"),
     },
     "dinov3_lite/config.py": set(),
-    "dinov3_lite/rope.py": {"config"},
-    "dinov3_lite/checks.py": set(),
-    "dinov3_lite/attention.py": {"kernels", "kernels.availability", "kernels.first_use", "rope"},
+    "dinov3_lite/tracing.py": set(),
+    "dinov3_lite/rope.py": {"config", "tracing"},
+    "dinov3_lite/checks.py": {"tracing"},
+    "dinov3_lite/attention.py": {"kernels", "kernels.availability", "kernels.first_use", "rope", "tracing"},
     "dinov3_lite/checkpoint/files.py": set(),
     "dinov3_lite/checkpoint/words.py": set(),
     "dinov3_lite/checkpoint/spans.py": set(),
@@ -102,11 +103,11 @@ EDGES = {
     },
     "dinov3_lite/packing.py": {"attention", "kernels"},
     "dinov3_lite/features.py": {"checks", "config"},
-    "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope"},
+    "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope", "tracing"},
     "dinov3_lite/model.py": {*("attention", "checks", "config", "features", "layers", "packing", "pretrained", "rope")},
     "dinov3_lite/image.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "pixels"},
     "dinov3_lite/convnext.py": {
-        *("checks", "config", "convnext_features", "features", "layers", "model", "pretrained", "rope")
+        *("checks", "config", "convnext_features", "features", "layers", "model", "pretrained", "tracing")
     },
     "dinov3_lite/convnext_features.py": {"checks", "config", "features"},
     "dinov3_lite/pixels.py": set(),
@@ -133,7 +134,7 @@ EDGES = {
     "dinov3_lite/graphs.py": set(),
     "dinov3_lite/prepared.py": {
         *("attention", "checks", "choices", "convnext", "folding", "graphs", "image", "layers", "lent", "model"),
-        *("packing", "prepacked", "pretrained", "stand_ins"),
+        *("packing", "prepacked", "pretrained", "stand_ins", "tracing"),
     },
     "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared", "pretrained"},
     "dinov3_lite/visualize.py": set(),
@@ -363,6 +364,7 @@ for source in ({str(folder)!r}, {str(file)!r}):
     ours = {name.removeprefix("dinov3_lite.") for name in first.split() if name.startswith("dinov3_lite.")}
     assert ours == {
         *("attention", "checks", "config", "features", "layers", "model", "packing", "pages", "pretrained", "rope"),
+        "tracing",
         *("checkpoint", *(f"checkpoint.{name}" for name in ("choose", "containers", "folders", "hub", "json_files"))),
         *("checkpoint.layouts", "checkpoint.matching", "checkpoint.spans", "checkpoint.words"),
         *(f"checkpoint.layouts.{name}" for name in ("cards", "convnext", "lite", "meta", "table", "timm")),

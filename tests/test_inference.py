@@ -12,12 +12,14 @@ from helpers import TINY, TINY_GATED, relative_error, run_python, write_checkpoi
 from torch._dynamo.utils import counters
 
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, ImageProcessor, optimize_for_inference
+from dinov3_lite.attention import ATTENTION
 from dinov3_lite.choices import Choices
+from dinov3_lite.convnext import Downsample
 from dinov3_lite.folding import fold, for_pixels
 from dinov3_lite.image import SATELLITE_MEAN, SATELLITE_STD
-from dinov3_lite.layers import QKVProjection
+from dinov3_lite.layers import PatchEmbed, QKVProjection
 from dinov3_lite.prepacked import PackedByMKL, PackedByOneDNN, Plain, available
-from dinov3_lite.stand_ins import Projection
+from dinov3_lite.stand_ins import Projection, stand_in
 
 PROCESSOR = ImageProcessor(size=None, mean=SATELLITE_MEAN, std=SATELLITE_STD)
 NO_BIAS = replace(TINY, proj_bias=False, mlp_bias=False)
@@ -87,9 +89,11 @@ def test_pixels_lose_nothing_against_normalised_images(dtype, tmp_path):
 
 
 HALVES = [d for d in (torch.bfloat16, torch.float16) if available(torch.empty(0, dtype=d))]
+onednn = pytest.mark.skipif(not available(torch.empty(0)), reason="oneDNN is not here")
 
 
-LAYOUTS = [(layout, dtype) for layout in (PackedByOneDNN, Plain) for dtype in (torch.float32, *HALVES)]
+LAYOUTS = [(PackedByOneDNN, d) for d in (torch.float32, *HALVES) if available(torch.empty(0, dtype=d))]
+LAYOUTS += [(Plain, dtype) for dtype in (torch.float32, *HALVES)]
 if torch.backends.mkl.is_available():
     LAYOUTS.append((PackedByMKL, torch.float32))
 
@@ -138,6 +142,7 @@ def test_no_rows_give_no_rows(dynamic):
         assert packed(torch.randn(rows, 768)).shape == (rows, 2304)
 
 
+@onednn
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("config", [TINY, TINY_GATED, NO_BIAS], ids=["mlp", "gated", "no biases"])
 def test_packed_weights_serve_every_batch_and_size(config, dynamic, tmp_path):
@@ -179,6 +184,95 @@ def test_the_prefix_alone_is_that_of_all_tokens(config, dynamic, tmp_path):
     assert seen == [tokens.x.shape[1]]  # an observed block runs whole
 
 
+@torch.no_grad()
+def test_images_of_as_many_patches_stay_sequences_of_their_own(tmp_path):
+    """Sides that differ, and numbers of tokens that do not: a pack of equal sequences is no batch of longer ones."""
+    model = load(tmp_path, TINY)
+    images = [torch.randn(3, *sides) for sides in ((16, 32), (32, 16), (8, 64))]
+    for out, image in zip(optimize_for_inference(model).forward_packed(images), images, strict=True):
+        assert relative_error(out.last_hidden_state, model(image[None]).last_hidden_state) < 2e-6
+
+
+@onednn
+@torch.no_grad()
+def test_the_prefix_alone_is_attended_by_the_function_that_was_chosen(tmp_path, monkeypatch):
+    model = load(tmp_path, TINY)
+    tokens, _ = model.embed(torch.randn(1, 3, 16, 24))
+    fast, calls, eager = optimize_for_inference(model), [], ATTENTION["eager"]
+    monkeypatch.setitem(ATTENTION, "eager", lambda *qkv: calls.append("eager") or eager(*qkv))
+    fast.attention = "eager"
+    (prefix,) = fast.run_prefix(tokens, [model.depth - 1])
+    assert len(calls) == model.depth
+    assert relative_error(prefix, model.run_prefix(tokens, [model.depth - 1])[0]) < 2e-6
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@torch.no_grad()
+def test_no_images_give_no_features(dynamic, tmp_path):
+    """Nothing is packed for them, nor kept from being packed."""
+    model = load(tmp_path, TINY)
+    fast = optimize_for_inference(model, dynamic=dynamic)
+    for images in (torch.randn(0, 3, 16, 24), torch.randn(2, 3, 16, 24), torch.randn(0, 3, 16, 24)):
+        out, expected = fast(images), model(images)
+        assert out.last_hidden_state.shape == expected.last_hidden_state.shape and out.grid == (2, 3)
+        assert not len(images) or relative_error(out.last_hidden_state, expected.last_hidden_state) < 2e-6
+
+
+@torch.no_grad()
+def test_the_residual_stream_keeps_the_dtype_that_the_model_was_told(tmp_path):
+    model, images = load(tmp_path, TINY), torch.randn(2, 3, 16, 24)
+    truth = copy.deepcopy(model).double()(images, output_hidden_states=True).hidden_states
+    model.residual_dtype = torch.bfloat16
+    taps = range(model.depth)
+    plain, fast = (m.run_blocks(m.embed(images)[0], taps) for m in (model, optimize_for_inference(model)))
+    for ours, eager, state in zip(fast, plain, truth[1:], strict=True):
+        assert ours.dtype == eager.dtype == torch.bfloat16
+        assert relative_error(ours, state) <= 1.1 * relative_error(eager, state)
+
+
+@torch.no_grad()
+def test_pixels_are_normalised_for_whoever_looks_at_the_first_layer(tmp_path):
+    """A hook on it sees images, as in the model; the features stay what they are."""
+    model, images, seen = load(tmp_path, TINY), pixels(2, 16, 24), []
+    fast = optimize_for_inference(model, PROCESSOR)
+    expected = fast(images).last_hidden_state
+    fast.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert relative_error(fast(images).last_hidden_state, expected) < 2e-6
+    assert relative_error(seen[0], normalised(images)) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"groups": 3}, {"padding": 1}, {"dilation": 2}], ids=str)
+@torch.no_grad()
+def test_a_first_layer_that_pixels_do_not_fit_stays_as_it_is(options):
+    """Folding holds for patches of pixels alone: not of padding, of some channels, or of pixels that lie apart."""
+    embed = PatchEmbed(replace(TINY, hidden_size=48))
+    embed.proj = torch.nn.Conv2d(3, 48, 8, stride=8, **options)
+    embed, images = embed.double(), pixels(2, 33, 47)
+    made = for_pixels(embed, PROCESSOR)
+    assert (made is embed) == (not {"groups", "padding", "dilation"}.isdisjoint(options))
+    given = normalised(images) if made is embed else images.double()
+    assert relative_error(made(given), embed(normalised(images))) < 1e-13
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"groups": 2}, {"padding": 1}, {"dilation": 2}, {"stride": 1}, {"kernel_size": 3}],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_step_down_is_a_product_only_where_it_is_one_of_patches(options):
+    """Sides that are odd lose their last row and column, as in any convolution."""
+    step = Downsample(8, 16, eps=0.1)
+    step.conv = torch.nn.Conv2d(8, 16, **{"kernel_size": 2, "stride": 2, **options})
+    for parameter in step.parameters():
+        torch.nn.init.normal_(parameter)
+    made = stand_in(step, Choices(), dynamic=True)
+    assert (made is step) == (not {"groups", "padding", "dilation", "stride", "kernel_size"}.isdisjoint(options))
+    for sides in ((6, 8), (7, 9)):
+        x = torch.randn(2, *sides, 8)
+        assert relative_error(made(x), step(x)) < 2e-6
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @torch.no_grad()
@@ -191,6 +285,7 @@ def test_outputs_are_the_same_bits_whatever_came_before(dynamic, dtype, tmp_path
     assert torch.equal(fast(images).last_hidden_state, first)
 
 
+@onednn
 def test_weights_are_packed_where_onednn_takes_the_model(tmp_path):
     model = load(tmp_path, TINY)
     assert packed_layers(optimize_for_inference(model))
@@ -247,7 +342,7 @@ def test_images_are_checked_before_anything_is_compiled(compiled):
     assert str(ours.value) == str(expected.value)
 
 
-@pytest.mark.parametrize("backend", ["prepacked", "inductor"])
+@pytest.mark.parametrize("backend", [pytest.param("prepacked", marks=onednn), "inductor"])
 def test_a_module_around_the_model_is_taken_whole(backend, tmp_path):
     torch._dynamo.reset()
     model = load(tmp_path, TINY)
@@ -263,8 +358,15 @@ def test_a_module_around_the_model_is_taken_whole(backend, tmp_path):
 def test_what_can_not_be_compiled_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model is a Linear without a DINOv3ViT inside"):
         optimize_for_inference(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"training mode.*call model.eval\(\) first"):
-        optimize_for_inference(load(tmp_path, TINY).train())
+    model = load(tmp_path, TINY)
+    four = ImageProcessor(size=None, mean=[0.5] * 4, std=[0.5] * 4)
+    with pytest.raises(ValueError, match="the processor has 4 means and 4 stds and the model takes 3 channels"):
+        optimize_for_inference(model, four)
+    around = torch.nn.Sequential(model).eval()
+    model.train()
+    for training in (model, around):  # the one around it is not
+        with pytest.raises(ValueError, match=r"training mode.*call model.eval\(\) first"):
+            optimize_for_inference(training)
 
 
 def test_a_second_process_takes_the_graph_from_disk(tmp_path):

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from convnexts import made
 from helpers import TINY, TINY_GATED, relative_error, run_reference, trained_like, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from convert import convert
-from dinov3_lite import DINOv3Config, DINOv3ViT, DINOv3ViTBackbone, FeaturesOnly
+from dinov3_lite import DINOv3Config, DINOv3ConvNextBackbone, DINOv3ViT, DINOv3ViTBackbone, FeaturesOnly
 
 CONFIGS = {"gelu": replace(TINY, num_hidden_layers=4), "gated": replace(TINY_GATED, num_hidden_layers=4)}
 
@@ -294,3 +295,14 @@ def test_normed_features_are_the_normed_layers(model, images):
     for actual, expected in zip(maps, model.get_intermediate_layers(images, [0, 2], reshape=True), strict=True):
         assert torch.equal(actual, expected)
     assert not torch.equal(maps[0], FeaturesOnly(model, [0, 2])(images)[0])
+
+
+@torch.no_grad()
+def test_the_stem_of_a_convnext_is_the_images_and_its_stages_are_the_hidden_states():
+    model, images = made().eval(), torch.randn(2, 3, 64, 96)
+    states = model(images, output_hidden_states=True).hidden_states
+    for stages in ([0], [0, 2], [1, 4], [0, 1, 2, 3, 4]):
+        maps = DINOv3ConvNextBackbone(model, out_indices=stages)(images).feature_maps
+        assert len(maps) == len(stages)
+        assert all(torch.equal(actual, states[stage]) for actual, stage in zip(maps, stages, strict=True))
+    assert torch.equal(states[0], images)

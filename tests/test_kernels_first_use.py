@@ -6,6 +6,7 @@ Wrong kernels are made here by hand: one that spoils an element after the right 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import warnings
 from importlib import import_module
@@ -257,6 +258,39 @@ def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch):
     assert calls == ["launch", "launch"]
 
 
+def test_what_a_kernel_is_compiled_for_is_checked_by_itself(monkeypatch):
+    """LayerScale in a dtype of its own, products in tf32: builds of their own, of which each may be wrong."""
+    for dtype in (torch.float16, torch.float32):
+        x, branch, gamma, weight, bias = row_inputs((3, 16), torch.float32, torch.float16)
+        gamma = gamma.detach().to(dtype).requires_grad_()
+        sum(out.sum() for out in add_layer_norm(x, branch, gamma, weight, bias, EPS)).backward()
+    assert len(layer_norm._forward.verdicts) == len(layer_norm._backward.verdicts) == 2
+    qkv, cos, sin = attention_inputs(1, 21, 1, 16, 16, torch.float32)
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(tuning, "precision", lambda dtype, precision=precision: precision)
+        attention_with_gradients(rope_attention, qkv, cos, sin)
+    assert len(rope_attention_launch.forward.verdicts) == len(rope_attention_launch.backward.verdicts) == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "bound"),
+    [
+        (torch.float32, "ieee", 2**-17),
+        (torch.float32, "tf32", 2**-7),
+        (torch.float16, "ieee", 2**-7),
+        (torch.bfloat16, "ieee", 2**-4),
+    ],
+    ids=str,
+)
+def test_what_roundings_explain_is_right_and_what_is_further_off_is_not(dtype, precision, bound, monkeypatch):
+    """Relative to the largest element; what is not finite is wrong, too."""
+    monkeypatch.setattr(tuning, "precision", lambda dtype: precision)
+    for error, right in ((0.9 * bound, True), (1.1 * bound, False), (math.nan, False), (math.inf, False)):
+        off = torch.tensor([0.0, 4 * error])
+        checked = Checked("op", lambda x, off=off: x + off, lambda x: x, lambda *kind: (torch.tensor([-4.0, 0.0]),))
+        assert (checked.problem((torch.device("cpu"), dtype, 2)) is None) == right, error
+
+
 def test_what_was_measured_here_is_not_checked(monkeypatch):
     monkeypatch.setattr(tuning, "is_measured", lambda operation, device, dtype, width: True)
     checked = Checked("op", lambda x: x + 1, lambda x: x, None)
@@ -285,6 +319,19 @@ def test_auto_takes_sdpa_once_a_kernel_was_found_wrong(spoil, monkeypatch):
     with pytest.warns(RuntimeWarning):
         attention.auto_attention(*other.unbind(2), cos, sin)
     assert taken == ["sdpa"]
+
+
+@pytest.mark.parametrize("operation", ["rotate", "rope_attention", "rope_attention_backward"])
+def test_auto_leaves_kernels_of_which_one_is_wrong(operation, monkeypatch):
+    """In that dtype and of that head dim: a model trains with the backward, and long images begin with the rotation."""
+    from dinov3_lite import attention
+
+    monkeypatch.setattr(attention, "_on_gpu", lambda x: True)
+    q = torch.empty(1, 2, 1, 32, dtype=torch.float16, device=DEVICE)
+    assert attention.suits_triton(q)
+    first_use.FAILED.add((operation, q.device, q.dtype, 32))
+    assert not attention.suits_triton(q)
+    assert attention.suits_triton(q.bfloat16()) and attention.suits_triton(q[..., :16])
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["images", "pack"])

@@ -86,6 +86,18 @@ def test_gradients_of_one_output_and_of_strided_ones():
             assert (a - t).abs().max() < 1e-5
 
 
+def test_layer_scale_may_have_a_dtype_of_its_own():
+    """Half precision beside it rounds neither what it does nor its gradient."""
+    x, branch, gamma, *others = row_inputs((7, 136), torch.float32, torch.float16)
+    inputs = [x, branch, gamma.detach().float().requires_grad_(), *others]
+    grads = [torch.randn(7, 136, device=DEVICE), torch.randn(7, 136, device=DEVICE)]
+    ours = rows_with_gradients(add_layer_norm, inputs, EPS, grads=grads)
+    truth = rows_with_gradients(add_layer_norm_reference, float64(inputs), EPS, grads=[grads[0], grads[1].half()])
+    for name, a, t in zip(ADD_LAYER_NORM.split(), ours, truth, strict=True):
+        assert relative_error(a, t) < (2e-6 if a.dtype == torch.float32 else 1e-3), name
+    assert ours[4].dtype == torch.float32
+
+
 def test_only_what_needs_a_gradient_gets_one():
     x, branch, gamma, weight, bias = (t.detach() for t in row_inputs((3, 136), torch.float32, torch.float32))
     branch.requires_grad_()
@@ -130,6 +142,8 @@ def changed(**changes):
             "branch has strides (96, 32, 2) for shape (2, 3, 16): expected it contiguous",
         ),
         (changed(branch=torch.zeros(2, 3, 16, device="meta")), "branch is on meta: expected cpu, the device of x"),
+        (changed(gamma=torch.zeros(16, device="meta")), "gamma is on meta: expected cpu, the device of x"),
+        (changed(weight=torch.zeros(16, device="meta")), "weight is on meta: expected cpu, the device of x"),
         (changed(bias=torch.zeros(16, device="meta")), "bias is on meta: expected cpu, the device of x"),
         (changed(x=torch.tensor(1.0)), "x has shape (): expected at least one channel"),
         (changed(x=torch.zeros(1, 4104), branch=torch.zeros(1, 4104)), "x has 4104 channels: expected at most 4096"),

@@ -48,6 +48,7 @@ BAD_INPUTS = [
     ({x: lambda x: x[..., :0] for x in "qkv"}, "q has head dim 0: expected a multiple of 16 from 16 to 256"),
     ({"scale": lambda scale: -1.0}, "scale is -1.0: expected a positive number"),
     ({"scale": lambda scale: float("nan")}, "scale is nan: expected a positive number"),
+    ({"scale": lambda scale: float("inf")}, "scale is inf: expected a positive number"),
 ]
 
 

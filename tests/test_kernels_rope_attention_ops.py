@@ -14,6 +14,8 @@ from dinov3_lite.kernels import (
     rope_attention_reference,
     tuning,
 )
+from dinov3_lite.kernels.measured import Tiles
+from dinov3_lite.kernels.reference import rotate_reference
 from helpers import relative_error
 from kernel_inputs import DEVICE, attention_inputs, attention_with_gradients, whole_table
 from torch import Tensor
@@ -87,6 +89,34 @@ def test_strategies(monkeypatch, launches, limit, training, deterministic, expec
         assert relative_error(a, t) < 1e-6
 
 
+def test_each_kernel_is_launched_with_tiles_of_its_own(monkeypatch):
+    tiles = {"forward": (16, 32), "backward_q": (32, 16), "backward_kv": (16, 16)}
+    monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, 450))
+    monkeypatch.setattr(tuning, "tiles", lambda kernel, arch, D, itemsize: Tiles(*tiles[kernel], 4, 1))
+    launched = {}
+
+    class Spy:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                launched[self.name.removeprefix("rope_attention_")] = arguments["BLOCK_M"], arguments["BLOCK_N"]
+                self.kernel[grid](**arguments)
+
+            return launch
+
+    for name, file in list(KERNELS.items())[1:]:
+        module = import_module(f"dinov3_lite.kernels.{file}")
+        monkeypatch.setattr(module, f"{name}_kernel", Spy(name, getattr(module, f"{name}_kernel")))
+    qkv, cos, sin = attention_inputs(1, 37, 1, 16, 36, torch.float32)
+    ours = attention_with_gradients(rope_attention, qkv, cos, sin)
+    assert launched == tiles
+    truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
+    for a, t in zip(ours, truth, strict=True):
+        assert relative_error(a, t) < 2e-6
+
+
 def test_a_scale_reaches_pytorchs_attention(monkeypatch):
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: True)
@@ -95,6 +125,27 @@ def test_a_scale_reaches_pytorchs_attention(monkeypatch):
     ours = attention_with_gradients(rope_attention, qkv, cos, sin, 0.4)
     for a, t in zip([rope_attention(*qkv.unbind(2), cos, sin, 0.4), *ours], [truth[0], *truth], strict=True):
         assert relative_error(a, t) < 1e-6
+
+
+def test_gradient_of_a_strided_gradient_of_the_rotation():
+    """A sum's gradient is expanded from one number, and one of both is a view of another."""
+    qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
+    q, k = (x.clone().requires_grad_() for x in qkv.unbind(2)[:2])
+    weights = torch.randn(2, 2, 32, 2, 9, device=DEVICE).permute(0, 1, 4, 3, 2)
+    for loss in (lambda rotated: rotated.sum(), lambda rotated: (rotated * weights).sum()):
+        ours = torch.autograd.grad(loss(OPS.rotate(q, k, cos, sin)), (q, k))
+        wide = [x.detach().double().requires_grad_() for x in (q, k)]
+        truth = loss(torch.stack([rotate_reference(x, cos.double(), sin.double()) for x in wide]))
+        for a, t in zip(ours, torch.autograd.grad(truth, wide), strict=True):
+            assert relative_error(a, t) < 1e-6
+
+
+def test_pytorchs_attention_lies_in_memory_as_it_was_traced(monkeypatch):
+    """A compiled program goes by the strides that the op promises, whichever way the op takes."""
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: True)
+    qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
+    torch.library.opcheck(OPS.rope_attention.default, (*qkv.unbind(2), cos, sin, None, None, 0.3, False))
+    assert rope_attention(*qkv.unbind(2), cos, sin).is_contiguous()
 
 
 def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):

@@ -10,6 +10,8 @@ import torch
 from helpers import TINY, TINY_GATED, relative_error, write_checkpoint
 
 from dinov3_lite import DINOv3ViT
+from dinov3_lite.features import dtype_of
+from dinov3_lite.layers import Block
 
 # ---- what comes out
 
@@ -208,6 +210,43 @@ def test_attention_maps_compute_one_query_of_one_block(model, images, monkeypatc
         model.attention_maps(images, 3)
 
 
+@torch.no_grad()
+def test_sizes_are_read_off_the_modules_and_else_the_configs():
+    """Of a projection that tells neither its patches nor its channels, and blocks of other heads than the config's."""
+
+    class Patches(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pieces = torch.nn.Conv2d(4, 32, 8, 8)
+
+        def forward(self, pixel_values):
+            return self.pieces(pixel_values).flatten(2).mT
+
+    model = DINOv3ViT(replace(TINY, num_channels=4)).eval()
+    model.patch_embed = Patches()
+    model.blocks = torch.nn.ModuleList(Block(replace(TINY, num_attention_heads=4)) for _ in range(2))
+    assert (model.num_channels, model.patch_size, model.stride, model.num_heads, model.depth) == (4, 8, 8, 4, 2)
+    with pytest.raises(ValueError, match=r"expected \(batch, 4, height, width\)"):
+        model(torch.randn(1, 3, 16, 24))
+
+
+def test_a_dtype_is_that_of_what_computes():
+    """Of quantised weights the scales', not the whole numbers'."""
+    layer = torch.nn.Linear(2, 2).bfloat16()
+    layer.weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    assert dtype_of(layer) == dtype_of(torch.nn.Identity(), layer) == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_model_that_was_made_in_inference_mode_runs_outside_of_it(images):
+    """Its parameters have no version to look at, and nobody may write to them."""
+    with torch.inference_mode():
+        model = DINOv3ViT(TINY).eval()
+        expected = model(images).last_hidden_state
+    assert relative_error(model(images).last_hidden_state, expected) < 2e-6
+    assert not model.blocks[0].attn.qkv.bias.any() and "blocks.0.attn.qkv.bias" in model.state_dict()
+
+
 # ---- bad input
 
 
@@ -223,6 +262,7 @@ def test_attention_maps_compute_one_query_of_one_block(model, images, monkeypatc
         ),
         (torch.zeros(1, 3, 5, 30), "height 5 and width 30 .* height 8 and width 24 or 32"),
         (torch.zeros(1, 3, 0, 24), "height 0 and width 24 .* height 8 and width 24"),
+        (torch.zeros(1, 3, 24, 0), "height 24 and width 0 .* height 24 and width 8"),
     ],
 )
 def test_images_that_do_not_fit(model, pixel_values, message):

@@ -198,7 +198,7 @@ def test_initial_weights():
 def test_a_block_by_itself_is_as_its_config_says(config):
     """As somebody appends one to a model, whose `init_weights` has run."""
     block = Block(replace(config, layerscale_value=0.25))
-    assert (block.ls1.gamma == 0.25).all() and (block.ls2.gamma == 0.25).all()
+    assert (block.ls1.gamma == 0.25).all() and (block.ls2.gamma == 0.25).all() and not block.attn.qkv.bias.any()
     within = {"mlp.fc1.bias", "mlp.fc2.bias"} if config is TINY else {"mlp.w12.bias", "mlp.w3.bias"}
     always = {"norm1.bias", "norm2.bias", "attn.qkv.bias"}
     for changes, more in (

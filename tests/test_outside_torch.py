@@ -243,10 +243,29 @@ class LastHiddenState(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and used all the same
 def test_traced_and_saved(model, images):
-    traced = torch.jit.trace(LastHiddenState(model).eval(), (images,), check_trace=False)
-    torch.jit.save(traced, file := io.BytesIO())
-    file.seek(0)
-    assert relative_error(torch.jit.load(file)(images).detach(), features(model, images)) < 2e-6
+    """With gradients recorded, as it is by default; PyTorch traces once more without them and compares the programs."""
+    expected, smaller = features(model, images), images[..., :-8]
+    for traceable in (model, optimize_for_inference(model)):
+        traced = torch.jit.trace(LastHiddenState(traceable).eval(), (images,))
+        torch.jit.save(traced, file := io.BytesIO())
+        file.seek(0)
+        loaded = torch.jit.load(file)
+        assert relative_error(loaded(images).detach(), expected) < 2e-6
+        assert relative_error(loaded(smaller).detach(), features(model, smaller)) < 2e-6
+
+
+def test_pruned(model, images):
+    for block in model.blocks:
+        prune.l1_unstructured(block.attn.qkv, "weight", 0.5)
+        prune.random_unstructured(block.mlp.fc1, "weight", 0.3)
+    expected = model(images).last_hidden_state.detach()  # whose weights autograd computed: they are no leaves
+    prepared = optimize_for_inference(model)
+    assert torch.equal(features(prepared, images), expected)
+    for block in model.blocks:
+        prune.remove(block.attn.qkv, "weight")
+        prune.remove(block.mlp.fc1, "weight")
+    assert torch.equal(features(model, images), expected)
+    assert relative_error(features(optimize_for_inference(model), images), expected) < 2e-6
 
 
 def test_sharded_by_the_older_fsdp(model, images):

@@ -1,7 +1,7 @@
 """Every hidden state against transformers, live, with transformers' own error against float64 as the yardstick.
 
 The bounds: in float32 at most 1.5 times the reference's error, in bfloat16 and float16 at most the reference's.
-`make test` runs this file against two releases of transformers; `make parity-table` prints what it measured.
+`make test` runs this file against two releases of transformers; `python benchmarks/parity.py` prints what it measured.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from helpers import relative_error
 from torch import nn
 
 from dinov3_lite import prepacked
-from dinov3_lite.prepacked import EXACT_ENOUGH, PRODUCTS, PackedByOneDNN, available, ways_of_products
+from dinov3_lite.prepacked import EXACT_ENOUGH, PRODUCTS, PackedByOneDNN, Plain, available, ways_of_products
 
 if not available(torch.empty(0)):
     pytest.skip("oneDNN is not here", allow_module_level=True)
@@ -42,3 +42,29 @@ def test_a_way_that_errs_more_is_none(monkeypatch):
     assert "onednn" not in ways_of_products(torch.float32, True, 48)
     if available(torch.empty(0, dtype=torch.bfloat16)):  # rounds far more coarsely itself
         assert "onednn" in ways_of_products(torch.bfloat16, True, 48)
+
+
+@pytest.mark.parametrize(
+    "flaw",
+    ["", "product", "weight", "NaN", AttributeError("renamed"), RuntimeError(), TypeError("arguments"), ValueError()],
+    ids=repr,
+)
+def test_a_way_that_computes_something_else_is_none(flaw, monkeypatch):
+    """A later torch may rename an operator, give it other arguments, or compute other things by the same name."""
+
+    class Flawed(Plain):
+        def __init__(self, *arguments, **options):
+            if isinstance(flaw, Exception):
+                raise flaw
+            super().__init__(*arguments, **options)
+
+        def forward(self, x):
+            return super().forward(x) + {"product": 1.0, "NaN": float("nan")}.get(flaw, 0.0)
+
+        def unpack(self):
+            return self.weight + float(flaw == "weight")
+
+    monkeypatch.setitem(PRODUCTS, "plain", Flawed)
+    assert prepacked.works.__wrapped__("plain", torch.float32) == (flaw == "")
+    monkeypatch.setattr(prepacked, "works", prepacked.works.__wrapped__)
+    assert ("plain" in ways_of_products(torch.float32, True)) == (flaw == "")

@@ -37,9 +37,11 @@ def test_periods_are_the_published_ones():
 def test_coordinates_are_patch_centres_row_by_row():
     expected = [[-0.5, -2 / 3], [-0.5, 0], [-0.5, 2 / 3], [0.5, -2 / 3], [0.5, 0], [0.5, 2 / 3]]
     torch.testing.assert_close(patch_center_coords(2, 3), torch.tensor(expected))
+    tall = [[-2 / 3, -0.5], [-2 / 3, 0.5], [0, -0.5], [0, 0.5], [2 / 3, -0.5], [2 / 3, 0.5]]
+    torch.testing.assert_close(patch_center_coords(3, 2), torch.tensor(tall))
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (14, 14), (1, 7)])
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (5, 3), (14, 14), (1, 7), (7, 1)])
 def test_tables_from_the_formula(grid):
     """Angle = 2 pi coordinate / period, frequencies of y first; the identity for prefix tokens."""
     rope = RotaryEmbedding2D(TINY).eval()
@@ -56,6 +58,14 @@ def test_tables_from_the_formula(grid):
                     entry = (5 + row * w + column, axis * 4 + i)
                     assert cos[entry].item() == pytest.approx(math.cos(angle), abs=1e-6)
                     assert sin[entry].item() == pytest.approx(math.sin(angle), abs=1e-6)
+
+
+def test_tables_in_float64_round_nothing_but_coordinates_and_periods():
+    """Which are float32; these coordinates are eighths."""
+    rope = RotaryEmbedding2D(TINY).eval()
+    cos, sin = rope(4, 8, 0, torch.float64)
+    angles = (2 * math.pi * patch_center_coords(4, 8).double().unsqueeze(-1) / rope.periods.double()).flatten(1)
+    assert (cos - angles.cos()).abs().max() < 1e-14 and (sin - angles.sin()).abs().max() < 1e-14
 
 
 def test_rotation_is_that_of_complex_numbers():

@@ -95,12 +95,12 @@ def prepare(folder: Folder, request: Request) -> dict[str, Any]:
     if not folder.has(folder.job):
         if folder.path.is_file():
             raise NotADirectoryError(f"{folder}: is a file: the output is a folder, name another")
-        folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.plan.is_dir():
+            sources = find_sources(list(request.inputs))  # before there is a folder, in case there are none
+            folder.path.mkdir(parents=True, exist_ok=True)
             write_plan(
-                folder, find_sources(list(request.inputs)), wanted["shard_size"], request.column,
-                wanted, cut=request.shard_size is not None,
-            )  # fmt: skip
+                folder, sources, wanted["shard_size"], request.column, wanted, cut=request.shard_size is not None
+            )
         folder.hand_over(sorted(folder.plan.iterdir()), keep=True)
         folder.put(folder.job, (folder.plan / "job.json").read_bytes())
     job = folder.read_job()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from ..layers import OURS, GatedMlp, LayerNorm, Mlp, QKVProjection, SelfAttention
+from ..layers import GatedMlp, LayerNorm, Mlp, QKVProjection, SelfAttention, add_ours
 from .mesh import device_of
 
 
@@ -125,7 +125,7 @@ class WideLayerNorm(LayerNorm):
         return self.unrounded(x) if torch.is_grad_enabled() else super().forward(x)
 
 
-OURS.add(WideLayerNorm)
+add_ours(WideLayerNorm)
 
 
 class SumOfGradients(torch.autograd.Function):

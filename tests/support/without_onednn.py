@@ -12,5 +12,11 @@ class _Nothing:
         raise AttributeError(f"torch.ops.mkldnn has no operator {name!r}")
 
 
+def _registrations(key: str, all_of_them=torch._C._dispatch_get_registrations_for_dispatch_key) -> list[str]:
+    """What torch has registered, of which inductor looks up every one: no operator of oneDNN's."""
+    return [name for name in all_of_them(key) if not name.startswith("mkldnn::")]
+
+
 torch._C._has_mkldnn = False  # as torch was built without it; inductor asks this
+torch._C._dispatch_get_registrations_for_dispatch_key = _registrations
 torch.ops.mkldnn = _Nothing()
