@@ -83,7 +83,7 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError(f"{path}: opening pictures needs Pillow: pip install dinov3-lite[images]") from error
+        raise ImportError(f"{path}: opening pictures needs Pillow: pip install 'dinov3-lite[images]'") from error
     with _errors_named(path), Image.open(path) as image:
         yield image
 

@@ -192,10 +192,11 @@ def version(parameter: Tensor) -> int:
 
 
 class Origin:
-    """The name of the weights that a model has at this moment; without a model, of any.
+    """The name of a model's weights, and what tells later whether it still has them.
 
-    Changes are noticed by a few numbers of each parameter, and by PyTorch's count of writes to it.
-    samples: these numbers, where they have been read already: see `Checkpoint.state_samples`.
+    A change is noticed by a few numbers of each parameter, and by PyTorch's count of writes to it.
+    model: None: the name stands, whatever becomes of the weights. samples: these numbers, where they have been read
+        already: see `Checkpoint.state_samples`.
     """
 
     def __init__(
@@ -244,7 +245,9 @@ def _samples(model: nn.Module) -> dict[str, list[Tensor | None]]:
 
 
 def _here(model: nn.Module) -> dict[str, Tensor]:
-    """Each parameter flat, of a DTensor what lies here: none on the meta device, nor of other kinds."""
+    """Each parameter, flat: of a DTensor the part in this process. Left out are those on the meta device and those of
+    other classes of tensor.
+    """
     result = {}
     for name, parameter in model.named_parameters():
         here: Any = parameter

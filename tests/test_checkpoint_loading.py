@@ -134,6 +134,28 @@ main()
     assert size > 100_000 and copied < 0.1 * size and mapped < 0.5 * size
 
 
+@linux_only
+def test_what_is_joined_stays_in_memory_once(tmp_path):
+    """Else the pages of queries, keys and values would lie in memory twice."""
+    config = replace(TINY, hidden_size=256, num_attention_heads=4)
+    opened = open_checkpoint(write_checkpoint(tmp_path, config))
+    spans = opened.spans["blocks.0.attn.qkv.weight"]
+    whole = opened.read(spans)
+    parts = [span.read() for span in spans]
+    pages = [resident(part) for part in parts]
+    assert torch.equal(whole, torch.cat(parts))
+    assert len(parts) == 3 and pages == [0, 0, 0]
+    assert all(resident(part) >= 63 for part in parts)
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """How many of the whole pages of a tensor lie in memory."""
+    first, last = -(-tensor.data_ptr() // 4096), (tensor.data_ptr() + tensor.nbytes) // 4096
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(8 * first)
+        return sum(entry != 0 for entry in memoryview(file.read(8 * (last - first))).cast("Q"))
+
+
 def test_repr_shows_the_fingerprint(folder):
     model = DINOv3ViT.from_pretrained(folder)
     assert re.search(r"vit-c32-d3-h2, 0.0 M parameters, weights transformers [0-9a-f]{8}\n", repr(model))

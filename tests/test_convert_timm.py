@@ -35,6 +35,41 @@ def test_timm_has_no_mask_token(tmp_path):
     assert (DINOv3ViT.from_pretrained(back).mask_token == 0).all()
 
 
+WITH_HEADS = """
+import sys, timm, torch
+from safetensors.torch import load_file
+
+try:
+    timm.create_model("local-dir:timm", pretrained=True)
+except KeyError as error:
+    print("refused, no", error)
+images = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+sizes = {"embed_dim": 32, "depth": 3, "patch_size": 8, "mlp_ratio": 2, "img_size": 64, "num_classes": 0}
+outputs = []
+for heads in (2, 4):
+    model = timm.create_model("vit_small_patch16_dinov3_qkvb", num_heads=heads, **sizes).eval()
+    model.load_state_dict(load_file("timm/model.safetensors"), strict=True)
+    with torch.no_grad():
+        outputs.append(model(images))
+print("apart by", ((outputs[1] - outputs[0]).norm() / outputs[0].norm()).item())
+"""
+
+
+def test_heads_of_another_width_are_said_nowhere(tmp_path):
+    """No reader could tell them: timm refuses the folder, and takes its tensors with any number of heads."""
+    source = write_checkpoint(tmp_path / "source", TINY, holdable(TINY))
+    why = "its width 32 is no multiple of 64, the head dim of released models: it has no RoPE periods"
+    with pytest.raises(ValueError, match=f"the timm layout can't hold the config: its files don't say it, .*{why}"):
+        convert(source, tmp_path / "timm", to="timm")
+    folder = convert(source, tmp_path / "timm", to="timm", allow_loss=True)
+    with pytest.raises(ValueError, match=why):
+        DINOv3ViT.from_pretrained(folder)
+    (tmp_path / "code.py").write_text(WITH_HEADS)
+    first, second = run_reference("run_with_timm.py", tmp_path / "code.py", cwd=tmp_path).splitlines()[-2:]
+    assert first == "refused, no 'architecture'"
+    assert float(second.removeprefix("apart by ")) > 0.01
+
+
 @pytest.mark.parametrize("preprocessing", [None, {"size": {"shortest_edge": 7}}, {"size": 5, "image_mean": 0.5}])
 def test_preprocessing_that_timm_is_not_told(preprocessing, tmp_path):
     source = write_checkpoint(tmp_path / "source", WIDE, holdable(WIDE), preprocessing)

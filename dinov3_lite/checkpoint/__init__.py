@@ -100,7 +100,7 @@ class Checkpoint:
         return state
 
     def read(self, spans: Sequence[Span]) -> Tensor:
-        """These elements one after the other, flat: memory-mapped where they are stored so.
+        """These elements one after the other, flat: memory-mapped where they are stored so, else copied.
 
         Of several dtypes the narrowest that holds them all; no elements in the weights'.
         """
@@ -110,8 +110,9 @@ class Checkpoint:
             return torch.empty(0, dtype=self._first.dtype, device="cpu")
         parts = [span.read() for span in spans]
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-        whole = empty((sum(span.size for span in spans),), dtype)
-        for part, place in zip(parts, whole.split([span.size for span in spans]), strict=True):
+        sizes = [span.size for span in spans]
+        whole = empty((sum(sizes),), dtype)
+        for part, place in zip(parts, whole.split(sizes), strict=True):
             place.copy_(part)
             give_back(part)
         return whole

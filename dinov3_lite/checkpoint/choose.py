@@ -13,7 +13,6 @@ Two of the same kind, such as a backbone for colours and one for depths, are for
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 
 EMA = {
@@ -24,12 +23,13 @@ TEACHERS = {"teacher", "teacher_model", "model_teacher", "teacher_backbone", "te
 GRAM = {"gram", "gram_teacher", "gram_model", "gram_backbone", "teacher_gram"}
 
 # Modules that training code puts around others, between any two parts of a name.
-WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.")
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"}
 
 
 def without_wrappers(name: str) -> str:
     """The tensor's name in the module that torch.compile, FSDP or activation checkpointing was put around."""
-    return WRAPPERS.sub("", name)
+    *modules, last = name.split(".")
+    return ".".join([*(module for module in modules if module not in WRAPPERS), last])
 
 
 def prefixes(names: Collection[str], anchors: Collection[str], blocks: Collection[str]) -> list[str]:

@@ -60,8 +60,8 @@ class Container(NamedTuple):
 
 def cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype`. Raises ValueError if a finite value leaves its range."""
-    same = tensor.dtype == dtype or tensor.device.type != "cpu"
-    result = tensor.to(dtype) if same else empty(tensor.shape, dtype).copy_(tensor)
+    is_cast_here = tensor.dtype != dtype and tensor.device.type == "cpu"
+    result = empty(tensor.shape, dtype).copy_(tensor) if is_cast_here else tensor.to(dtype)
     if dtype == torch.float16 and tensor.dtype != dtype and not torch.equal(result.isfinite(), tensor.isfinite()):
         raise ValueError(
             f"tensor {name!r} reaches {tensor.abs().max().item():.4g}, beyond float16's 65504: use bfloat16 or float32"

@@ -152,7 +152,7 @@ def losses(opened: Checkpoint, layout: Layout) -> dict[str, str]:
         taken = reader_config(layout, opened.card, shapes, read)
     except ValueError as error:
         taken = opened.config
-        lost["config"] = f"the config: what its readers make of the tensors is none ({error})"
+        lost["config"] = f"the config: its files don't say it, and readers can't tell it from the tensors ({error})"
     lost |= {
         field: f"{field!r} {getattr(opened.config, field)!r}: its files don't say it, and its readers take "
         f"{getattr(taken, field)!r}"

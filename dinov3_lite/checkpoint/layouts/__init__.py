@@ -52,10 +52,11 @@ def tensors_of(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]
     return tensors
 
 
-def joined(config: Config) -> dict[str, Equation]:
+@functools.lru_cache(maxsize=8)
+def joined(config: Config) -> Mapping[str, Equation]:
     """The model's parameters that lie in our file as several tensors, the biases of its attention: see `STATE_DICT`."""
     table = STATE_DICT.table(config)
-    return {equation.theirs[0][0]: equation for equation in table.equations(config, table.differences)}
+    return MappingProxyType({e.theirs[0][0]: e for e in table.equations(config, table.differences)})
 
 
 def _cut(flat: Tensor, wanted: Named) -> dict[str, Tensor]:
@@ -90,19 +91,23 @@ def backbones(names: Collection[str]) -> list[str]:
     """What stands before the names of each backbone's tensors, as `module.`, `backbone.` or `teacher.backbone.`."""
     tables = [table for layout in LAYOUTS.values() for table in layout.tables.values()]
     anchors = {name for table in tables for name in table.theirs(table.family.anchor)}
-    extra = {start: written for layout in LAYOUTS.values() for start, written in layout.in_memory.items()}
-    in_memory = {start + a.removeprefix(w) for a in anchors for start, w in extra.items() if a.startswith(w)}
-    starts = {start for table in tables for start in table.block_starts} | set(extra)
-    found = prefixes(names, anchors | in_memory, starts)
-    inner = {start.removesuffix(written) for start, written in extra.items()}
+    beginnings = _beginnings()
+    anchors |= {start + a.removeprefix(w) for a in anchors for start, w in beginnings.items() if a.startswith(w)}
+    starts = {start for table in tables for start in table.block_starts} | set(beginnings)
+    found = prefixes(names, anchors, starts)
+    inner = {start.removesuffix(written) for start, written in beginnings.items()}  # "model." is no prefix of its own
     return [p for p in found if not any(p.endswith(i) and p.removesuffix(i) in found for i in inner)]
+
+
+def _beginnings() -> dict[str, str]:
+    """How names begin in memory alone, and in files: transformers' `model.layer.` is written `layer.`."""
+    return {start: written for layout in LAYOUTS.values() for start, written in layout.in_memory.items()}
 
 
 def own_names(names: Iterable[str], prefix: str) -> dict[str, str]:
     """The backbone's own names of those tensors that stand behind the prefix."""
-    extra = [(start, written) for layout in LAYOUTS.values() for start, written in layout.in_memory.items()]
     result = {name: name[len(prefix) :] for name in names if name.startswith(prefix)}
-    for start, written in extra:
+    for start, written in _beginnings().items():
         result |= {name: written + own[len(start) :] for name, own in result.items() if own.startswith(start)}
     return result
 

@@ -9,7 +9,6 @@ reads off a config. Nothing here opens a file.
 # Annotations are evaluated here: as texts, those of NamedTuples are compiled at every import, half a millisecond.
 import functools
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,6 @@ Config = Any  # a frozen dataclass, one class a model family
 Read = Callable[[str], Tensor]
 """A tensor of a file by its name in the file."""
 
-NUMBER = re.compile(r"(?<![^.])(\d+|\{\w+\})(?![^.])")
 HEADS = {
     *("head", "heads", "head_dist", "fc", "fc_norm", "classifier", "cls_head", "linear_head", "dino_head", "ibot_head"),
     *("projector", "projectors", "projection", "projection_head", "proj_head"),
@@ -136,7 +134,6 @@ class Table:
     """What is written as a copy of which of ours, unless the source has it among the carried."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """How names begin of tensors that its files may hold and nobody needs, with the reason."""
-    """Which of the carried are written as copies of which of ours where the source has none."""
     stores_empty: bool = True
     """Whether a tensor without elements, register tokens where there are none, is written."""
 
@@ -277,7 +274,7 @@ class Layout(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def pattern(name: str) -> str:
     """The name with # for each number and for each `{i}`: names of one row have one pattern."""
-    return NUMBER.sub("#", name)
+    return ".".join("#" if part.isdecimal() or part.startswith("{") else part for part in name.split("."))
 
 
 def numel(shape: Shape) -> int:

@@ -111,13 +111,16 @@ def infer_config(table: Table, shapes: Mapping[str, Shape], read: Read) -> DINOv
     for switch, name in zip(SWITCHES, BIASES, strict=True):
         ours = next((row.ours for row in table.rows if name in row.ours), ())
         biases[switch] = bool(ours) and shape(ours[0]) is not None  # where they are fused, the first names the tensor
+    if C % head_dim:
+        whose = "that its RoPE periods show" if periods is not None else "of released models: it has no RoPE periods"
+        raise ValueError(f"its width {C} is no multiple of {head_dim}, the head dim {whose}")
     config = DINOv3Config(
         patch_size=patch[2],
         num_channels=patch[1],
         hidden_size=C,
         intermediate_size=hidden[0] // (2 if gated and len(table.theirs("blocks.{i}.mlp.w12.weight")) == 1 else 1),
         num_hidden_layers=depth,
-        num_attention_heads=C // head_dim if C % head_dim == 0 else 0,
+        num_attention_heads=C // head_dim,
         num_register_tokens=registers[1] if registers and len(registers) == 3 else 0,
         use_gated_mlp=gated is not None,
         hidden_act="silu" if gated is not None else "gelu",
