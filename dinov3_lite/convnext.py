@@ -134,8 +134,9 @@ class Stage(nn.Module):
         if recompute:
             from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
         x = self.downsample(x)
+        blocks: Any = self.blocks
         overwrites = self._overwrites(x)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks):
             if recompute:
                 x = checkpoint(block, x, use_reentrant=False)
             else:

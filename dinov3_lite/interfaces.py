@@ -31,9 +31,13 @@ class BackboneOutput(NamedTuple):
     cls_tokens: tuple[Tensor, ...] | None
     """(B, C) each, or None without `return_class_token`."""
 
-    hidden_states = None
-    attentions = None
-    """What transformers' decoders hand on. Each is None: `out_indices` names the stages that are wanted."""
+    @property
+    def hidden_states(self) -> None:
+        """None, for transformers' decoders, which hand it on: `out_indices` names the stages that are wanted."""
+
+    @property
+    def attentions(self) -> None:
+        """None, likewise."""
 
 
 class _Backbone(nn.Module):
