@@ -26,9 +26,10 @@ from . import convnext_features as features
 from .checks import BATCH, check_dtype, check_kind
 from .config import DINOv3ConvNeXtConfig
 from .features import dtype_of
-from .layers import DropPath, LayerNorm, LayerScale, Mlp, add_ours
+from .layers import DropPath, LayerNorm, LayerScale, Mlp, add_ours, untouched
 from .model import DINOv3Output
 from .pretrained import Opening, Pretrained, open_source
+from .tracing import writes_in_place
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,16 +79,15 @@ class NoStep(nn.Identity):
 class DepthwiseConv(nn.Conv2d):
     """Each channel convolved by itself over 7 x 7 pixels: (B, h, w, C) -> (B, h, w, C).
 
-    It reads the residual stream, which may be wider than the weights, and computes in its dtype.
+    It reads the residual stream, which may be wider than the weights. Under bfloat16 weights it computes in bfloat16,
+    whose range is float32's; otherwise in the stream's dtype, since float16 can't hold what is there.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, kernel_size=7, padding=3, groups=channels)
-
     def forward(self, x: Tensor) -> Tensor:
-        assert self.bias is not None
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return self._conv_forward(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
+        dtype = torch.bfloat16 if self.weight.dtype == torch.bfloat16 else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        convolved = self._conv_forward(x.to(dtype).permute(0, 3, 1, 2), self.weight.to(dtype), bias)
+        return convolved.permute(0, 2, 3, 1)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -98,14 +98,22 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, config: DINOv3ConvNeXtConfig, channels: int, drop_path: float) -> None:
         super().__init__()
-        self.dwconv = DepthwiseConv(channels)
+        self.dwconv = DepthwiseConv(channels, channels, kernel_size=7, padding=3, groups=channels)
         self.norm = LayerNorm(channels, eps=config.layer_norm_eps)
         self.mlp = Mlp(channels, 4 * channels, config.hidden_act)
         self.ls = LayerScale(channels, config.layer_scale_init_value)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ls(x, self.drop_path(self.mlp(self.norm(self.dwconv(x)))))
+        return self.ls(x, self.branch(x))
+
+    def add_to(self, x: Tensor) -> Tensor:
+        """`forward`, written into x: the same numbers, past the modules `self` and `ls`."""
+        return x.addcmul_(self.branch(x), self.ls.gamma)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to x, but for gamma."""
+        return self.drop_path(self.mlp(self.norm(self.dwconv(x))))
 
 
 class Stage(nn.Module):
@@ -126,9 +134,24 @@ class Stage(nn.Module):
         if recompute:
             from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
         x = self.downsample(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        blocks: Any = self.blocks
+        overwrites = self._overwrites(x)
+        for i, block in enumerate(blocks):
+            if recompute:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block.add_to(x) if overwrites and i else block(x)
         return x
+
+    def _overwrites(self, x: Tensor) -> bool:
+        """Whether all blocks but the first may write into their input: nobody else sees what one hands to the next.
+
+        New memory for every sum costs up to 5 % of a forward (512 pixels, bfloat16).
+        """
+        if not writes_in_place(x) or not untouched(*self.blocks):
+            return False
+        blocks: Any = self.blocks
+        return untouched(*(module for block in blocks for module in (block.dwconv, block.ls)))
 
 
 class DINOv3ConvNeXt(features.Sizes, Pretrained):
@@ -140,9 +163,8 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
     Switches, all of them plain attributes that may be set at any time:
         patch_size: None, or a ViT's patch size, to whose grid `get_intermediate_layers` then resizes every map.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        residual_dtype: dtype of the residual stream, which the depthwise convolutions read. None is float32 or wider
-            whatever the weights; `torch.bfloat16` under bfloat16 weights is what the references do: less memory
-            traffic, and their error.
+        residual_dtype: dtype of the residual stream. None is float32 or wider whatever the weights; `torch.bfloat16`
+            under bfloat16 weights is what the references do: less memory traffic, and their error.
     """
 
     config_class = DINOv3ConvNeXtConfig

@@ -31,6 +31,14 @@ class BackboneOutput(NamedTuple):
     cls_tokens: tuple[Tensor, ...] | None
     """(B, C) each, or None without `return_class_token`."""
 
+    @property
+    def hidden_states(self) -> None:
+        """None, for transformers' decoders, which hand it on: `out_indices` names the stages that are wanted."""
+
+    @property
+    def attentions(self) -> None:
+        """None, likewise."""
+
 
 class _Backbone(nn.Module):
     """What both classes of transformers have in common: stages by index or by name, of a model."""
@@ -83,6 +91,17 @@ class _Backbone(nn.Module):
         if {"out_indices", "out_features"} & given.keys():
             said = {name: value for name, value in said.items() if name not in ("out_indices", "out_features")}
         return cls(model, **{**said, **given}).eval()
+
+    def forward_with_filtered_kwargs(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, output_attentions: bool | None = None
+    ) -> BackboneOutput:
+        """`forward`, by the name that transformers' decoders call (UperNet's, say).
+
+        Raises ValueError as `forward` does, and if hidden states or attentions are asked for.
+        """
+        if output_hidden_states or output_attentions:
+            raise ValueError("a backbone returns feature maps alone: name the stages that are wanted in out_indices")
+        return self(pixel_values)
 
 
 class DINOv3ViTBackbone(_Backbone):
@@ -219,22 +238,20 @@ def _options_said(opened: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
     return said
 
 
-class FeatureInfo(NamedTuple):
-    """What timm's decoders ask of `feature_info`: a list over the maps that the features hold."""
-
-    entries: list[dict[str, Any]]
+class FeatureInfo(list[dict[str, Any]]):
+    """What timm's decoders ask of `feature_info`: a list of dictionaries, one for each map that the features hold."""
 
     def channels(self) -> list[int]:
         """Channels of each map."""
-        return [entry["num_chs"] for entry in self.entries]
+        return [entry["num_chs"] for entry in self]
 
     def reduction(self) -> list[int]:
         """Stride of each map: a ViT's patch size."""
-        return [entry["reduction"] for entry in self.entries]
+        return [entry["reduction"] for entry in self]
 
     def module_name(self) -> list[str]:
         """The block, or the ConvNeXt's stage, that gives each map."""
-        return [entry["module"] for entry in self.entries]
+        return [entry["module"] for entry in self]
 
 
 class FeaturesOnly(nn.Module):

@@ -51,6 +51,8 @@ class LayerNorm(nn.LayerNorm):
 
     def unrounded(self, x: Tensor) -> Tensor:
         """The same in the dtype that it is computed in."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         return F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
 
@@ -205,7 +207,10 @@ def activate(name: str, hidden: Tensor, projection: nn.Module) -> Tensor:
     """
     if torch.is_grad_enabled() or traced() or not untouched(projection):
         return getattr(F, name)(hidden)
-    return getattr(torch.ops.aten, f"{name}_")(hidden)
+    return IN_PLACE[name](hidden)
+
+
+IN_PLACE = {"gelu": torch.ops.aten.gelu_.default, "silu": torch.ops.aten.silu_.default}
 
 
 class LayerScale(nn.Module):

@@ -23,7 +23,7 @@ from dinov3_lite import (
     optimize_for_inference,
 )
 from dinov3_lite.config import CONVNEXTS
-from dinov3_lite.convnext import Downsample
+from dinov3_lite.convnext import ConvNeXtBlock, Downsample
 
 # Parameters counted on transformers' own models; tensors of the files on the hub.
 SIZES = {
@@ -395,6 +395,47 @@ def test_neither_gradients_nor_hooks_change_a_bit(dtype):
     assert torch.equal(with_gradients, without) and torch.equal(without, watched)
 
 
+@pytest.mark.parametrize("residual", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_written_in_place_only_where_nobody_holds_them(dtype, residual, monkeypatch):
+    """Without gradients a block writes into what the one before it returned. Whoever kept that must find it unchanged."""
+    model, images, written = made(dtype=dtype), torch.randn(1, 3, 64, 96), []
+    model.residual_dtype = residual
+    add_to = ConvNeXtBlock.add_to
+    monkeypatch.setattr(ConvNeXtBlock, "add_to", lambda block, x: written.append(block) or add_to(block, x))
+    expected = model(images, output_hidden_states=True)
+    assert written == []
+    with torch.no_grad():
+        out = model(images, output_hidden_states=True)
+    assert [len(stage.blocks) - 1 for stage in model.stages] == [0, 1, 2, 0]
+    assert written == [model.stages[1].blocks[1], *model.stages[2].blocks[1:]]
+    assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, expected.hidden_states, strict=True))
+
+    blocks = model.stages[2].blocks
+    places = [*blocks, *(module for block in blocks for module in (block.dwconv, block.ls)), model.stages[2].downsample]
+    for module in (*places, model.stages[2], model.stages[2].downsample.conv):
+        kept: list[list[torch.Tensor]] = []
+        handle = module.register_forward_hook(lambda _, inputs, output, kept=kept: kept.append([*inputs[:1], output]))
+        for mode in (True, False):
+            with torch.set_grad_enabled(mode):
+                out = model(images)
+            assert torch.equal(out.last_hidden_state, expected.last_hidden_state)
+        handle.remove()
+        assert len(kept) == 2 and all(torch.equal(a, b) for a, b in zip(*kept, strict=True)), module
+
+
+@torch.no_grad()
+def test_weights_of_one_block_mapped_over():
+    """What is mapped over can not be written into what is not: vmap refuses."""
+    model, images = made(), torch.randn(1, 3, 32, 64)
+    name = "stages.2.blocks.1.mlp.fc2.weight"
+    weights = torch.stack([model.get_parameter(name) * factor for factor in (1, 2)])
+    found = vmap(lambda weight: functional_call(model, {name: weight}, (images,)).last_hidden_state)(weights)
+    for weight, result in zip(weights, found, strict=True):
+        expected = functional_call(model, {name: weight}, (images,)).last_hidden_state
+        assert relative_error(result, expected) < 1e-6
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "raw"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_dtypes_of_outputs(dtype, raw):
@@ -432,10 +473,13 @@ def test_a_step_down_errs_as_little_as_with_channels_first():
 
 @torch.no_grad()
 def test_residual_dtype_follows_the_references():
-    """A residual stream in bfloat16 errs more than ours in float32, as the references do."""
-    images = torch.randn(2, 3, 64, 96)
-    truth = made(dtype=torch.float64)(images).last_hidden_state
-    model = made(dtype=torch.bfloat16)
+    """A residual stream in bfloat16 errs more than ours in float32, as the references do: the more, the more blocks."""
+    images, deep = (
+        torch.randn(2, 3, 64, 96),
+        replace(TINY_CONVNEXT, hidden_sizes=(32, 64, 96, 128), depths=(2, 2, 9, 2)),
+    )
+    truth = made(deep, torch.float64)(images).last_hidden_state
+    model = made(deep, torch.bfloat16)
     wide = relative_error(model(images).last_hidden_state, truth)
     model.residual_dtype = torch.bfloat16
     narrow = model(images, output_hidden_states=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,20 @@ def test_lora_trains_merges_and_is_saved(tmp_path):
         assert relative_error(adapted, before) > 1e-3
     again = DINOv3ConvNeXt.from_pretrained(merged.save_pretrained(tmp_path / "merged", "transformers"))
     assert torch.equal(again(images).last_hidden_state, merged(images).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_on_the_depthwise_convolutions(dtype):
+    """The library peft makes its two convolutions by the class of the one that it adapts, with nn.Conv2d's arguments."""
+    peft = pytest.importorskip("peft")
+    model, images = made(dtype=dtype), torch.randn(2, 3, 64, 64)
+    expected = model(images).last_hidden_state.detach()
+    with warnings.catch_warnings(action="ignore"):  # adapters of grouped convolutions can't be merged
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=r"stages\.0\..*dwconv"))
+    assert relative_error(adapted(images).last_hidden_state, expected) < (1e-6 if dtype == torch.float32 else 1e-2)
+    adapted(images).last_hidden_state.square().sum().backward()
+    (trained,) = (name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any())
+    assert trained.endswith("stages.0.blocks.0.dwconv.lora_B.default.weight")  # zero at first: A gets no gradient yet
 
 
 @pytest.mark.parametrize("layout", ["lite", "transformers", "meta", "timm"])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from dinov3_lite import (
     DINOv3ConvNextBackbone,
     DINOv3ViT,
+    FeaturesOnly,
     ImageProcessor,
     build_dinov3_encoder,
     load,
@@ -54,6 +55,36 @@ def test_the_pyramid_of_a_convnext_is_fine_tuned_or_refused(folder):
     assert all(block.mlp.fc1.weight.grad.abs().sum() > 0 for block in blocks)
     with pytest.raises(ValueError, match="simple keeps a vision transformer's one grid: a ConvNeXt has four"):
         build_dinov3_encoder(pretrained_path=folder, simple=True)
+
+
+@torch.no_grad()
+def test_transformers_upernet_takes_our_backbone_for_its_own(folder):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "DINOv3ConvNextBackbone"):
+        pytest.skip(f"transformers {transformers.__version__} has no DINOv3ConvNextBackbone")
+    stages = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    config = transformers.UperNetConfig(
+        backbone_config=transformers.DINOv3ConvNextConfig.from_pretrained(folder, **stages),
+        hidden_size=16,
+        num_labels=3,
+        auxiliary_in_channels=24,
+        auxiliary_channels=8,
+    )
+    decoder, images = transformers.UperNetForSemanticSegmentation(config).double().eval(), torch.randn(2, 3, 70, 101)
+    backbone = transformers.DINOv3ConvNextBackbone.from_pretrained(folder, dtype=torch.float64, **stages)
+    ours = DINOv3ConvNextBackbone.from_pretrained(folder, dtype=torch.float64, **stages)
+    logits = []
+    for decoder.backbone in (backbone.double(), ours):
+        logits.append(decoder(images.double()).logits)
+    assert logits[0].shape == (2, 3, 70, 101) and relative_error(*logits) < 1e-13
+    with pytest.raises(ValueError, match="feature maps alone: name the stages that are wanted in out_indices"):
+        decoder(images.double(), output_hidden_states=True)
+
+
+def test_the_maps_of_features_only_are_described_one_by_one():
+    info = FeaturesOnly(made(), (3, 1)).feature_info
+    assert len(info) == 2 and info[1] == {"num_chs": 32, "reduction": 32, "module": "stages.3"}
+    assert [entry["num_chs"] for entry in info] == info.channels() == [16, 32]
 
 
 # ---- preparation for inference

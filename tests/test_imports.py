@@ -107,7 +107,7 @@ EDGES = {
     "dinov3_lite/model.py": {*("attention", "checks", "config", "features", "layers", "packing", "pretrained", "rope")},
     "dinov3_lite/image.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "pixels"},
     "dinov3_lite/convnext.py": {
-        *("checks", "config", "convnext_features", "features", "layers", "model", "pretrained")
+        *("checks", "config", "convnext_features", "features", "layers", "model", "pretrained", "tracing")
     },
     "dinov3_lite/convnext_features.py": {"checks", "config", "features"},
     "dinov3_lite/pixels.py": set(),
