@@ -65,7 +65,7 @@ class QKVProjection(nn.Linear):
     saved (but not what `.data` is written in place, which PyTorch does not report).
     """
 
-    _cleared = (0, 0)  # where the bias lay and which version it was, when its absent thirds were last made zero
+    _cleared = (0, 0)  # address and version of the bias when its absent thirds were last made zero
 
     def __init__(self, config: DINOv3Config) -> None:
         self.has_bias = {"q_bias": config.query_bias, "k_bias": config.key_bias, "v_bias": config.value_bias}
@@ -268,7 +268,7 @@ class Block(nn.Module):
         return self.ls2(x, self.drop_path(self.mlp(self.norm2(x))))
 
     def _fused(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        """The same two lines by our kernels, past the modules ls1, norm2 and mlp."""
+        """The same two lines in fewer passes: our kernels read the weights of ls1 and norm2 directly."""
         from .kernels import add_layer_norm
 
         branch = self.drop_path(self.attn(self.norm1(x), cos, sin, attention))
@@ -299,7 +299,7 @@ GLOBAL_HOOKS = (
 
 
 def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
-    """Whether these very modules are ours, plain, and unobserved. Their children are not asked after.
+    """Whether a faster way may stand in for these modules: they are ours, plain, and unobserved. Not their children.
 
     Everything that is not plain eager execution (fused kernels, activations in place, folded and prepacked weights,
     compiled graphs) goes past modules or changes what flows between them. It asks this first, and declines if anybody
