@@ -134,6 +134,19 @@ def assert_right(ours, truth, dtype) -> None:
         assert relative_error(a, t) < (2e-6 if dtype == torch.float32 else 2e-3)
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("operation", ["add_layer_norm", "add_layer_norm_backward"])
+@pytest.mark.parametrize("weights", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("branch", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("stream", [torch.float32, *HALVES], ids=str)
+def test_right_kernels_are_right_in_every_mixture_of_dtypes(operation, stream, branch, weights):
+    """Under autocast the branch is narrower than the weights, and so is its gradient."""
+    kind = (torch.device(DEVICE), weights, 32, stream, branch, weights)
+    assert CHECKED[operation][0].problem(kind) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("operation", CHECKED)
 def test_a_wrong_kernel_is_replaced_with_one_warning(spoil, operation, dtype):
