@@ -86,14 +86,15 @@ class Checked:
 
     def problem(self, kind: tuple[Any, ...]) -> str | None:
         """What is wrong with the kernel on small arguments, or None."""
-        device, dtype, *_ = kind
+        device = kind[0]
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             arguments = self.sample(*kind)
             truth = self.plain(*(_wide(x) for x in arguments))
             try:
                 found = self.launch(*arguments)
+                bound = max(_bound(part) for part in kind if isinstance(part, torch.dtype))
                 outputs = zip(_tuple(found), _tuple(truth), strict=True)
-                return next(filter(None, (_disagreement(*output, dtype) for output in outputs)), None)
+                return next(filter(None, (_disagreement(*output, bound) for output in outputs)), None)
             except torch.OutOfMemoryError:
                 raise  # says nothing of the kernel
             except Exception as error:
@@ -125,14 +126,10 @@ def _bound(dtype: torch.dtype) -> float:
     return (64 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
 
 
-def _disagreement(found: Tensor, truth: Tensor, dtype: torch.dtype) -> str | None:
-    """A sentence if an element is further off than this dtype and its own explain, relative to the largest, else None.
-
-    Under autocast a branch and its gradient are narrower than the weights, which give an operation its dtype.
-    """
+def _disagreement(found: Tensor, truth: Tensor, bound: float) -> str | None:
+    """A sentence if an element is further off than the bound, relative to the largest, else None."""
     if not found.numel():
         return None
-    bound = max(_bound(dtype), _bound(found.dtype))
     error = ((found.double() - truth).abs().max() / truth.abs().max()).item()
     if error <= bound:
         return None

@@ -142,7 +142,7 @@ HALVES = (torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("branch", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("stream", [torch.float32, *HALVES], ids=str)
 def test_right_kernels_are_right_in_every_mixture_of_dtypes(operation, stream, branch, weights):
-    """Under autocast the branch is narrower than the weights, and so is its gradient."""
+    """The narrowest decides what roundings explain: under autocast the branch is narrower than the weights."""
     kind = (torch.device(DEVICE), weights, 32, stream, branch, weights)
     assert CHECKED[operation][0].problem(kind) is None
 
