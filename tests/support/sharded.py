@@ -313,16 +313,26 @@ def compiled(rig: Rig) -> dict[str, float]:
 
 
 @subject()
-def augmented(rig: Rig) -> list[bool]:
-    """In training, of processes that draw other random numbers: do those of one model see the same, and others other?"""
-    model = rig.load().train()
-    torch.manual_seed(dist.get_rank())
-    with torch.no_grad():
-        model.embed(x)
-        mine = model(x)[0].flatten()[:100]
+def augmented(rig: Rig) -> tuple[list[bool], float]:
+    """In training, of processes that draw other random numbers: do those of one model see the same, and others other?
+
+    And how far is the first group from the whole model that draws what the first process draws?
+    """
+
+    def output(model: DINOv3ViT, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model.train().embed(x)
+            return model(x)[0]
+
+    out = output(rig.load(), dist.get_rank())
+    mine = out.flatten()[:100]
     everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everybody, mine)
-    return [torch.equal(everybody[0], other) for other in everybody]
+    is_first_group = torch.equal(everybody[0], mine)
+    return [torch.equal(everybody[0], other) for other in everybody], (
+        relative_error(out, output(rig.whole(), 0)) if is_first_group else 0.0
+    )
 
 
 @subject("fsdp", "tp")
@@ -401,8 +411,16 @@ def adapted_channels(rig: Rig) -> float:
 
 
 @subject()
-def sharded_with_weights(rig: Rig) -> float:
-    return relative_error(sharding.shard(rig.whole(), rig.mesh)(x)[0], rig.whole()(x)[0])
+def sharded_with_weights(rig: Rig) -> tuple[float, bool, bool]:
+    """The error; whether what was frozen is, and alone; whether parts by tensor parallelism keep nothing of the whole."""
+    model = rig.whole()
+    model.blocks[0].requires_grad_(False)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    model = sharding.shard(model, rig.mesh)
+    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    parts = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
+    apart = rig.dims != "tp" or all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
+    return relative_error(model(x)[0], rig.whole()(x)[0]), frozen == still, bool(parts) and apart
 
 
 @subject("fsdp")
