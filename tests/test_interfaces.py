@@ -306,3 +306,15 @@ def test_the_stem_of_a_convnext_is_the_images_and_its_stages_are_the_hidden_stat
         assert len(maps) == len(stages)
         assert all(torch.equal(actual, states[stage]) for actual, stage in zip(maps, stages, strict=True))
     assert torch.equal(states[0], images)
+
+
+def test_options_of_another_library_are_not_ours(tmp_path):
+    """A config.json of timm's has no model_type: what is called as an option of transformers' backbones is its own."""
+    config = replace(TINY, hidden_size=128, num_attention_heads=2, pos_embed_rescale=None)
+    weights = trained_like(config)
+    weights["embeddings.mask_token"].zero_()
+    folder = convert(write_checkpoint(tmp_path / "source", config, weights), tmp_path / "timm", to="timm")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"reshape_hidden_states": False}))
+    (feature_map,) = DINOv3ViTBackbone.from_pretrained(folder)(torch.zeros(1, 3, 16, 24)).feature_maps
+    assert feature_map.shape == (1, 128, 2, 3)
