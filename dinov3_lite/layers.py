@@ -319,8 +319,8 @@ def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
 
 
 def _modes_watch() -> bool:
-    """Whether a mode or a trace sees every function or operator called, but for modes that only choose a device."""
-    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+    """Whether a mode sees every function or operator called, but for those that only choose a device."""
+    if torch._C._len_torch_dispatch_stack():
         return True
     modes = torch.overrides._get_current_function_mode_stack() if torch._C._is_torch_function_mode_enabled() else ()
     return any(not isinstance(mode, DeviceContext) for mode in modes)

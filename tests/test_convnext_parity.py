@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from convnexts import META, TIMM, TINY_CONVNEXT, TRANSFORMERS, made, renamed, trained_like
-from helpers import relative_error, run_reference, write_checkpoint
+from helpers import relative_error, run_reference, transformers_with, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from dinov3_lite import (
@@ -133,9 +133,7 @@ STAGES = [{}, {"out_indices": [0, 2, 4]}, {"out_features": ["stage1", "stage2", 
 @torch.no_grad()
 @pytest.mark.parametrize("options", STAGES, ids=str)
 def test_transformers_backbone(options, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "DINOv3ConvNextBackbone"):
-        pytest.skip(f"transformers {transformers.__version__} has no DINOv3ConvNextBackbone")
+    transformers = transformers_with("DINOv3ConvNextBackbone")
     folder = write_checkpoint(tmp_path, WIDE, renamed(trained_like(WIDE), TRANSFORMERS))
     theirs = transformers.DINOv3ConvNextBackbone.from_pretrained(folder, dtype=torch.float32, **options).eval()
     images = torch.randn(2, 3, 70, 101)

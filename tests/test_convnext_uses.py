@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from convnexts import TINY_CONVNEXT, TRANSFORMERS, made, renamed, trained_like
-from helpers import relative_error, run_python, write_checkpoint
+from helpers import relative_error, run_python, transformers_with, write_checkpoint
 from safetensors.torch import load_file
 
 from dinov3_lite import (
@@ -59,9 +59,7 @@ def test_the_pyramid_of_a_convnext_is_fine_tuned_or_refused(folder):
 
 @torch.no_grad()
 def test_transformers_upernet_takes_our_backbone_for_its_own(folder):
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "DINOv3ConvNextBackbone"):
-        pytest.skip(f"transformers {transformers.__version__} has no DINOv3ConvNextBackbone")
+    transformers = transformers_with("DINOv3ConvNextBackbone")
     stages = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
     config = transformers.UperNetConfig(
         backbone_config=transformers.DINOv3ConvNextConfig.from_pretrained(folder, **stages),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from convnexts import made
-from helpers import TINY, TINY_GATED, relative_error, run_reference, trained_like, write_checkpoint
+from helpers import TINY, TINY_GATED, relative_error, run_reference, trained_like, transformers_with, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from convert import convert
@@ -62,9 +62,7 @@ STAGES = [
 
 
 def transformers_backbone(folder, options):
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "DINOv3ViTBackbone"):
-        pytest.skip(f"transformers {transformers.__version__} has no DINOv3ViTBackbone")
+    transformers = transformers_with("DINOv3ViTBackbone")
     options = dict(options)
     return_class_token = options.pop("return_class_token", False)
     if "out_indices" in options:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -137,6 +138,14 @@ def disk_of(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def transformers_with(name: str) -> ModuleType:
+    """Transformers. Skips the test where it is missing, or is of a release before this class."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return transformers
 
 
 def run_python(code: str, **kwargs) -> subprocess.CompletedProcess[str]:
