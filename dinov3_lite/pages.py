@@ -18,6 +18,9 @@ OF_A_FILE = 1 << 61 - 56  # Documentation/admin-guide/mm/pagemap.rst
 MADV_DONTNEED = 4
 MAP_NORESERVE = 0x4000  # Python's mmap has no name for it
 LARGE = 1 << 17  # bytes, as of the C library's own mappings
+LARGEST = (1 << 25) - (
+    1 << 13
+)  # bytes of a block whose end still raises the C library's bounds, with its own beside it
 
 
 def mapped(file: Path) -> mmap.mmap:
@@ -71,6 +74,17 @@ def give_back_heap() -> None:
     """Have the C library return to the system what lies free between what is in use, where it can (glibc)."""
     if sys.platform.startswith("linux") and (trim := getattr(_c_library(), "malloc_trim", None)) is not None:
         trim(0)
+
+
+@functools.cache
+def keep_heap() -> None:
+    """Have the C library keep up to 64 MiB that are freed at its heap's end for what comes next, where it can (glibc).
+
+    It keeps little unless a program has freed larger blocks before: between two blocks of a network gigabytes a second
+    would go to the system and come back page by page. What raises its bounds is one freed block of 32 MiB, which takes
+    no memory, since nobody writes to it. Bounds that the user has set (`MALLOC_TRIM_THRESHOLD_`) stay.
+    """
+    torch.empty(LARGEST, dtype=torch.uint8, device="cpu")
 
 
 @functools.cache

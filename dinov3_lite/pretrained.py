@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
+from .pages import keep_heap
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
@@ -70,6 +72,7 @@ class Pretrained(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        keep_heap()
         if not isinstance(config, self.config_class):
             raise ValueError(
                 f"config is a {type(config).__name__}: expected a {self.config_class.__name__}, as its from_name and "

@@ -62,7 +62,14 @@ EDGES = {
     "dinov3_lite/tracing.py": set(),
     "dinov3_lite/rope.py": {"config", "tracing"},
     "dinov3_lite/checks.py": {"tracing"},
-    "dinov3_lite/attention.py": {"attention_ways", "kernels", "kernels.availability", "kernels.first_use", "rope", "tracing"},
+    "dinov3_lite/attention.py": {
+        "attention_ways",
+        "kernels",
+        "kernels.availability",
+        "kernels.first_use",
+        "rope",
+        "tracing",
+    },
     "dinov3_lite/checkpoint/files.py": set(),
     "dinov3_lite/checkpoint/words.py": set(),
     "dinov3_lite/checkpoint/spans.py": set(),
@@ -90,7 +97,7 @@ EDGES = {
     },
     "dinov3_lite/pretrained.py": {
         *("checkpoint", "checkpoint.channels", "checkpoint.hub", "checkpoint.saving", "checkpoint.spans"),
-        *("sharding.loading", "sharding.parameters", "sharding.saving"),
+        *("pages", "sharding.loading", "sharding.parameters", "sharding.saving"),
     },
     "dinov3_lite/sharding/*": {
         *("dinov3_lite/sharding/*", "checkpoint", "checkpoint.containers", "checkpoint.words", "checkpoint.hub"),
