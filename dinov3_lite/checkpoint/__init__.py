@@ -50,7 +50,8 @@ class Checkpoint:
     left_out: dict[str, str]
     """Tensors of the files that are not the model's, each with the reason."""
     carried: dict[str, StoredTensor]
-    """Those of them that some layout knows by these names: files of that layout and our own keep them."""
+    """Those of `left_out` that a layout knows, such as Meta's `local_cls_norm`, by the names it gives them: files of
+    that layout, and our own, keep them."""
 
     @property
     def config(self) -> Any:
@@ -80,7 +81,7 @@ class Checkpoint:
         return self.read(self.spans[name]).view(model_tensors(self.config)[name][0])
 
     def spans_of(self, equation: Equation) -> list[Span]:
-        """The stored elements of the tensors in an equation, one after the other: zeros for what the model lacks."""
+        """The stored elements of an equation's tensors, one after the other; zeros for one that the model lacks."""
         there = [span for name, _ in equation.ours for span in self.spans.get(name, ())]
         dtype = there[0].stored.dtype if there else torch.float32
         return [
