@@ -87,10 +87,10 @@ def naming(file: Path) -> Iterator[None]:
     """Errors while `file` is written name it: libraries say that a disk is full, but not where."""
     try:
         yield
-    except (ValueError, ImportError):  # not of writing
+    except (ValueError, ImportError):  # these don't come from writing
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None)  # the system's
+        reason = getattr(error, "strerror", None)  # an error of the system has one
         if not reason and str(file) in str(error):
             raise
         raise OSError(f"{file}: can't be written: {reason or sentence(error)}") from error

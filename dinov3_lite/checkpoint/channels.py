@@ -73,5 +73,5 @@ def with_channels(opened: Checkpoint, count: int | None, rule: str) -> Checkpoin
     stored = opened.tensor(name)
     weight = RULES[rule](stored.to(torch.promote_types(stored.dtype, torch.float32)), count).to(stored.dtype)
     span = StoredTensor.in_memory(name, weight.contiguous(), opened.spans[name][0].stored.file).span()
-    card = opened.card._replace(config=config, digest="", preprocessing=None)  # whose statistics are of others
+    card = opened.card._replace(config=config, digest="", preprocessing=None)  # its statistics are of other channels
     return replace(opened, card=card, spans={**opened.spans, name: [span]})

@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
     model, processor = load_model_and_processor(args)
     side = model.patch_size or SHOWN
     if isinstance(model, DINOv3ConvNeXt):
-        model.patch_size = side  # to whose grid its stages are resized
-    places = model.stride // side  # of the page's grid, in each of the model's
+        model.patch_size = side  # its stages are resized to the grid of such patches
+    places = model.stride // side  # patches of the page along one side of a token of the model
     grids = [(places * h, places * w) for h, w in (grid_of(p, args.size, model.stride) for _, p in pictures)]
     blocks = _blocks(args.blocks, model) if args.blocks else blocks_that_fit(grids, model)
     check_size(grids, model, blocks)

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 class Photo(NamedTuple):
     file: Path
-    height: int  # as it is shown
+    height: int  # of the file's picture, turned as it is shown
     width: int
     pixels: Tensor  # (C, H, W), the model's input
     thumbnail: Tensor | None  # (height, width, 3) in [0, 1], if it will be drawn
@@ -102,7 +102,7 @@ def _encode(
     files: list[str] = []
     failed: dict[str, str] = {}
     drawn: list[tuple[Photo, Tensor]] = []
-    size = processor.size  # or that of the first photo
+    size = processor.size  # None: the first photo's, which all others must have
     for file in progress(args.photos, unit="photo"):
         try:
             photo = _read(file, processor, args)

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         alone = sorted(set(test.classes) ^ set(train.classes))
         raise ValueError(f"{args.test or args.data}: the class {alone[0]} is in one of training and test set only")
 
-    held_out = None  # what C is chosen by: a part of the shots' set that is drawn from no more; else `probe` takes one
+    held_out = None  # what C is chosen by: with --shots split off before drawing, otherwise `probe` splits it off
     if args.shots:
         (train, train_features), (held, held_features) = _split(train, train_features, HELD_OUT_OF_FEW)
         held_out = held_features, held.labels

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     truth = pictures_in(args.truth) if args.truth else {}
     model, processor = load_model_and_processor(args)
     names: list[str] = []
-    shown: list[np.ndarray] = []  # the frame that is looked at
+    shown: list[np.ndarray] = []  # the frame at hand, kept for drawing
 
     def frames() -> Iterator[np.ndarray]:
         for name, frame in progress(read_frames(args.video), unit="frame"):
