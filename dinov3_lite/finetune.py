@@ -55,7 +55,7 @@ def parameter_groups(
             *backbone.layers,
             (backbone.norm,),
             (backbone,),
-        ]  # the last: all that no layer has, tokens, is layer 0
+        ]  # last, as layer 0: tokens, embedding
         for number, layer in zip((*range(1, len(layers)), 0), layers, strict=True):
             for parameter in (p for part in layer for p in part.parameters()):
                 places.setdefault(parameter, (f"layer {number}", len(layers) - 1 - number))

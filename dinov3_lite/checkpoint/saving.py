@@ -72,9 +72,7 @@ def files_of(
     names = (
         [f"{stem}-{i + 1:05}-of-{len(shards):05}{suffix}" for i in range(len(shards))] if len(shards) > 1 else [name]
     )
-    files: Files = (
-        {README: beside.readme} if beside.readme else {}
-    )  # written first: the last file is the one that readers look for
+    files: Files = {README: beside.readme} if beside.readme else {}  # first: readers look for the last
     files |= {
         file: WeightsFile(shard, beside.metadata, layout.container) for file, shard in zip(names, shards, strict=True)
     }

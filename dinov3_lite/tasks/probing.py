@@ -197,9 +197,7 @@ def logistic(
             )
             held_out = X, y
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # Meta's setting stops after MAX_ITERATIONS, converged or not
+        warnings.simplefilter("ignore", ConvergenceWarning)  # as in Meta's setting, it may stop before
         model = LogisticRegression(max_iter=MAX_ITERATIONS, tol=TOLERANCE, warm_start=True)
         if held_out is not None:
             scores = [model.set_params(C=C).fit(part, part_labels).score(*held_out) for C in CS]
