@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,13 @@ from typing import Any, TextIO
 
 # Errors whose message is a sentence, ours or the system's; of others the type is told too.
 SENTENCES = (OSError, ValueError, RuntimeError, ImportError, AssertionError)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps each line of a description to the terminal's width, but for those that begin with spaces: the examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(line if line.startswith(" ") else textwrap.fill(line, width) for line in text.splitlines())
 
 
 def called_as(script: str, module: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import progress, say
-from .arguments import MODEL, add_device_and_dtype
+from .arguments import MODEL, add_device_and_dtype, add_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,19 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "example:\n  %(prog)s flowers --model checkpoint --shots 5 --seeds 10\n\n"
-        "DATA holds a folder for each class; or folders train and test (or val) with those; or it is a feature store\n"
+        "DATA holds a folder for each class; or folders train and test (or val) with those; or it is a feature store "
         "of extract, whose keys begin with the class. Without TEST a part is held out."
     )
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of class folders, or a feature store")
-    parser.add_argument("test", nargs="?", type=Path, metavar="TEST", help="likewise, to test on")
+    parser.add_argument("test", nargs="?", type=Path, metavar="TEST", help="the same kind of source, to test on")
     parser.add_argument("--model", help=MODEL + " (not for a feature store)")
     parser.add_argument("--shots", type=int, metavar="N", help="train on N pictures of each class (default: on all)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with so many seeds (default: 1)")
     parser.add_argument(
-        "--held-out", type=float, default=0.2, metavar="SHARE", help="to test on, where nothing else is (default: 0.2)"
+        "--held-out",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of the pictures, to test on where there is no TEST (default: 0.2)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
     add_device_and_dtype(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
