@@ -58,6 +58,7 @@ GATED = replace(WIDE, use_gated_mlp=True, hidden_act="silu")
 # None is of a size that timm has a model of; what makes each one worth trying.
 ANY_SIZE = {
     "heads of 16 channels, patches of 8": TINY,
+    "heads of 16 channels, of a width that released heads divide": replace(WIDE, num_attention_heads=8),
     "no registers": replace(TINY, num_register_tokens=0),
     "no query and value bias": replace(WIDE, query_bias=False, value_bias=False),
     "four channels": replace(WIDE, num_channels=4, patch_size=16),
