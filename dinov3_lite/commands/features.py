@@ -105,7 +105,7 @@ def _encode(
     failed: dict[str, str] = {}
     drawn: list[tuple[Photo, Tensor]] = []
     size = processor.size  # None: the first photo's, which all others must have
-    for file in progress(args.photos, unit="photo"):
+    for file in progress(args.photos, unit=" photos"):
         try:
             photo = _read(file, processor, args)
             found = (photo.pixels.shape[1], photo.pixels.shape[2])

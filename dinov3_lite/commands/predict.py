@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, str] = {}
     failed: dict[str, str] = {}
-    for name, file in progress(pictures.items(), unit="picture"):
+    for name, file in progress(pictures.items(), unit=" pictures"):
         try:
             pixels = read_picture(file)
             prediction = predict(network, pixels, settings, sliding=args.sliding)

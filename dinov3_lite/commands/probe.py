@@ -146,6 +146,6 @@ def _embedder(args: argparse.Namespace, sources: list[Path]) -> Any:
 
     def embed_folder(source: Path) -> tuple[Labelled, Tensor]:
         files = list(pending[source].items)
-        return pending[source], embed(files, model, processor, progress=lambda steps: progress(steps, unit="batch"))
+        return pending[source], embed(files, model, processor, progress=lambda steps: progress(steps, unit=" batches"))
 
     return embed_folder

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     shown: list[np.ndarray] = []  # the frame at hand, kept for drawing
 
     def frames() -> Iterator[np.ndarray]:
-        for name, frame in progress(read_frames(args.video), unit="frame"):
+        for name, frame in progress(read_frames(args.video), unit=" frames"):
             if args.truth and name not in truth:
                 raise ValueError(f"{args.truth}: holds no mask for the frame {name}: expected one a frame, by stem")
             if args.truth and not names and set(np.unique(read_mask(truth[name]))) != set(np.unique(mask)):
