@@ -80,8 +80,8 @@ def progress(
 ) -> Any:
     """A bar of tqdm's over `items`, drawn on stderr where that is a terminal and there is more than one item.
 
-    unit: what is counted, behind a space, as in " photos"; "B" for bytes. total: the number of items, where `items` has no
-    length, or is None and the caller counts by `.update()`. shown: False for a caller who wants none.
+    unit: what is counted, behind a space, as in " photos"; "B" for bytes. total: the number of items, where `items` has
+    no length, or is None and the caller counts by `.update()`. shown: False for a caller who wants none.
     """
     from tqdm import tqdm
 
