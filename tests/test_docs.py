@@ -243,3 +243,15 @@ def test_nothing_in_the_project_names_this_machine():
     for file in [*ROOT.glob("*.*"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.json")]:
         if file.suffix in {".md", ".json", ".toml", ".yml", ".cff", ".txt"}:
             assert str(ROOT) not in file.read_text(encoding="utf-8"), file
+
+
+def test_the_design_page_has_a_room_for_every_file_and_no_other():
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", PAGES["design"]))
+    there = set()
+    for folder in (ROOT / "dinov3_lite", ROOT / "dinov3_lite" / "checkpoint", ROOT / "convert"):
+        there |= {file.name for file in folder.glob("*.py") if not file.name.startswith("__")}
+        there |= {f"{package.parent.name}/" for package in folder.glob("*/__init__.py")}
+    inner = {"layouts/", "kernels/"}  # the one is said with its parent, the other is a floor
+    assert there - inner <= named, there - inner - named
+    files = {file.name for folder in ("dinov3_lite", "convert", "kernels") for file in (ROOT / folder).rglob("*.py")}
+    assert {name for name in named if name.endswith(".py") and "/" not in name} <= files
