@@ -227,6 +227,14 @@ def test_tests_that_a_page_names_are_there():
         assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
+def test_the_first_page_of_the_site_leads_to_every_other():
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {
+        "index.md",
+        "tasks.zh-CN.md",
+    }  # which tasks.md links
+    assert pages == set(re.findall(r"\]\((\S+\.md)\)", PAGES["index"]))
+
+
 def test_the_site_has_every_page():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     assert set(re.findall(r"[\w.-]+\.md", navigation)) == {file.name for file in (ROOT / "docs").glob("*.md")}
