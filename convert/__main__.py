@@ -15,7 +15,7 @@ from dinov3_lite.checkpoint import DTYPES, open_checkpoint, weights_in
 from dinov3_lite.checkpoint.hub import locate
 from dinov3_lite.checkpoint.layouts import LAYOUTS
 from dinov3_lite.checkpoint.words import short
-from dinov3_lite.console import called_as, complain, exit_status, flush, say
+from dinov3_lite.console import HelpFormatter, called_as, complain, exit_status, flush, say
 
 from .describe import describe, describe_as_text, describe_plan, plan_as_text, summary, summary_as_text
 from .plan import MAX_SHARD_SIZE, Plan, check, check_values, make_plan, parse_size
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=called_as("dinov3-convert", "convert"),
         description="Convert DINOv3 checkpoints between the layouts of transformers, Meta, timm and dinov3-lite.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("source", help="a checkpoint folder, a folder of such folders, a .safetensors or .pth file, or a hub id")
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_size,
         default=MAX_SHARD_SIZE,
         metavar="5GB",
-        help="size of one file of transformers' layout",
+        help="size of one file of transformers' layout (default: %(default)s bytes)",
     )
     add("--verify", action="store_true", help="open again what was written, compare it with the source, run both")
     add("--allow-loss", action="store_true", help="go on where the layout can't hold something of the source")

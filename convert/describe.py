@@ -50,13 +50,14 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 def describe_as_text(description: dict[str, Any]) -> str:
     """The description of a source for people."""
+    files = description["files"]
     shown = {
         "variant": description["variant"],
         "layout": description["layout"],
         "weights": description["weights"],
         "parameters": f"{description['parameters']:,}",
         "dtype": description["dtype"],
-        "size": f"{description['bytes'] / 1e6:.1f} MB in {description['files']} file(s)",
+        "size": f"{description['bytes'] / 1e6:.1f} MB in {files} file{'s' * (files != 1)}",
         "RoPE": description["rope"] or "none: no attention",
         "images": f"size {description['image_size']}, mean {description['image_mean']}, std {description['image_std']}"
         if description["image_mean"]

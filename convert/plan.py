@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def licenses(self) -> dict[Path, Path]:
-        """The source's licence files that go along, and where to: not over one that is there."""
+        """The source's licence files that will be copied, and where to; one that is there already stays."""
         folder = self.source.path if self.source.path.is_dir() else self.source.path.parent
         files = {file: self.folder / file.name for file in license_files(folder)}
         return {file: target for file, target in files.items() if not target.exists()}
@@ -84,7 +84,7 @@ def make_plan(
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Plan:
-    """The plan of one conversion; see `convert` for the arguments. Raises ValueError if one is not what it takes."""
+    """Plan one conversion; the arguments are those of `convert`. Raises ValueError if one of them is not valid."""
     dtype, max_shard_size = parse_dtype(dtype), parse_size(max_shard_size)
     layout = parse_layout(to)
     folder, name = _destination(source, layout, None if output is None else Path(output))
@@ -104,14 +104,14 @@ def make_plan(
 
 
 def parse_layout(to: str) -> Layout:
-    """A layout by its name. Raises ValueError for another."""
+    """Return a layout by its name. Raises ValueError that lists the names for any other."""
     if not isinstance(to, str) or to not in LAYOUTS:
         raise ValueError(f"to is {short(to)}: expected one of {', '.join(LAYOUTS)}")
     return LAYOUTS[to]
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype of weights by its name, with or without `torch.`. Raises ValueError for another."""
+    """Return a dtype of weights, given as such or by name, with or without `torch.`. Raises ValueError for others."""
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in DTYPES.values():
         raise ValueError(f"dtype is {short(dtype)}: expected one of {', '.join(DTYPES)}, or None for the source's own")
@@ -119,7 +119,9 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes by a number or a text such as "5GB" or "500 MiB", as in transformers. Raises ValueError for others."""
+    """Return a size in bytes, given as a number or as "5GB" or "500 MiB", as in transformers. Raises ValueError for
+    others.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", size.upper()) if isinstance(size, str) else None
     if match:
         number = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
@@ -188,7 +190,9 @@ def _check_room(plan: Plan) -> None:
 
 
 def check_values(plan: Plan) -> None:
-    """Refuse weights that float16 can't hold, as `write` does on its way: reads all that are to be cast to it."""
+    """Read all weights that are to be cast to float16, and raise ValueError for one that it can't hold: `write` finds
+    that out only on its way.
+    """
     for file in plan.weights.values():
         for tensor in file.tensors:
             for span in tensor.spans:

@@ -102,9 +102,10 @@ def _forward_errors(source: Checkpoint, written: Checkpoint) -> list[float] | No
 
 @contextmanager
 def transformers_module() -> Iterator[Any]:
-    """transformers, imported with a checkout's root off the path: it would take our folder `kernels` for a package.
+    """Import transformers while a checkout's root is off `sys.path`: transformers would take our folder `kernels` there
+    for the package of that name.
 
-    Installed, that folder is within `dinov3_lite`, and the root is where transformers lies too.
+    Where dinov3-lite is installed, `kernels` lies within it, and the root, where transformers lies too, stays.
     """
     root = Path(__file__).resolve().parent.parent
     path = sys.path[:]

@@ -46,7 +46,7 @@ def _run(argv: list[str]) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module, line) in COMMANDS.items():
-        command = commands.add_parser(name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(name, help=line, formatter_class=console.HelpFormatter)
         if argv[:1] == [name]:
             asked_for = import_module(module, __package__)
             asked_for.add_arguments(command)

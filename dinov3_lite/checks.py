@@ -22,9 +22,10 @@ def check_images(
     dims: tuple[str, ...] = BATCH,
     pixels: bool = False,
 ) -> tuple[int, int]:
-    """The patch grid (h, w) of images (batch, channels, height, width), or of one image without the batch.
+    """Return the patch grid (h, w) of images (batch, channels, height, width), or of one image without the batch.
 
-    pixels: whether they may be whole numbers.
+    name: what errors call them. dims: the names of the axes, `BATCH` or `SINGLE`. pixels: allow integer dtypes too.
+    Raises ValueError for another rank, number of channels, dtype or size.
     """
     check_kind(images, channels, name, dims, pixels)
     height, width = images.shape[-2:]
@@ -32,7 +33,9 @@ def check_images(
 
 
 def patch_grid(H: int, W: int, p: int) -> tuple[int, int]:
-    """The grid (h, w) of patches of p pixels a side in an image of H x W pixels."""
+    """Return the grid (h, w) of patches of p pixels a side in an image of H x W pixels. Raises ValueError unless both
+    are multiples of p.
+    """
     if p > H or p > W or H % p or W % p:
         raise ValueError(
             f"image height {H} and width {W} must be multiples of the patch size {p}: "
@@ -44,7 +47,9 @@ def patch_grid(H: int, W: int, p: int) -> tuple[int, int]:
 def check_kind(
     images: Tensor, channels: int, name: str = "pixel_values", dims: tuple[str, ...] = BATCH, pixels: bool = False
 ) -> None:
-    """Rank, channels and dtype of images of any size: see `check_images`."""
+    """Raise ValueError for images of another rank, number of channels or dtype, whatever their size. Arguments: see
+    `check_images`.
+    """
     expected = ", ".join(dims).replace("channels", str(channels))
     if not isinstance(images, Tensor):
         raise ValueError(
@@ -68,7 +73,7 @@ def _nearest_multiples(size: int, p: int) -> str:
 
 
 def check_mask(bool_masked_pos: Tensor, patches: Tensor) -> None:
-    """One boolean for each of the patches (B, P, C)."""
+    """Raise ValueError unless a mask is bool of shape (B, P), for patches (B, P, C)."""
     if bool_masked_pos.shape != patches.shape[:2] or bool_masked_pos.dtype != torch.bool:
         raise ValueError(
             f"bool_masked_pos is {bool_masked_pos.dtype} of shape {tuple(bool_masked_pos.shape)}: "
@@ -77,7 +82,9 @@ def check_mask(bool_masked_pos: Tensor, patches: Tensor) -> None:
 
 
 def check_patches(patches: Tensor, grid: tuple[int, int]) -> None:
-    """As many patches (B, P, C) as the grid has: a projection that somebody put in may give others."""
+    """Raise ValueError unless patches (B, P, C) are as many as the grid has: a projection that somebody put in may
+    give more or fewer.
+    """
     h, w = grid
     if patches.ndim != 3 or patches.shape[1] != h * w:
         raise ValueError(
@@ -87,7 +94,10 @@ def check_patches(patches: Tensor, grid: tuple[int, int]) -> None:
 
 
 def check_keep_indices(keep_indices: Tensor, patches: Tensor) -> None:
-    """Indices (B, K) of the patches (B, P, C). A GPU itself reports those out of range."""
+    """Raise ValueError unless these are int64 indices (B, K) of patches (B, P, C).
+
+    On a GPU values out of range are not looked for, which would wait for it: the gather reports them.
+    """
     B, P = patches.shape[:2]
     if keep_indices.ndim != 2 or keep_indices.shape[0] != B or keep_indices.dtype != torch.int64:
         raise ValueError(
@@ -104,13 +114,13 @@ def check_keep_indices(keep_indices: Tensor, patches: Tensor) -> None:
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
-    """A dtype that weights may have, or None for the checkpoint's own."""
+    """Raise ValueError unless this is a dtype that weights may have, or None, the checkpoint's own."""
     if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
 
 
 def check_count(name: str, value: Any) -> int:
-    """`value` as an int, at least 1."""
+    """Return `value` as an int. Raises ValueError that calls it `name` unless it is a whole number from 1 on."""
     try:
         count = operator.index(value)
     except TypeError:

@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,13 @@ from typing import Any, TextIO
 
 # Errors whose message is a sentence, ours or the system's; of others the type is told too.
 SENTENCES = (OSError, ValueError, RuntimeError, ImportError, AssertionError)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps each line of a description to the terminal's width, but for those that begin with spaces: the examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(line if line.startswith(" ") else textwrap.fill(line, width) for line in text.splitlines())
 
 
 def called_as(script: str, module: str) -> str:
@@ -72,8 +80,8 @@ def progress(
 ) -> Any:
     """A bar of tqdm's over `items`, drawn on stderr where that is a terminal and there is more than one item.
 
-    total: the number of items, where `items` has no length, or is None and the caller counts by `.update()`. shown:
-    False for a caller who wants none.
+    unit: what is counted, behind a space, as in " photos"; "B" for bytes. total: the number of items, where `items` has
+    no length, or is None and the caller counts by `.update()`. shown: False for a caller who wants none.
     """
     from tqdm import tqdm
 
@@ -87,10 +95,10 @@ def naming(file: Path) -> Iterator[None]:
     """Errors while `file` is written name it: libraries say that a disk is full, but not where."""
     try:
         yield
-    except (ValueError, ImportError):  # not of writing
+    except (ValueError, ImportError):  # these don't come from writing
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None)  # the system's
+        reason = getattr(error, "strerror", None)  # an error of the system has one
         if not reason and str(file) in str(error):
             raise
         raise OSError(f"{file}: can't be written: {reason or sentence(error)}") from error

@@ -108,11 +108,11 @@ class ConvNeXtBlock(nn.Module):
         return self.ls(x, self.branch(x))
 
     def add_to(self, x: Tensor) -> Tensor:
-        """`forward`, written into x: the same numbers, past the modules `self` and `ls`."""
+        """As `forward`, with the sum written into x. The hooks of this module and of `ls` don't run."""
         return x.addcmul_(self.branch(x), self.ls.gamma)
 
     def branch(self, x: Tensor) -> Tensor:
-        """What is added to x, but for gamma."""
+        """What gamma scales and the block adds to x: (B, h, w, C) -> (B, h, w, C)."""
         return self.drop_path(self.mlp(self.norm(self.dwconv(x))))
 
 
@@ -297,7 +297,7 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
 
 
 def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *options: Any) -> list[Tensor]:
-    """One module after the other, up to the last in `taps`: the outputs of those in `taps`."""
+    """Run one module after the other, up to the last in `taps`, and return the outputs of those in `taps`."""
     states = []
     for i, unit in enumerate(itertools.islice(units, max(taps) + 1 if taps else 0)):
         x = unit(x, *options)

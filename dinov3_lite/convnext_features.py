@@ -58,7 +58,9 @@ class Sizes(nn.Module):
 
     @property
     def layers(self) -> list[tuple[nn.Module, ...]]:
-        """What fine-tuning counts, first to last: the blocks of all stages, a step down with the block behind it."""
+        """The groups of modules that `finetune` counts as layers, first to last: one block each, of all stages; the
+        first block of a stage goes with the step down before it.
+        """
         stages: Any = self.stages
         return [
             (stage.downsample, block) if i == 0 else (block,)
@@ -105,7 +107,7 @@ def get_intermediate_layers(
     norm: bool = True,
     patch_size: int | None = None,
 ) -> tuple[Any, ...]:
-    """Outputs of the last n stages, or of the stages whose indices n lists, in ascending order: Meta's method.
+    """Return the outputs of the last n stages, or of the stages that n lists, in ascending order: Meta's method.
 
     n: a count; a list of indices from 0 to 3, counted from the end if negative; "quarters" or "dpt", all four.
     norm: applies the final LayerNorm to the last stage; the others have none and stay as they are.
@@ -135,7 +137,7 @@ def get_intermediate_layers(
 
 
 def forward_features(model: Any, x: Tensor | list[Tensor], masks: Any = None) -> Any:
-    """Meta's dictionary: x_norm_clstoken (B, C), x_storage_tokens (B, 0, C), x_norm_patchtokens (B, h*w, C),
+    """Return Meta's dictionary: x_norm_clstoken (B, C), x_storage_tokens (B, 0, C), x_norm_patchtokens (B, h*w, C),
     x_prenorm, masks.
 
     All are after the final LayerNorm but x_prenorm, the last stage's map as tokens (B, h*w, C). With a list of
@@ -194,7 +196,7 @@ def feature_info(model: Any) -> list[dict[str, Any]]:
 
 
 def mean_token(state: Tensor) -> Tensor:
-    """What stands for the CLS token: (B, h, w, C) -> (B, 1, C)."""
+    """The mean over a map's pixels, which a ConvNeXt has for a CLS token: (B, h, w, C) -> (B, 1, C)."""
     return state.mean(dim=(1, 2)).unsqueeze(1)
 
 
@@ -204,12 +206,12 @@ def to_tokens(state: Tensor) -> Tensor:
 
 
 def to_map(model: Any, state: Tensor) -> Tensor:
-    """A stage's output as users get it: (B, h, w, C) -> (B, C, h, w), a view unless the dtype changes."""
+    """Give a stage's output channels first and cast it as `as_output` does: (B, h, w, C) -> (B, C, h, w)."""
     return as_output(model, state).permute(0, 3, 1, 2)
 
 
 def on_grid(state: Tensor, images: Tensor, patch_size: int | None) -> Tensor:
-    """The map (B, h, w, C) on the grid of a ViT with this patch size, as it is if None.
+    """Resize a map (B, h, w, C) to the grid that a ViT with this patch size has; None returns it as it is.
 
     PyTorch resizes so in float32 and float64 alone: a narrower map is resized in float32.
     """
@@ -224,7 +226,7 @@ def on_grid(state: Tensor, images: Tensor, patch_size: int | None) -> Tensor:
 
 
 def refuse(**tensors: Tensor | None) -> None:
-    """ValueError for the first of these that is given: only a ViT, which is made of tokens, takes them."""
+    """Raise ValueError if one of these arguments is given, which only a ViT, which is made of tokens, takes."""
     for name, tensor in tensors.items():
         if tensor is not None:
             raise ValueError(f"{name} is given: a ConvNeXt has no tokens to mask or leave out, only a DINOv3ViT has")

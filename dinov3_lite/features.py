@@ -18,7 +18,7 @@ from .config import DINOv3Config
 
 
 class Sizes(nn.Module):
-    """A model's sizes as attributes. They are read off its modules: right whatever is dropped or added."""
+    """A model's sizes as attributes, read off its modules: they stay right when some are dropped, added or replaced."""
 
     cls_token: nn.Parameter
     register_tokens: nn.Parameter
@@ -74,12 +74,15 @@ class Sizes(nn.Module):
         return (self.stride,) * self.depth
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns (h, w) of patch tokens for an image of this size. Raises ValueError for one not taken."""
+        """Rows and columns (h, w) of patch tokens for an image of this size in pixels.
+
+        Raises ValueError unless both sides are multiples of the patch size.
+        """
         return patch_grid(height, width, self.patch_size)
 
     @property
     def layers(self) -> list[tuple[nn.Module, ...]]:
-        """What fine-tuning counts, first to last: the blocks."""
+        """The groups of modules that `finetune` counts as layers, first to last: one block each."""
         return [(block,) for block in self.blocks]
 
     @property
@@ -239,8 +242,10 @@ def block_indices(model: Any, n: int | str | Sequence[int]) -> list[int]:
 def patches_and_prefix(
     model: Any, state: Tensor, grid: tuple[int, int], norm: bool, reshape: bool
 ) -> tuple[Tensor, Tensor]:
-    """Split a block's output (B, N, C) into patch tokens (B, h*w, C), or (B, C, h, w) with `reshape`, and prefix tokens
-    (B, 1 + R, C), after the final LayerNorm with `norm`.
+    """Turn a block's output (B, N, C) into what users get: patch tokens (B, h*w, C), or (B, C, h, w) with `reshape`,
+    and prefix tokens (B, 1 + R, C).
+
+    norm: apply the final LayerNorm, which returns the weights' dtype; otherwise cast as `as_output` does.
     """
     state = model.norm(state) if norm else as_output(model, state)
     prefix, patches = state[:, : model.num_prefix_tokens], state[:, model.num_prefix_tokens :]
@@ -258,5 +263,7 @@ def to_map(patch_tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def as_output(model: Any, state: Tensor) -> Tensor:
-    """Cast a state of the residual stream to the weights' dtype, but to float32 under float16, which can't hold it."""
+    """Cast a state of the residual stream, which is float32 or wider inside, to the dtype that users get it in: the
+    weights', but float32 where those are float16, which can't hold it.
+    """
     return state.to(torch.float32 if model.dtype == torch.float16 else model.dtype)

@@ -51,7 +51,11 @@ def parameter_groups(
         raise ValueError(f"layer_decay is {layer_decay!r}: expected a number above zero, 1.0 for no decay")
     places: dict[nn.Parameter, tuple[str, int]] = {}  # the layer's name, and how many layers follow it
     for backbone in backbones_inside(model):
-        layers = [*backbone.layers, (backbone.norm,), (backbone,)]  # what is in none of the others comes before all
+        layers = [
+            *backbone.layers,
+            (backbone.norm,),
+            (backbone,),
+        ]  # last, as layer 0: tokens, embedding
         for number, layer in zip((*range(1, len(layers)), 0), layers, strict=True):
             for parameter in (p for part in layer for p in part.parameters()):
                 places.setdefault(parameter, (f"layer {number}", len(layers) - 1 - number))

@@ -33,11 +33,11 @@ class BackboneOutput(NamedTuple):
 
     @property
     def hidden_states(self) -> None:
-        """None, for transformers' decoders, which hand it on: `out_indices` names the stages that are wanted."""
+        """Always None: transformers' decoders read this field and pass it on. Ask for stages by `out_indices`."""
 
     @property
     def attentions(self) -> None:
-        """None, likewise."""
+        """Always None, as `hidden_states`."""
 
 
 class _Backbone(nn.Module):

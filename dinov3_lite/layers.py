@@ -50,7 +50,7 @@ class LayerNorm(nn.LayerNorm):
         return self.unrounded(x).to(self.weight.dtype)
 
     def unrounded(self, x: Tensor) -> Tensor:
-        """The same in the dtype that it is computed in."""
+        """As `forward`, but returned in the dtype that it is computed in: not cast to the weights'."""
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         wide = torch.promote_types(x.dtype, self.weight.dtype)
@@ -58,7 +58,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class QKVProjection(nn.Linear):
-    """Queries, keys and values by one matrix product: (B, N, C) -> (B, N, 3C). An nn.Linear to all who ask.
+    """Queries, keys and values by one matrix product: (B, N, C) -> (B, N, 3C). It is an nn.Linear, as tools expect.
 
     `bias` is (3C,): the queries' third, the keys', the values'. A third that the config lacks (DINOv3's keys have none)
     is zero and stays zero: it gets no gradient, and whatever else writes there is undone when `bias` is next read or
@@ -285,7 +285,7 @@ OURS: dict[type, Any] = {}
 
 
 def add_ours(*classes: type[nn.Module]) -> None:
-    """Let faster ways stand in for modules of these classes."""
+    """Register classes of ours, as they are now: `untouched` lets faster ways stand in for modules of these alone."""
     OURS.update({cls: cls.forward for cls in classes})
 
 

@@ -31,7 +31,7 @@ class Lent(dict[str, Any]):
 
     @classmethod
     def of(cls, linear: nn.Module) -> Lent:
-        """Those of a layer, made so if they are not yet, with the weight that is there now."""
+        """The layer's parameters as `Lent`, into which plain ones are turned; the weight there now is the one lent."""
         lent = vars(linear)["_parameters"]
         if not isinstance(lent, cls):
             lent = vars(linear)["_parameters"] = cls(lent)
@@ -43,7 +43,7 @@ class Lent(dict[str, Any]):
 
     @staticmethod
     def undo(linear: nn.Module) -> None:
-        """Make them plain ones again."""
+        """Give the layer plain parameters again, its weight among them."""
         if isinstance(lent := vars(linear)["_parameters"], Lent):
             vars(linear)["_parameters"] = lent.copy()
 
@@ -52,7 +52,7 @@ class Lent(dict[str, Any]):
         self.alias = weight.detach()  # shares the count of changes, and holds no memory while the weight is away
 
     def lend(self, unpack: Unpack) -> None:
-        """Let go of the weight, which was packed; `unpack` makes it anew."""
+        """Let go of the plain weight, which has been packed elsewhere; `unpack()` returns it when somebody asks."""
         with _LOCK:
             weight = self.weight
             if weight is None:
@@ -65,9 +65,10 @@ class Lent(dict[str, Any]):
                 self.alias.data = weight.new_empty(0)
 
     def watched(self) -> list[Tensor | None]:
-        """Tensors that are others, or are counted to be changed, if the parameters are not what they were.
+        """Tensors by which a caller notices later that a parameter was replaced (it is another object) or written to
+        (its version count is higher).
 
-        A weight that only came back goes away again.
+        A weight that only came back, because somebody asked for it, goes away again.
         """
         if not self._is_there():
             return list(super().values())
@@ -81,7 +82,7 @@ class Lent(dict[str, Any]):
         return weight is self.weight and (weight is None or weight.data_ptr() == self.alias.data_ptr())
 
     def plain(self) -> Tensor:
-        """The weight, which stays away if it is."""
+        """The plain weight; one that is away is taken from whoever else holds it or unpacked, and stays away."""
         weight = self.weight
         if weight is not None:
             return weight.detach()

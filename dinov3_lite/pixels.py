@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 
-# How PIL undoes an EXIF orientation, and where the rows of what comes out lie: in columns of the stored picture? from
-# its far end?
+# By EXIF orientation: PIL's transposition that undoes it, whether rows of the result are columns of the stored picture,
+# and whether they begin at its far end.
 ORIENTATION_TAG = 0x0112
 TURNS = {
     2: ("FLIP_LEFT_RIGHT", False, False),

@@ -45,7 +45,7 @@ def activated(act: str, x: Tensor) -> Tensor:
 
 
 class Plain(Product):
-    """By the weight as it lies: PyTorch chooses the library, which packs it in every call."""
+    """The product with the weight as it lies: PyTorch chooses the library, which packs the weight in every call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: str = "", rows: int | None = None) -> None:
         super().__init__(weight, bias, act)
@@ -59,7 +59,9 @@ class Plain(Product):
 
 
 class PackedByOneDNN(Product):
-    """In oneDNN's layout, which holds for any number of rows; GELU is part of the product, before its rounding."""
+    """The product with the weight packed in oneDNN's layout, for any number of rows x has. GELU is applied within the
+    product, before its result is rounded.
+    """
 
     plans_rows = True
 
@@ -78,7 +80,7 @@ class PackedByOneDNN(Product):
 
 
 class PackedByMKL(Product):
-    """In MKL's layout, float32 alone, which holds for one number of rows."""
+    """The product with the weight packed in MKL's layout: float32 alone, and for one number of rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: str = "", rows: int | None = None) -> None:
         super().__init__(weight, bias, act)

@@ -30,7 +30,7 @@ from .twin import Twin
 
 
 def become(module: nn.Module, mixin: type[Prepared]) -> None:
-    """Make it of its own class with the methods of `mixin` before those."""
+    """Change a module's class, in place, to a subclass of it whose methods are looked up in `mixin` first."""
     if not isinstance(module, mixin):
         module.__class__ = _prepared_class(mixin, type(module))
 

@@ -161,9 +161,10 @@ class PreparedAttention:
         return rows_for(self._way(shape, dtype), self.tokens)
 
     def of_pairs(self, qkv: Tensor, num_heads: int, first: int | None = None) -> Tensor:
-        """Of a fused projection whose queries and keys lie pair by pair: (B, `rows`, 3C) -> (B, N, C).
+        """Rotate and attend within a fused projection whose queries and keys lie pair by pair: (B, `rows`, 3C) ->
+        (B, N, C).
 
-        first: of so many queries alone, of a projection without more rows: (B, first, C).
+        first: compute the outputs of the first so many queries alone, of a projection without more rows: (B, first, C).
         """
         C = qkv.shape[-1] // 3
         rotation = self._rotation(qkv.shape[1])
@@ -173,7 +174,7 @@ class PreparedAttention:
         return out.flatten(-2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Of queries and keys that are rotated: (B, N, heads, D), or packed."""
+        """Attend with queries and keys that are rotated already: (B, N, heads, D) each, or packed."""
         if self.shapes is None:
             return self._one_size(q, k, v)
         batches = zip(*(unpack(x.squeeze(0), self.shapes) for x in (q, k, v)), strict=True)
@@ -199,7 +200,7 @@ class PreparedAttention:
 
 
 def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
-    """Numbers 2i and 2i + 1 of a head, together, times the i-th complex number of the token: (.., D) -> (.., D)."""
+    """Multiply numbers 2i and 2i + 1 of a head, as one complex number, by the token's i-th: (.., D) -> (.., D)."""
     pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
@@ -327,7 +328,7 @@ class FastDownsample(nn.Module):
 
 
 def stand_in(module: nn.Module, choices: Choices, dynamic: bool) -> nn.Module:
-    """What computes the same as this block or step down, packed when it first runs."""
+    """Return a module that computes the same as this block or step down; it packs its weights when it first runs."""
     if isinstance(module, Block):
         return FastBlock(module, choices, dynamic)
     if isinstance(module, Downsample):

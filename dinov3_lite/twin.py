@@ -1,4 +1,4 @@
-"""A stand-in beside the module that it was made of, and whether it still computes the same."""
+"""A faster stand-in for a module, and whether it still computes what the module would."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .pretrained import version
 
 
 class Twin(NamedTuple):
-    """What stands in for a module, and what that was made of: for as long as it is, both compute the same."""
+    """A stand-in for a module, with the modules and weights that it was made from.
+
+    Both compute the same for as long as those are in place and not written to.
+    """
 
     stand_in: nn.Module
     modules: tuple[nn.Module, ...]
@@ -21,12 +24,12 @@ class Twin(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module, stand_in: nn.Module) -> Twin:
-        """Remember what the module is made of."""
+        """Pair a module with its stand-in, and remember its modules and weights, and how often each was written to."""
         modules = tuple(module.modules())
         return cls(stand_in, modules, tuple(map(_parts, modules)))
 
     def holds(self) -> bool:
-        """Whether the module has the same modules and weights, none replaced or written to, and nobody looks inside."""
+        """Whether nothing in the module was replaced or written to since, and nobody observes it (`untouched`)."""
         if not untouched(*self.modules):
             return False
         for module, (parts, versions) in zip(self.modules, self.parts, strict=True):

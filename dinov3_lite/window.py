@@ -98,7 +98,7 @@ def blend(size: int, length: int, step: int) -> tuple[list[int], list[Tensor]]:
 def _batches(places: list[tuple[int, int, int]], size: int, progress: bool) -> Iterator[list[tuple[int, int, int]]]:
     from tqdm import tqdm
 
-    with tqdm(total=len(places), unit="window", disable=not progress) as bar:
+    with tqdm(total=len(places), unit=" windows", disable=not progress) as bar:
         for start in range(0, len(places), size):
             yield places[start : start + size]
             bar.update(len(places[start : start + size]))

@@ -102,7 +102,10 @@ class Checked:
 
 
 def has_failed(x: Tensor, *operations: str) -> bool:
-    """Whether one of these was found wrong for tensors like x, (.., width): callers with a better substitute ask."""
+    """Whether the first use showed one of these operations to be wrong for tensors like x, (.., width).
+
+    For callers that have a better substitute than the plain form.
+    """
     return bool(FAILED) and any((operation, x.device, x.dtype, x.shape[-1]) in FAILED for operation in operations)
 
 

@@ -94,7 +94,7 @@ define(
 
 
 def check_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, longest: int) -> None:
-    """One sentence where the kernels can't run, or for queries, keys and tables that they don't take."""
+    """Raise RuntimeError where the kernels can't run, ValueError for queries, keys or tables that they don't take."""
     require("rope_attention", "q", q)
     B, N, heads, D = q.shape
     if B * N * heads >= 2**31:
@@ -121,7 +121,7 @@ def check_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, longest: int)
 
 
 def check_like_q(name: str, x: Tensor, q: Tensor, longest: int) -> None:
-    """Queries, keys and values are alike in all but strides; within a sequence the kernels count elements in int32."""
+    """Raise ValueError unless x is like q in all but strides, and a sequence has fewer elements than int32 counts."""
     if x.shape != q.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected q's, {tuple(q.shape)}")
     if x.dtype != q.dtype:
@@ -137,6 +137,6 @@ def check_like_q(name: str, x: Tensor, q: Tensor, longest: int) -> None:
 
 
 def check_tables_need_no_gradients(needed: tuple[bool, ...]) -> None:
-    """The kernels have no gradients of cos and sin: better an error than a silent None."""
+    """Raise ValueError if cos or sin need gradients, of which the kernels have none: better than a silent None."""
     if any(needed):
         raise ValueError("cos or sin requires a gradient: expected tables without, the kernels have none for them")

@@ -66,7 +66,7 @@ BAD = {
     "dinov2": (lambda f: edit_config(f, model_type="dinov2"), r"config.json: model_type is 'dinov2'"),
     "convnext": (
         lambda f: edit_config(f, model_type="dinov3_convnext"),
-        r"config.json: model_type is 'dinov3_convnext'",
+        r"config.json: is of a ConvNeXt, and the tensors",
     ),
     "contradictory config": (
         lambda f: edit_config(f, num_attention_heads=5),

@@ -55,9 +55,21 @@ def test_a_card_is_read_as_it_was_written(name, data):
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(config=CONFIGS, images=TIMM_IMAGES)
-def test_timm_says_images_beside_the_name_of_the_model(config, images):
-    card = LAYOUTS["timm"].read_card(LAYOUTS["timm"].write_card(Card(config=config, preprocessing=images)))
-    assert card == Card(preprocessing=images)
+def test_timm_says_images_and_the_arguments_of_a_model(config, images):
+    written = LAYOUTS["timm"].write_card(Card(config=config, preprocessing=images))
+    said = replace(config, layer_norm_eps=1e-5) if "model_args" in written.files["config.json"] else None
+    assert LAYOUTS["timm"].read_card(written) == Card(config=said, preprocessing=images)
+    named = "architecture" in written.files["config.json"]
+    assert named == (config.query_bias == config.value_bias)  # timm has one switch for both
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(heads=st.integers(1, 12), quarter=st.integers(1, 40), width=st.integers(1, 5000), gated=st.booleans())
+def test_widths_come_back_from_timms_ratio(heads, quarter, width, gated):
+    gate = {"use_gated_mlp": True, "hidden_act": "silu"} if gated else {}
+    sizes = {"hidden_size": 4 * quarter * heads, "num_attention_heads": heads, "intermediate_size": width}
+    config = replace(TINY, **sizes, **gate)
+    assert LAYOUTS["timm"].read_card(LAYOUTS["timm"].write_card(Card(config=config))).config == config
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -65,7 +77,7 @@ def test_what_a_layout_can_not_say_it_leaves_away(name):
     everything = Card(TINY, PREPROCESSING, "a licence", "a note", "meta", "12", "34", "stored")
     read = LAYOUTS[name].read_card(LAYOUTS[name].write_card(everything))
     for field, nothing in Card._field_defaults.items():
-        if field not in HOLDS[name] and (name, field) != ("timm", "preprocessing"):
+        if field not in HOLDS[name] and not (name == "timm" and field in ("config", "preprocessing")):
             assert getattr(read, field) == nothing, field
 
 

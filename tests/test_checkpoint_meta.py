@@ -127,3 +127,25 @@ def test_the_names_of_whole_models_are_those_that_the_hub_code_expects(hub, tmp_
 
     assert all(f'"{digits}"' in source for digits in (*HASHES.values(), "eadcf0ff"))
     assert DINOv3Config.from_name("vitl16") == VARIANTS["vitl16"]
+
+
+def test_models_without_registers(hub, tmp_path):
+    """Its class has no `storage_tokens` then: an empty tensor of that name is one too many for its strict loader."""
+    del hub
+    from dinov3.models.vision_transformer import DinoVisionTransformer
+
+    config = replace(VARIANTS["vits16"], num_hidden_layers=2, num_register_tokens=0)
+    source = write_checkpoint(tmp_path / "source", config)
+    sizes = {"patch_size": 16, "embed_dim": 384, "depth": 2, "num_heads": 6, "ffn_ratio": 4, "n_storage_tokens": 0}
+    released = {
+        "layerscale_init": 1e-5,
+        "mask_k_bias": True,
+        "pos_embed_rope_dtype": "fp32",
+        "norm_layer": "layernormbf16",
+    }
+    theirs = DinoVisionTransformer(**sizes, **released).eval()
+    theirs.load_state_dict(torch.load(convert(source, tmp_path / "meta", to="meta"), weights_only=True), strict=True)
+    images = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        ours = DINOv3ViT.from_pretrained(source)(images).last_hidden_state
+        assert relative_error(ours, tokens(theirs(images, is_training=True))) < 5e-6

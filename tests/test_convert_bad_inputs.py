@@ -184,7 +184,7 @@ CASES = {
     "config a number": (lambda f: (f / "config.json").write_text("7"), "holds a int, expected a JSON object"),
     "config a folder": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "config.json"),
     "dinov2": (lambda f: config(f, model_type="dinov2_with_registers"), "model_type is 'dinov2_with_registers'"),
-    "convnext": (lambda f: config(f, model_type="dinov3_convnext"), "model_type is 'dinov3_convnext'"),
+    "convnext": (lambda f: config(f, model_type="dinov3_convnext"), "config.json: is of a ConvNeXt, and the tensors"),
     "a type that is no string": (lambda f: config(f, model_type=["dinov3_vit"]), "model_type is"),
     "negative size": (lambda f: config(f, hidden_size=-32), "hidden_size is -32: expected more than zero"),
     "fractional depth": (lambda f: config(f, num_hidden_layers=2.5), "num_hidden_layers is 2.5: expected int"),

@@ -167,7 +167,7 @@ def test_inspect_shows_what_lies_beside_the_weights(tmp_path, capsys):
     assert main([str(out), "--inspect"]) == 0
     text = capsys.readouterr().out
     assert "size {'height': 96, 'width': 160}, mean [0.4, 0.5, 0.6], std [0.2, 0.3, 0.1]" in text
-    assert f" MB in {len(shards)} file(s)" in text
+    assert f" MB in {len(shards)} files\n" in text
 
 
 @pytest.mark.parametrize("names", [["norm.bias"], ["layer.1.norm1.weight", "norm.bias"]], ids=len)

@@ -227,6 +227,14 @@ def test_tests_that_a_page_names_are_there():
         assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
+def test_the_first_page_of_the_site_leads_to_every_other():
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {
+        "index.md",
+        "tasks.zh-CN.md",
+    }  # which tasks.md links
+    assert pages == set(re.findall(r"\]\((\S+\.md)\)", PAGES["index"]))
+
+
 def test_the_site_has_every_page():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     assert set(re.findall(r"[\w.-]+\.md", navigation)) == {file.name for file in (ROOT / "docs").glob("*.md")}
@@ -243,3 +251,15 @@ def test_nothing_in_the_project_names_this_machine():
     for file in [*ROOT.glob("*.*"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.json")]:
         if file.suffix in {".md", ".json", ".toml", ".yml", ".cff", ".txt"}:
             assert str(ROOT) not in file.read_text(encoding="utf-8"), file
+
+
+def test_the_design_page_has_a_room_for_every_file_and_no_other():
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", PAGES["design"]))
+    there = set()
+    for folder in (ROOT / "dinov3_lite", ROOT / "dinov3_lite" / "checkpoint", ROOT / "convert"):
+        there |= {file.name for file in folder.glob("*.py") if not file.name.startswith("__")}
+        there |= {f"{package.parent.name}/" for package in folder.glob("*/__init__.py")}
+    inner = {"layouts/", "kernels/"}  # the one is said with its parent, the other is a floor
+    assert there - inner <= named, there - inner - named
+    files = {file.name for folder in ("dinov3_lite", "convert", "kernels") for file in (ROOT / folder).rglob("*.py")}
+    assert {name for name in named if name.endswith(".py") and "/" not in name} <= files

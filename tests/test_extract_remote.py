@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -98,6 +99,9 @@ def test_status_verify_and_another_job(bucket, checkpoint, photos, capsys):
     assert check.status(bucket)["rows"] == 16 and list(check.verify(bucket)) == []
     assert main(["extract", "--status", bucket]) == 0 == main(["extract", "--verify", bucket])
     assert f"{bucket}: 3 of 3 shards, 0 being worked on" in capsys.readouterr().out
+    assert main(["extract", "--status", bucket, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["done"], told["shards"], told["rows"], told["failed"]) == (3, 3, 16, {})
     store = fsspec.filesystem("memory")
     path = bucket.removeprefix("memory:/") + "/cls_token/00000001.npy"
     store.pipe_file(path, store.cat_file(path)[:-1] + b"\0")

@@ -11,6 +11,7 @@ from helpers import ROOT, run_python
 from packaging.version import Version
 
 import dinov3_lite
+from dinov3_lite.checkpoint.layouts import LAYOUTS
 
 # The rooms of the library that know files, for those who may use any of them.
 CHECKPOINT = {
@@ -375,8 +376,7 @@ for source in ({str(folder)!r}, {str(file)!r}):
         "tracing",
         *("checkpoint", *(f"checkpoint.{name}" for name in ("choose", "containers", "folders", "hub", "json_files"))),
         *("checkpoint.layouts", "checkpoint.matching", "checkpoint.spans", "checkpoint.words"),
-        *(f"checkpoint.layouts.{name}" for name in ("cards", "convnext", "lite", "meta", "table", "timm")),
-        *("checkpoint.layouts.transformers", "checkpoint.layouts.vit"),
+        *(f"checkpoint.layouts.{name}" for name in ("cards", "convnext", "table", "vit", *LAYOUTS)),
     }
     others = {name.split(".")[0] for name in first.split()} - {"dinov3_lite"}
     assert others <= {"safetensors", "torch"}

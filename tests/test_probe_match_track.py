@@ -353,6 +353,11 @@ def test_the_track_command(checkpoint, tmp_path, capsys):
     last = Image.open(written[-1])
     assert last.mode == "P" and last.getpalette()[9:12] == [200, 0, 0] and last.size == (80, 64)
     assert np.array_equal(np.array(Image.open(written[0])), masks[0])
+    for truth, jaccards in ([], None), (["--truth", str(tmp_path / "out")], 1.0):
+        assert main([*command, *output, *truth, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["frames"] == [f"{i:05d}" for i in range(4)] and told["output"] == str(tmp_path / "out")
+        assert (told["measures"] or {}).get("J") == jaccards
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, trained_like, write_checkpoint
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dinov3_lite import DINOv3ViT, build_dinov3_encoder
@@ -516,6 +517,26 @@ def test_predictions_have_the_pictures_sizes_and_stems(checkpoint, head, tmp_pat
     logits = torch.nn.functional.interpolate(network(x), (64, 80), mode="bilinear")
     expected = (torch.sigmoid(logits)[0, 0] * 255).round().numpy()
     assert abs(expected - np.array(Image.open(out / "b.c.png"))).max() <= 1
+
+
+def test_what_programs_read_of_fit_and_predict(checkpoint, data, tmp_path, capsys):
+    head, pictures = tmp_path / "head.safetensors", tmp_path / "in"
+    command = ["--model", str(checkpoint), "--size", "32", "--epochs", "2", "--output", str(head), "--json"]
+    assert main(["fit", str(data), *command]) == 0
+    told = json.loads(capsys.readouterr().out)
+    network = DINOv3ViT.from_pretrained(checkpoint)
+    assert (told["output"], told["model"], told["weights"]) == (str(head), network.config.name, network.weights_id)
+    losses = [entry["loss"] for entry in told["history"]]
+    with safe_open(head, "pt") as file:
+        assert len(losses) == 2 and str(losses[told["epoch"] - 1]) in "".join(file.metadata().values())
+
+    good, bad = save(pictures, "a.png", grey()), pictures / "b.png"
+    bad.write_bytes(b"no picture")
+    arguments = ["--model", str(checkpoint), "--head", str(head), "--output", str(tmp_path / "out"), "--json"]
+    assert main(["predict", str(pictures), *arguments]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["predictions"] == {str(good): str(tmp_path / "out" / "a.png")} and (tmp_path / "out" / "a.png").exists()
+    assert list(told["failed"]) == [str(bad)] and told["head"] == str(head) and told["weights"] == fingerprint(network)
 
 
 def test_a_window_slides_over_large_pictures():

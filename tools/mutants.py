@@ -44,6 +44,8 @@ TESTS = {
     "dinov3_lite/pretrained.py": "pretrained model",
     "dinov3_lite/checkpoint/layouts/lite.py": "pretrained convnext_checkpoints checkpoint_loading convert_whole "
     "checkpoint_bad_inputs convert_written",
+    "dinov3_lite/checkpoint/layouts/timm.py": "convert_timm checkpoint_cards",
+    "dinov3_lite/checkpoint/__init__.py": "convert_timm checkpoint_loading",
     "dinov3_lite/attention_ways.py": "choices",
     "dinov3_lite/choices.py": "choices inference",
     "dinov3_lite/inference.py": "inference modules",

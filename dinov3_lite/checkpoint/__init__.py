@@ -50,7 +50,8 @@ class Checkpoint:
     left_out: dict[str, str]
     """Tensors of the files that are not the model's, each with the reason."""
     carried: dict[str, StoredTensor]
-    """Those of them that some layout knows by these names: files of that layout and our own keep them."""
+    """Those of `left_out` that a layout knows, such as Meta's `local_cls_norm`, by the names it gives them: files of
+    that layout, and our own, keep them."""
 
     @property
     def config(self) -> Any:
@@ -80,7 +81,7 @@ class Checkpoint:
         return self.read(self.spans[name]).view(model_tensors(self.config)[name][0])
 
     def spans_of(self, equation: Equation) -> list[Span]:
-        """The stored elements of the tensors in an equation, one after the other: zeros for what the model lacks."""
+        """The stored elements of an equation's tensors, one after the other; zeros for one that the model lacks."""
         there = [span for name, _ in equation.ours for span in self.spans.get(name, ())]
         dtype = there[0].stored.dtype if there else torch.float32
         return [
@@ -284,20 +285,25 @@ def _with_config(card: Card, path: Path, layout: Layout, table: Table, stored: d
     if card.config is not None and layout.table(card.config) is not table:
         if path.is_dir() or layout.needs_config:
             raise ValueError(
-                f"{(path if path.is_dir() else path.parent) / 'config.json'}: model_type is "
-                f"{layout.table(card.config).family.model_type!r}, and the tensors beside it are those of a "
+                f"{(path if path.is_dir() else path.parent) / 'config.json'}: is of a "
+                f"{layout.table(card.config).family.name}, and the tensors beside it are those of a "
                 f"{table.family.name}: weights and config must be of one model"
             )
         card = card._replace(config=None, preprocessing=None, note="")
     if card.config is not None and (path.is_dir() or layout.needs_config or card.digest):
         return card
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    shown = table.family.infer(table, shapes, lambda name: stored[name].read())
+    try:
+        shown = table.family.infer(table, shapes, lambda name: stored[name].read())
+    except ValueError:
+        if card.config is None:
+            raise
+        return card  # the tensors alone don't tell: matching says whether they are of this config
     if card.config is None:
         return card._replace(config=shown)
     said, seen = (
-        {name: shape for name, (shape, _) in model_tensors(config).items() if not name.endswith("bias")}
-        for config in (card.config, shown)
+        {n: shape for n, (shape, _) in model_tensors(c).items() if not n.endswith("bias") and n not in table.assumed}
+        for c in (card.config, shown)
     )
     return card if said == seen else card._replace(config=shown, preprocessing=None, note="")
 

@@ -17,13 +17,20 @@ from .spans import StoredTensor
 
 
 def repeated(weight: Tensor, count: int) -> Tensor:
-    """Timm's rule: the channels over and over, times their number over `count`; for one channel, their sum."""
+    """Timm's rule: repeat the channels in turn and scale by given / count; a single channel gets their sum.
+
+    (C, given, p, p) -> (C, count, p, p).
+    """
     given = weight.shape[1]
     return weight[:, torch.arange(count) % given] * (given / count) if count > 1 else weight.sum(dim=1, keepdim=True)
 
 
 def averaged(weight: Tensor, count: int) -> Tensor:
-    """Meta's rule: the channels, then their mean in each new one, times their number over `count`; for fewer, means."""
+    """Meta's rule: keep the channels, put their mean into each further one, and scale by given / count; with fewer
+    channels than given, each gets the mean.
+
+    (C, given, p, p) -> (C, count, p, p).
+    """
     given = weight.shape[1]
     kept = weight if count > given else weight[:, :0]
     mean = weight.mean(dim=1, keepdim=True).expand(-1, count - kept.shape[1], -1, -1)
@@ -42,7 +49,7 @@ def statistics(values: Sequence[float], count: int, rule: str) -> tuple[float, .
 
 
 def check_rule(count: int, rule: str) -> None:
-    """Raise ValueError for a rule or a number of channels that there is not."""
+    """Raise ValueError unless the rule is one of `RULES` and the number of channels a whole number from 1 on."""
     if rule not in RULES:
         raise ValueError(f"channel_rule is {rule!r}: expected one of {', '.join(RULES)}")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -50,7 +57,8 @@ def check_rule(count: int, rule: str) -> None:
 
 
 def with_channels(opened: Checkpoint, count: int | None, rule: str) -> Checkpoint:
-    """The checkpoint of a model that takes `count` channels, by one of `RULES`; itself for None or as many.
+    """Return the checkpoint with its first projection adapted to `count` channels by one of `RULES`, or as it is if
+    count is None or what it has.
 
     The projection (C, channels, p, p), a ViT's of patches or a ConvNeXt's stem, is computed in float32 or wider.
     Raises ValueError as `check_rule`.
@@ -65,5 +73,5 @@ def with_channels(opened: Checkpoint, count: int | None, rule: str) -> Checkpoin
     stored = opened.tensor(name)
     weight = RULES[rule](stored.to(torch.promote_types(stored.dtype, torch.float32)), count).to(stored.dtype)
     span = StoredTensor.in_memory(name, weight.contiguous(), opened.spans[name][0].stored.file).span()
-    card = opened.card._replace(config=config, digest="", preprocessing=None)  # whose statistics are of others
+    card = opened.card._replace(config=config, digest="", preprocessing=None)  # its statistics are of other channels
     return replace(opened, card=card, spans={**opened.spans, name: [span]})

@@ -46,7 +46,7 @@ class OutputTensor(NamedTuple):
         return sum(span.size for span in self.spans) * self.dtype.itemsize
 
     def cast(self, span: Span) -> Tensor:
-        """One of its spans in its dtype, flat. Raises ValueError if float16 can't hold it."""
+        """Read one of its spans, (n,), cast to its dtype. Raises ValueError if a value leaves float16's range."""
         return cast(span.load().reshape(-1), self.name, self.dtype)
 
 

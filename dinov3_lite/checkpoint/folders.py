@@ -65,7 +65,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def check_index(files: Sequence[Path], stored: Mapping[str, StoredTensor]) -> None:
-    """Raise ValueError if the index of these shards says of a tensor that it is where it is not."""
+    """Raise ValueError if the index beside these shards lists a tensor in a shard that does not hold it."""
     names = {file.name for file in files}
     for index in files[0].parent.glob("*.index.json"):
         said = read_index(index)

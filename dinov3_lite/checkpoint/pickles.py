@@ -227,7 +227,7 @@ def _with_attributes(rebuild: Any, _type: Any, arguments: Any, _state: Any) -> A
 
 
 def _empty_dictionary(*items: Any) -> dict[Any, Any]:
-    if items:  # torch.save fills them item by item; a copy could be asked for again and again
+    if items:  # torch.save fills them item by item; copying one again and again would outgrow the file
         raise UnpicklingError("a dictionary made from another object")
     return {}
 

@@ -204,7 +204,7 @@ def named_tensors(content: Any) -> Iterator[tuple[str, SavedTensor | OtherTensor
 
 def record_offset(f: IO[bytes], info: zipfile.ZipInfo) -> int:
     """Where an uncompressed member of an archive starts: after its local header of 30 bytes, name and extra field."""
-    if info.header_offset < 0:  # the system's own error would look like one of the disk
+    if info.header_offset < 0:  # seeking there is an OSError, which would be taken for a failing disk
         raise ValueError(f"its index puts {info.filename[:100]!r} before the file's first byte")
     f.seek(info.header_offset + 26)
     name, extra = struct.unpack("<HH", f.read(4))

@@ -72,7 +72,7 @@ def files_of(
     names = (
         [f"{stem}-{i + 1:05}-of-{len(shards):05}{suffix}" for i in range(len(shards))] if len(shards) > 1 else [name]
     )
-    files: Files = {README: beside.readme} if beside.readme else {}  # first: the last is what readers look for
+    files: Files = {README: beside.readme} if beside.readme else {}  # first: readers look for the last
     files |= {
         file: WeightsFile(shard, beside.metadata, layout.container) for file, shard in zip(names, shards, strict=True)
     }
@@ -111,7 +111,9 @@ def output_tensors(opened: Checkpoint, layout: Layout, dtype: torch.dtype | None
 
 
 def carried_into(opened: Checkpoint, layout: Layout) -> dict[str, StoredTensor]:
-    """What is not the model's and is written all the same, by its name: by our own file all, by a layout its own."""
+    """The carried tensors that files of that layout keep, by the names they get there: our own file keeps all of them,
+    another layout those that it knows.
+    """
     if layout.carries:
         return {layout.carries + name: stored for name, stored in opened.carried.items()}
     known = layout.table(opened.config).carried
@@ -132,7 +134,7 @@ def _shards(tensors: list[OutputTensor], max_size: int) -> list[list[OutputTenso
 
 
 def losses(opened: Checkpoint, layout: Layout) -> dict[str, str]:
-    """What the layout can't hold of this checkpoint, since its readers would take another value: a sentence by name.
+    """What of this checkpoint the layout can't hold, because its readers would take another value: a sentence by name.
 
     Names are those of the model's tensors, with # for the block's number, and of config fields.
     """
@@ -181,7 +183,9 @@ def save_model(model: nn.Module, path: Path, layout_name: str, dtype: torch.dtyp
 def save_tensors(
     model: Any, stored: dict[str, StoredTensor], path: Path, layout_name: str, dtype: torch.dtype | None
 ) -> Path:
-    """As `save_model`, of a model whose tensors these are, by the names of its state dict."""
+    """Write these tensors, which go by the names of the model's state dict and may be read one by one: see
+    `save_pretrained`.
+    """
     if layout_name not in LAYOUTS:
         raise ValueError(f"layout is {layout_name!r}: expected one of {', '.join(LAYOUTS)}")
     layout = LAYOUTS[layout_name]

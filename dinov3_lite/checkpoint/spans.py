@@ -30,7 +30,7 @@ class StoredTensor(NamedTuple):
 
     @classmethod
     def in_memory(cls, name: str, tensor: Tensor, file: Path | None = None) -> "StoredTensor":
-        """A tensor that no file holds as it is; `file`: whose tensors it was made of."""
+        """Wrap a tensor in memory. file: the one that it was made from, for messages."""
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda _: tensor, file or Path())
 
     @classmethod
@@ -95,7 +95,7 @@ class Span(NamedTuple):
 
 
 def samples(spans: Iterable[Span]) -> Iterator[Tensor]:
-    """Of each span the elements at `places`, read into memory of their own."""
+    """Read the elements at `places` of each span, into memory of their own."""
     for path, of_it in itertools.groupby(spans, lambda span: span.stored.offset is not None and span.stored.file):
         with path.open("rb", buffering=0) if path else nullcontext() as file:
             for span in of_it:
@@ -108,7 +108,7 @@ def sample(flat: Tensor) -> Tensor:
 
 
 def places(size: int) -> list[tuple[int, int]]:
-    """Start and stop of 64 elements at each of five places among `size`: what is looked at to tell weights apart."""
+    """Which of `size` elements tell weights apart: start and stop of five runs of 64, from the first to the last."""
     return [(start, min(start + 64, size)) for start in (0, size // 4, size // 2, size * 3 // 4, max(0, size - 64))]
 
 

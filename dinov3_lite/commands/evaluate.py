@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         args.truth,
         classes=args.classes,
         report=lambda line: complain(f"dinov3_lite: {' '.join(line.split())}"),
-        progress=lambda stems: progress(stems, unit="picture"),
+        progress=lambda stems: progress(stems, unit=" pictures"),
     )
     write = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "json": lambda t: json.dumps(t, indent=2)}
     say(write[args.format](table))

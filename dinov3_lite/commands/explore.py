@@ -18,14 +18,18 @@ SHOWN = 16  # pixels a side of what the page shows of a ConvNeXt's stages: the p
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write one HTML page that opens by a double click and fetches nothing: hover over a patch and see what is "
-        "similar to it in every picture; masks, principal components, attention of the CLS token. Of a ConvNeXt, the\n"
+        "similar to it in every picture; masks, principal components, attention of the CLS token. Of a ConvNeXt, the "
         "four stages are shown as blocks, on the grid of a ViT with patches of 16 px; it has no attention."
     )
     parser.epilog = "example:\n  %(prog)s photo.jpg other.jpg --model checkpoint --size 768 --output page.html"
-    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
+    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="files of pictures")
     parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument(
-        "--output", type=Path, default=Path("explore.html"), metavar="PAGE", help="default: %(default)s"
+        "--output",
+        type=Path,
+        default=Path("explore.html"),
+        metavar="PAGE",
+        help="the file to write (default: %(default)s)",
     )
     parser.add_argument(
         "--size",
@@ -35,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pixels: N for the longer side, at the picture's own aspect, or both sides (default: 512)",
     )
     parser.add_argument(
-        "--blocks", metavar="I,J,...", help="counted from 0 (default: as many as fit in 2 MB, the last among them)"
+        "--blocks",
+        metavar="I,J,...",
+        help="blocks to show, counted from 0 (default: as many as fit in 2 MB, the last among them)",
     )
     add_device_and_dtype(parser)
 
@@ -52,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
     model, processor = load_model_and_processor(args)
     side = model.patch_size or SHOWN
     if isinstance(model, DINOv3ConvNeXt):
-        model.patch_size = side  # to whose grid its stages are resized
-    places = model.stride // side  # of the page's grid, in each of the model's
+        model.patch_size = side  # its stages are resized to the grid of such patches
+    places = model.stride // side  # patches of the page along one side of a token of the model
     grids = [(places * h, places * w) for h, w in (grid_of(p, args.size, model.stride) for _, p in pictures)]
     blocks = _blocks(args.blocks, model) if args.blocks else blocks_that_fit(grids, model)
     check_size(grids, model, blocks)

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="onnx, torch.export's pt2, or compiled by AOTInductor",
     )
-    parser.add_argument("--output", type=Path, help="default: the variant's name, such as vitb16.onnx")
+    parser.add_argument(
+        "--output", type=Path, help="the file to write (default: the variant's name, such as vitb16.onnx)"
+    )
     parser.add_argument(
         "--size",
         type=image_size,

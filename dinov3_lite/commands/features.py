@@ -24,14 +24,16 @@ DRAWN = 50  # photos at most in one drawing, of which each takes 480 rows of pix
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Save the CLS token, the register tokens and the feature map of photos: a row each in three tensors, in the\n"
-        "order given. The file's metadata lists the photos of the rows under `files`. A photo that can't be read is\n"
+        "Save the CLS token, the register tokens and the feature map of photos: a row each in three tensors, in the "
+        "order given. The file's metadata lists the photos of the rows under `files`. A photo that can't be read is "
         "named at the end, with exit status 1: it has no row, and the others are saved."
     )
     parser.epilog = "example:\n  %(prog)s photo.jpg --model checkpoint --picture pca.png --query 100,80"
-    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
+    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="files of pictures")
     parser.add_argument("--model", required=True, help=MODEL)
-    parser.add_argument("--output", type=Path, default=Path("features.safetensors"), help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path("features.safetensors"), help="the file to write (default: %(default)s)"
+    )
     parser.add_argument("--picture", type=Path, help="draw the photo beside the principal components of its patches")
     parser.add_argument("--query", type=point, metavar="X,Y", help="draw the similarity to the patch at this pixel too")
     parser.add_argument(
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 class Photo(NamedTuple):
     file: Path
-    height: int  # as it is shown
+    height: int  # of the file's picture, turned as it is shown
     width: int
     pixels: Tensor  # (C, H, W), the model's input
     thumbnail: Tensor | None  # (height, width, 3) in [0, 1], if it will be drawn
@@ -102,8 +104,8 @@ def _encode(
     files: list[str] = []
     failed: dict[str, str] = {}
     drawn: list[tuple[Photo, Tensor]] = []
-    size = processor.size  # or that of the first photo
-    for file in progress(args.photos, unit="photo"):
+    size = processor.size  # None: the first photo's, which all others must have
+    for file in progress(args.photos, unit=" photos"):
         try:
             photo = _read(file, processor, args)
             found = (photo.pixels.shape[1], photo.pixels.shape[2])

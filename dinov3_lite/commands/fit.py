@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from ..console import say
-from .arguments import MODEL, add_device_and_dtype, image_size
+from ..console import complain, say
+from .arguments import MODEL, add_device_and_dtype, add_json, image_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=image_size, default=(384, 384), metavar="N or HxW", help="of pictures in training (default: 384)"
     )
-    parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=20, help="times that every pair is seen (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of the head (default: %(default)s)")
     parser.add_argument(
         "--classes",
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the split, the head and the crops (default: 0)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read pictures (default: 0)")
     add_device_and_dtype(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
         raise argparse.ArgumentError(None, f"--unfreeze trains in float32: leave out --dtype {args.dtype}")
     recipe = Recipe(size=args.size, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
     model, processor = load_model_and_processor(args, dtype=torch.float32 if args.unfreeze else None)
-    say(f"{model.config.name}  weights {model.weights_id}")
+    weights = model.weights_id  # before blocks are fitted
+    tell = complain if args.json else say
+    tell(f"{model.config.name}  weights {weights}")
     fitted = fit(
         args.data,
         model,
@@ -65,9 +69,13 @@ def run(args: argparse.Namespace) -> None:
         classes=args.classes,
         unfreeze=args.unfreeze,
         held_out=args.held_out,
-        report=say,
+        report=tell,
         workers=args.workers,
     )
+    if args.json:
+        about = {"model": model.config.name, "weights": weights, "epoch": fitted.best + 1, "history": fitted.history}
+        say(json.dumps({"output": str(args.output), **about}))
+        return
     figures = ", ".join(f"{name} {value:.4f}" for name, value in fitted.history[fitted.best].items() if name != "loss")
     size_ = args.output.stat().st_size / 1e6
     say(f"{args.output}: the head of epoch {fitted.best + 1}, {size_:.1f} MB; on the part held out {figures}")

@@ -13,17 +13,23 @@ from .arguments import MODEL, add_device_and_dtype
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Find patches of two pictures that are each other's most similar, spread over the pictures."
     parser.epilog = "example:\n  %(prog)s left.jpg right.jpg --model checkpoint --picture matches.png"
-    parser.add_argument("first", type=Path, metavar="A")
-    parser.add_argument("second", type=Path, metavar="B")
+    parser.add_argument("first", type=Path, metavar="A", help="a picture")
+    parser.add_argument("second", type=Path, metavar="B", help="another one")
     parser.add_argument("--model", required=True, help=MODEL)
-    parser.add_argument("--output", type=Path, default=Path("matches.json"), help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path("matches.json"), help="the JSON file to write (default: %(default)s)"
+    )
     parser.add_argument("--picture", type=Path, help="draw both pictures with lines between what matches")
     parser.add_argument(
         "--size", type=int, default=768, metavar="N", help="pixels of the longer sides (default: %(default)s)"
     )
     parser.add_argument("--count", type=int, default=60, metavar="N", help="at most so many (default: %(default)s)")
     parser.add_argument(
-        "--spacing", type=float, default=2.0, metavar="N", help="patches between matches (default: %(default)s)"
+        "--spacing",
+        type=float,
+        default=2.0,
+        metavar="N",
+        help="patches between two matches, at least (default: %(default)s)",
     )
     add_device_and_dtype(parser)
 

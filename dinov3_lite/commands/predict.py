@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from ..console import complain, progress, say, sentence
-from .arguments import MODEL, add_device_and_dtype
+from .arguments import MODEL, add_device_and_dtype, add_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write an 8-bit PNG for each picture, of its size and with its stem. A picture that can't be read is named at\n"
+        "Write an 8-bit PNG for each picture, of its size and with its stem. A picture that can't be read is named at "
         "the end, with exit status 1; the others are predicted."
     )
     parser.epilog = (
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sliding", action="store_true", help="windows at full resolution over pictures larger than in training"
     )
     add_device_and_dtype(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,19 +42,22 @@ def run(args: argparse.Namespace) -> int:
     _check_outputs(args, pictures)
     model, _ = load_model_and_processor(args)
     network, settings = load_head(args.head, model)
-    say(f"{model.config.name}  weights {settings.fingerprint}, head {args.head}")
+    if not args.json:
+        say(f"{model.config.name}  weights {settings.fingerprint}, head {args.head}")
     for folder in {output.parent for name in pictures for output in _outputs(args, name)}:
         folder.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for name, file in progress(pictures.items(), unit="picture"):
+    written: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for name, file in progress(pictures.items(), unit=" pictures"):
         try:
             pixels = read_picture(file)
             prediction = predict(network, pixels, settings, sliding=args.sliding)
         except (OSError, ValueError) as error:
-            failed.append(f"{file}: {sentence(error).removeprefix(f'{file}: ')}")
+            failed[str(file)] = f"{file}: {sentence(error).removeprefix(f'{file}: ')}"
             continue
         output, *drawing = _outputs(args, name)
         save_picture(prediction, output)
+        written[str(file)] = str(output)
         if drawing:
             save_picture(overlay(pixels, prediction, settings.classes), drawing[0])
     kind = (
@@ -60,8 +65,12 @@ def run(args: argparse.Namespace) -> int:
         if settings.classes == 1
         else f"classes 0 to {settings.classes - 1}"
     )
-    say(f"{args.output}: {len(pictures) - len(failed)} predictions, {kind}")
-    for reason in failed:
+    if args.json:
+        about = {"model": model.config.name, "weights": settings.fingerprint, "head": str(args.head)}
+        say(json.dumps({"output": str(args.output), **about, "values": kind, "predictions": written, "failed": failed}))
+    else:
+        say(f"{args.output}: {len(written)} predictions, {kind}")
+    for reason in failed.values():
         complain(f"dinov3_lite: {reason}")
     return 1 if failed else 0
 

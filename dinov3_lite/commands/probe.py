@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import progress, say
-from .arguments import MODEL, add_device_and_dtype
+from .arguments import MODEL, add_device_and_dtype, add_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,19 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "example:\n  %(prog)s flowers --model checkpoint --shots 5 --seeds 10\n\n"
-        "DATA holds a folder for each class; or folders train and test (or val) with those; or it is a feature store\n"
+        "DATA holds a folder for each class; or folders train and test (or val) with those; or it is a feature store "
         "of extract, whose keys begin with the class. Without TEST a part is held out."
     )
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of class folders, or a feature store")
-    parser.add_argument("test", nargs="?", type=Path, metavar="TEST", help="likewise, to test on")
+    parser.add_argument("test", nargs="?", type=Path, metavar="TEST", help="the same kind of source, to test on")
     parser.add_argument("--model", help=MODEL + " (not for a feature store)")
     parser.add_argument("--shots", type=int, metavar="N", help="train on N pictures of each class (default: on all)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with so many seeds (default: 1)")
     parser.add_argument(
-        "--held-out", type=float, default=0.2, metavar="SHARE", help="to test on, where nothing else is (default: 0.2)"
+        "--held-out",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of the pictures, to test on where there is no TEST (default: 0.2)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
     add_device_and_dtype(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         alone = sorted(set(test.classes) ^ set(train.classes))
         raise ValueError(f"{args.test or args.data}: the class {alone[0]} is in one of training and test set only")
 
-    held_out = None  # what C is chosen by: a part of the shots' set that is drawn from no more; else `probe` takes one
+    held_out = None  # what C is chosen by: with --shots split off before drawing, otherwise `probe` splits it off
     if args.shots:
         (train, train_features), (held, held_features) = _split(train, train_features, HELD_OUT_OF_FEW)
         held_out = held_features, held.labels
@@ -142,6 +146,6 @@ def _embedder(args: argparse.Namespace, sources: list[Path]) -> Any:
 
     def embed_folder(source: Path) -> tuple[Labelled, Tensor]:
         files = list(pending[source].items)
-        return pending[source], embed(files, model, processor, progress=lambda steps: progress(steps, unit="batch"))
+        return pending[source], embed(files, model, processor, progress=lambda steps: progress(steps, unit=" batches"))
 
     return embed_folder

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console import progress, say
-from .arguments import MODEL, add_device_and_dtype
+from .arguments import MODEL, add_device_and_dtype, add_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The mask is an 8-bit picture: 0 is the background, any other value an object."
     )
     parser.add_argument("video", type=Path, metavar="VIDEO", help="a video, or a folder of frames in order of names")
-    parser.add_argument("--mask", required=True, type=Path, help="of the first frame")
+    parser.add_argument("--mask", required=True, type=Path, help="the mask of the first frame, an 8-bit picture")
     parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the masks")
     parser.add_argument(
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlay", action="store_true", help="draw the masks into the frames too: DIR/overlay")
     parser.add_argument("--truth", type=Path, metavar="DIR", help="true masks of all frames, for DAVIS' J and F")
     add_device_and_dtype(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,10 +50,10 @@ def run(args: argparse.Namespace) -> None:
     truth = pictures_in(args.truth) if args.truth else {}
     model, processor = load_model_and_processor(args)
     names: list[str] = []
-    shown: list[np.ndarray] = []  # the frame that is looked at
+    shown: list[np.ndarray] = []  # the frame at hand, kept for drawing
 
     def frames() -> Iterator[np.ndarray]:
-        for name, frame in progress(read_frames(args.video), unit="frame"):
+        for name, frame in progress(read_frames(args.video), unit=" frames"):
             if args.truth and name not in truth:
                 raise ValueError(f"{args.truth}: holds no mask for the frame {name}: expected one a frame, by stem")
             if args.truth and not names and set(np.unique(read_mask(truth[name]))) != set(np.unique(mask)):
@@ -65,16 +67,23 @@ def run(args: argparse.Namespace) -> None:
         rows, columns = (max(1, round(scale * side / model.stride)) for side in frame.shape[:2])
         return feature_map(model, processor, frame, (rows, columns))
 
-    say(f"{model.config.name}  weights {model.weights_id}")
+    if not args.json:
+        say(f"{model.config.name}  weights {model.weights_id}")
     (args.output / "overlay" if args.overlay else args.output).mkdir(parents=True, exist_ok=True)
     for tracked in track(frames(), mask, features):
         save_picture(tracked, args.output / f"{names[-1]}.png", palette)
         if args.overlay:
             save_picture(overlay(shown[0], tracked, 256), args.output / "overlay" / f"{names[-1]}.png")
-    say(f"{args.output}: {len(names)} masks")
+    measures = None
     if args.truth:
         found = (read_mask(args.output / f"{name}.png") for name in names)
         measures = j_and_f(found, (read_mask(truth[name]) for name in names))
+    if args.json:
+        about = {"model": model.config.name, "weights": model.weights_id}
+        say(json.dumps({"output": str(args.output), **about, "frames": names, "measures": measures}))
+        return
+    say(f"{args.output}: {len(names)} masks")
+    if measures:
         say("  ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 
 

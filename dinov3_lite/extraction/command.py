@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from ..commands.arguments import MODEL, image_size
 from ..console import complain, say
 from .remote import folder_at
 
-DESCRIPTION = """Features of all pictures of INPUT, in a folder of numpy files. The same command again goes on where it
-was. Exit status: 0 all done, 1 bad input, 2 bad usage, 3 some shards failed (listed), 130 and 143 stopped by Ctrl-C
-and SIGTERM."""
+DESCRIPTION = (
+    "Features of all pictures of INPUT, in a folder of numpy files. The same command again goes on where it was. Exit "
+    "status: 0 all done, 1 bad input, 2 bad usage, 3 some shards failed (listed), 130 and 143 stopped by Ctrl-C and "
+    "SIGTERM."
+)
 EXAMPLE = """example:
   %(prog)s photos/ --model checkpoint --output features --outputs cls_token patch_mean --dtype bfloat16
 
-on 8 GPUs: torchrun --nproc-per-node 8 -m dinov3_lite extract 'data-{000..999}.tar' --model checkpoint --output out
-how far it is: %(prog)s --status features"""
+on 8 GPUs:
+  torchrun --nproc-per-node 8 -m dinov3_lite extract 'data-{000..999}.tar' --model checkpoint --output out
+
+how far it is:
+  %(prog)s --status features"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--outputs", nargs="+", default=["cls_token"], metavar="OUTPUT",
         help="cls_token (the default), patch_mean, patch_tokens, register_tokens",
     )  # fmt: skip
-    what.add_argument("--blocks", nargs="+", type=int, metavar="N", help="of these blocks (default: the last)")
+    what.add_argument(
+        "--blocks", nargs="+", type=int, metavar="N", help="the blocks whose outputs are taken (default: the last)"
+    )
     what.add_argument("--size", type=_size, metavar="N|HxW|native", help="pixels (default: the model's)")
     what.add_argument("--dtype", help="of the weights: float32, bfloat16, float16 (default: the checkpoint's own)")
     what.add_argument("--store", default="float16", help="dtype of the files: float16 (the default) or float32")
@@ -48,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="decode large JPEGs at a fraction of their size: faster, not exact",
     )
-    what.add_argument("--column", help="of a parquet file: the pictures' bytes, or their paths")
+    what.add_argument("--column", help="the one of parquet files that holds pictures, as bytes or paths")
 
     how = parser.add_argument_group("how")
     how.add_argument("--device", help="default: a GPU if there is one")
@@ -75,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     then = parser.add_argument_group("of a folder that is there")
     then.add_argument("--status", nargs="?", const="", metavar="OUT", help="how far it is, and what failed")
+    then.add_argument("--json", action="store_true", help="with --status: as one JSON object, for programs")
     then.add_argument("--verify", nargs="?", const="", metavar="OUT", help="read every file and compare its SHA-256")
     then.add_argument("--to", metavar="FORMAT", help="--to parquet|webdataset|lance OUT DEST: write it in that format")
 
@@ -82,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The exit status."""
     if args.status is not None:
-        return _status(_folder(args, args.status))
+        return _status(_folder(args, args.status), args.json)
     if args.verify is not None:
         return _verify(_folder(args, args.verify))
     if args.to is not None:
@@ -129,10 +138,13 @@ def _folder(args: argparse.Namespace, named: str) -> str:
     return folder
 
 
-def _status(path: str) -> int:
+def _status(path: str, as_json: bool = False) -> int:
     from .check import status
 
     found = status(path)
+    if as_json:
+        say(json.dumps(found))
+        return 3 if found["failed"] else 0
     say(f"{path}: {found['done']} of {found['shards']} shards, {found['at_work']} being worked on")
     of = f" of {found['pictures']} pictures" if found["pictures"] else ""
     say(f"{found['rows']} rows and {found['rejects']} rejects{of}")

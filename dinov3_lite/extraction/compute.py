@@ -106,7 +106,7 @@ class Network:
         return tuple((xs[0] if len(xs) == 1 else torch.stack(xs, dim=1)).to(self.store) for xs in picked)
 
     def submit(self, images: Tensor) -> Any:
-        """Start on a batch (B, 3, h, w), for a GPU in pinned memory: a call that waits for the outputs."""
+        """Start on a batch (B, 3, h, w), in pinned memory for a GPU; return a function that waits for the outputs."""
         if self.copies is None:
             filled = torch.cat((images, images.new_zeros(-len(images) % self.at_once, *images.shape[1:])))
             some = map(self.run, filled.split(self.at_once))

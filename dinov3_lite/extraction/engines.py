@@ -94,7 +94,7 @@ def extract(
     resize: "float32" as `ImageProcessor`; "uint8" rounds resized pixels to whole numbers, as torchvision's transforms
         do: faster, and a quarter of the bytes to a GPU. scaled_decoding: let JPEGs of more than four times the
         wanted size be decoded at a half, a quarter or an eighth of theirs. docs/extract.md has what both change.
-    column: of a parquet file; needed where several hold bytes.
+    column: the one that holds the pictures in parquet files; needed where several hold bytes.
     device: "cpu", "cuda", "cuda:1"; None is a GPU if there is one. decode_threads: None is one a core.
     max_rejects: how many pictures of a shard may be rejected, a number or "P%" (which always allows ten).
     part: "I/N", as N processes at once share the shards; None reads what torchrun, SLURM or Kubernetes say.
@@ -102,7 +102,7 @@ def extract(
         of each N writes; in the others this returns, or raises, when that is done. The job keeps N (last bits).
     engine: "local" is this process; "ray" is `workers` actors, on the cluster of RAY_ADDRESS or on this machine.
     progress: a bar; None shows one on a terminal.
-    processor: None is the checkpoint's own; a model that is an object needs one. `size` comes before its size.
+    processor: None is the checkpoint's own; a model that is an object needs one. `size` overrides its size.
     subfolder: of the checkpoint. revision, cache_dir, local_files_only: as in huggingface_hub, for a hub id.
 
     Raises FileNotFoundError, TypeError and ValueError for what can't be begun, ShardsFailed when all but some shards
@@ -208,7 +208,7 @@ def _missing(folder: Folder, part: Part, total: int) -> list[int]:
 
 
 def run_local(worker: Worker, shards: list[int], bar: Bar) -> dict[int, str]:
-    """Do the shards one after the other in this process; the reasons of those that failed."""
+    """Do the shards one after the other in this process; return the reason of each that failed."""
     failures = {}
     try:
         with _ends_after_the_shard() as stopped:

@@ -48,7 +48,7 @@ class Folder:
 
     @property
     def address(self) -> str:
-        """What finds it again from any working directory."""
+        """Its absolute path, or its URL: the same from any working directory."""
         return os.path.abspath(self.path)
 
     # ---- names
@@ -108,7 +108,7 @@ class Folder:
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
     def remove(self, path: Path) -> None:
-        """Whether it is there or not."""
+        """Remove a file; one that is not there is no error."""
         path.unlink(missing_ok=True)
 
     def hand_over(self, paths: Sequence[Path], *, keep: bool = False) -> None:

@@ -16,8 +16,7 @@ from .parquet import open_parquet
 from .plan import Plan
 from .sources import filesystem, is_picture, is_url, naming
 
-TRIES = 3
-PAUSES = (0.5, 2.0)  # seconds between them
+PAUSES = (0.5, 2.0)  # seconds between three tries
 LARGEST = 1 << 30  # bytes of one picture's file
 T = TypeVar("T")
 

@@ -104,7 +104,7 @@ class Worker:
         )
 
     def submit(self, batch: Batch) -> Callable[[], Features]:
-        """Start on a batch: a call that waits for its features."""
+        """Start on a batch; return a function that waits for its features."""
         names = [name for name in self.job["outputs"] if name != GRID]
         if batch.images is not None:
             wait = self.network.submit(batch.images)

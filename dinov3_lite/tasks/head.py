@@ -217,5 +217,5 @@ def load_head(path: str | os.PathLike[str], backbone: Backbone) -> tuple[Segment
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     if settings.unfreeze:
-        backbone.weights_id = "fitted"  # no longer those that the fingerprint was taken of
+        backbone.weights_id = "fitted"  # other weights than those the fingerprint names
     return network.requires_grad_(False).eval(), settings

@@ -28,7 +28,7 @@ from .data import SUFFIXES
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 CS = 10 ** np.linspace(-6, 5, 45)
-HELD_OUT, HELD_OUT_OF_FEW = 0.1, 0.01  # of the training set, for choosing C; where few shots of the rest are drawn
+HELD_OUT, HELD_OUT_OF_FEW = 0.1, 0.01  # share of the training set for choosing C; the second with few shots
 MAX_ITERATIONS, TOLERANCE = 1000, 1e-12
 
 
@@ -197,7 +197,7 @@ def logistic(
             )
             held_out = X, y
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # so many iterations and no more are the setting
+        warnings.simplefilter("ignore", ConvergenceWarning)  # as in Meta's setting, it may stop before
         model = LogisticRegression(max_iter=MAX_ITERATIONS, tol=TOLERANCE, warm_start=True)
         if held_out is not None:
             scores = [model.set_params(C=C).fit(part, part_labels).score(*held_out) for C in CS]

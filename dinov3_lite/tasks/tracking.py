@@ -23,7 +23,6 @@ from torch import Tensor
 from .data import pictures_in, read_picture
 
 CONTEXT, RADIUS, TOP, TEMPERATURE = 7, 12, 5, 0.2
-SHORT_SIDE = 960
 CHUNK = 2**26  # similarities in memory at a time
 
 

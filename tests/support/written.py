@@ -30,6 +30,7 @@ CONFIGS = {
     "gated": replace(PLAIN, use_gated_mlp=True, hidden_act="silu", value_bias=False),
     "key bias": replace(PLAIN, key_bias=True),
     "no bias": replace(PLAIN, query_bias=False, value_bias=False, proj_bias=False, mlp_bias=False),
+    "no registers": replace(PLAIN, num_register_tokens=0),
 }
 PREPROCESSING = {
     "do_resize": True,

@@ -135,7 +135,8 @@ class Table:
     left_out: Mapping[str, str] = field(default_factory=dict)
     """How names begin of tensors that its files may hold and nobody needs, with the reason."""
     stores_empty: bool = True
-    """Whether a tensor without elements, register tokens where there are none, is written."""
+    """Whether a tensor without elements, register tokens where there are none, is written: where the class that loads
+    it has no such parameter then, its strict loader refuses one."""
 
     @functools.cached_property
     def rows(self) -> tuple[Row, ...]:

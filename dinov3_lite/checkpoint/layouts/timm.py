@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
-from ...config import CONVNEXTS, DINOv3Config, DINOv3ConvNeXtConfig
+from ...config import CONVNEXTS, VARIANTS, DINOv3Config, DINOv3ConvNeXtConfig
+from ..words import short
 from .cards import CONFIG, read_foreign_card, readme
 from .convnext import CONVNEXT, rows
-from .meta import variant_ignoring_biases
-from .table import Beside, Card, Layout, Row, Table
+from .table import Beside, Card, Config, Layout, Row, Table
 from .vit import COMPUTED_PERIODS, NO_KEY_BIAS, NO_MASK_TOKEN, VIT
 
 FILE = "model.safetensors"
@@ -42,21 +44,124 @@ ASSUMED = {
     "blocks.{i}.attn.qkv.k_bias": NO_KEY_BIAS,
 }
 
-# How timm calls the variants.
+# How timm calls the variants; the tiny one is EUPE's.
 SIZES = {
     "vits16": "small", "vits16plus": "small_plus", "vitb16": "base", "vitl16": "large", "vith16plus": "huge_plus",
-    "vit7b16": "7b",
+    "vit7b16": "7b", "vitt16": "tiny",
 }  # fmt: skip
+# The arguments of its models and our fields that mean the same; a feed-forward's width is said as a multiple of C.
+VIT_ARGUMENTS = {
+    "patch_size": "patch_size", "in_chans": "num_channels", "embed_dim": "hidden_size", "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "qkv_bias": "query_bias", "num_reg_tokens": "num_register_tokens",
+    "rope_temperature": "rope_theta",
+}  # fmt: skip
+CONVNEXT_ARGUMENTS = {
+    "in_chans": "num_channels", "depths": "depths", "dims": "hidden_sizes", "act_layer": "hidden_act",
+    "norm_eps": "layer_norm_eps",
+}  # fmt: skip
+# Arguments that don't change what a backbone computes: those of heads, of new weights, and of training.
+WITHOUT_EFFECT = {
+    *("num_classes", "global_pool", "img_size", "dynamic_img_size", "dynamic_img_pad", "init_values", "ls_init_value"),
+    *("head_init_scale", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+    *("drop_path_rate", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),
+}
 BILINEAR = 2  # PIL's number for it
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def read_card(beside: Beside) -> Card:
-    """What its config.json says of images; transformers' files go before it where they lie beside it too."""
-    card = read_foreign_card(beside)
+    """What its config.json says of the model and of images; transformers' files go before it where they lie beside too.
+
+    Raises ValueError that names the file if its arguments are not of a model that we know.
+    """
+    card, content = read_foreign_card(beside), beside.files.get(CONFIG, {})
+    if card.config is None:
+        try:
+            card = card._replace(config=_read_model(content.get("architecture"), content.get("model_args")))
+        except ValueError as error:
+            raise ValueError(f"{beside.path(CONFIG)}: {error}") from error
     if card.preprocessing is None:
-        card = card._replace(preprocessing=_read_images(beside.files.get(CONFIG, {}).get("pretrained_cfg")))
+        card = card._replace(preprocessing=_read_images(content.get("pretrained_cfg")))
     return card
+
+
+@functools.cache
+def _models() -> dict[str, Config]:
+    """What timm's models are by their names: the 7B is only without query and value biases, the tiny one only with."""
+    result: dict[str, Config] = {}
+    for variant, size in SIZES.items():
+        for ending, has_biases, lacking in ("", False, "vitt16"), ("_qkvb", True, "vit7b16"):
+            if variant != lacking:
+                config = replace(VARIANTS[variant], query_bias=has_biases, value_bias=has_biases)
+                result[f"vit_{size}_patch16_dinov3{ending}"] = config
+    return result | {name.replace("-", "_"): config for name, config in CONVNEXTS.items()}
+
+
+def _read_model(name: Any, arguments: Any) -> Config | None:
+    """The config of a model by its name and arguments. None where those are not said: then the tensors show it.
+
+    Raises ValueError if an argument is none that we know, or its value is out of range.
+    """
+    base = _models().get(name) if isinstance(name, str) and isinstance(arguments, dict) else None
+    if base is None:
+        return None
+    said = {key: value for key, value in arguments.items() if value is not None and key not in WITHOUT_EFFECT}
+    is_vit = isinstance(base, DINOv3Config)
+    fields = VIT_ARGUMENTS if is_vit else CONVNEXT_ARGUMENTS
+    if unknown := said.keys() - fields.keys() - ({"mlp_ratio", "swiglu_align_to"} if is_vit else set()):
+        key = min(unknown)
+        raise ValueError(
+            f"model_args says {short(key)}: {short(said[key])}, and whether that is a DINOv3 model is not known here: "
+            "expected " + ", ".join(fields)
+        )
+    config = replace(base, **{fields[key]: value for key, value in said.items() if key in fields})
+    if not is_vit:
+        return config
+    ratio = said.get("mlp_ratio", base.intermediate_size / base.hidden_size)
+    multiple = said.get("swiglu_align_to", 64 if name == "vit_7b_patch16_dinov3" else 8) if base.use_gated_mlp else 1
+    if not (_is_number(ratio) and _is_number(multiple) and multiple >= 1):
+        raise ValueError(
+            f"model_args says mlp_ratio: {short(ratio)}, swiglu_align_to: {short(multiple)}: expected numbers"
+        )
+    width = int(config.hidden_size * ratio)
+    return replace(config, value_bias=config.query_bias, intermediate_size=width + -width % int(multiple))
+
+
+def _write_model(config: Config) -> tuple[str, dict[str, Any]]:
+    """The name of its model that differs least from the config, and the arguments that make it the same.
+
+    An empty name if none can be: timm has one switch for query and value biases, and none for the others.
+    """
+    is_vit = isinstance(config, DINOv3Config)
+    if is_vit and not (
+        config.query_bias == config.value_bias
+        and config.proj_bias
+        and config.mlp_bias
+        and config.hidden_act == ("silu" if config.use_gated_mlp else "gelu")
+    ):
+        return "", {}
+
+    wanted = _arguments(config)
+    differing = {
+        name: {key: wanted[key] for key, value in _arguments(base).items() if value != wanted[key]}
+        for name, base in _models().items()
+        if type(base) is type(config) and (not is_vit or base.use_gated_mlp == config.use_gated_mlp)
+    }
+    name = min(differing, key=lambda name: len(differing[name]))
+    arguments = differing[name]
+    if is_vit and config.use_gated_mlp and arguments.keys() & {"embed_dim", "mlp_ratio"}:
+        arguments["swiglu_align_to"] = 1  # else it rounds the width up
+    return name, arguments
+
+
+def _arguments(config: Config) -> dict[str, Any]:
+    """What a config says, as arguments of timm's models."""
+    if isinstance(config, DINOv3ConvNeXtConfig):
+        return {key: getattr(config, field) for key, field in CONVNEXT_ARGUMENTS.items()}
+    ratio = config.intermediate_size / config.hidden_size
+    if int(config.hidden_size * ratio) < config.intermediate_size:  # as timm multiplies it out
+        ratio = math.nextafter(ratio, math.inf)
+    return {**{key: getattr(config, field) for key, field in VIT_ARGUMENTS.items()}, "mlp_ratio": ratio}
 
 
 def _read_images(cfg: Any) -> dict[str, Any] | None:
@@ -71,14 +176,19 @@ def _read_images(cfg: Any) -> dict[str, Any] | None:
 
 
 def write_card(card: Card) -> Beside:
-    """Its config.json: the name of its model where one has these tensors, and image statistics. A model card too."""
+    """Its config.json: the name and arguments of its model that has these tensors, and image statistics. A model card
+    too.
+    """
     config = card.config
     if config is None:
         return Beside(metadata={"format": "pt"}, license=card.license)
-    architecture, width = _architecture(config)
+    architecture, arguments = _write_model(config)
+    width = config.hidden_size if isinstance(config, DINOv3Config) else config.hidden_sizes[-1]
     content: dict[str, Any] = {"num_classes": 0, "num_features": width}
     if architecture:
         content["architecture"] = architecture
+    if arguments:
+        content["model_args"] = arguments
     if images := _write_images(card.preprocessing):
         height, width, mean, std = images
         content["pretrained_cfg"] = {
@@ -88,20 +198,11 @@ def write_card(card: Card) -> Beside:
             "interpolation": "bilinear",
         }
     use = 'import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True)'
-    if not architecture:  # none of timm's models has these tensors: its readers are ours
+    if not architecture:  # none of timm's models can have these tensors: its readers are ours
         loader = TIMM.table(config).family.loader
         use = f'from dinov3_lite import {loader}\n\nmodel = {loader}.from_pretrained(".")'
     card_text = readme(card, "timm", use)
     return Beside(metadata={"format": "pt"}, files={CONFIG: content}, readme=card_text, license=card.license)
-
-
-def _architecture(config: DINOv3Config | DINOv3ConvNeXtConfig) -> tuple[str, int]:
-    """The name of its model with these tensors, empty where it has none; the width of that model's features."""
-    if isinstance(config, DINOv3ConvNeXtConfig):
-        return config.name.replace("-", "_") if config.name in CONVNEXTS else "", config.hidden_sizes[-1]
-    size = SIZES.get(variant_ignoring_biases(config))
-    has_biases = config.query_bias and size != "7b"
-    return f"vit_{size}_patch16_dinov3" + ("_qkvb" if has_biases else "") if size else "", config.hidden_size
 
 
 def _write_images(d: dict[str, Any] | None) -> tuple[int, int, list[float], list[float]] | None:
@@ -140,7 +241,8 @@ def ungated_copy(repo_id: str) -> str:
     match = re.search(r"dinov3-([\w-]+)-pretrain-(\w+)$", repo_id)
     if match and match[1] in CONVNEXTS:
         return f"timm/{match[1].replace('-', '_')}.dinov3_{match[2]}"
-    return f"timm/vit_{SIZES[match[1]]}_patch16_dinov3.{match[2]}" if match and match[1] in SIZES else ""
+    name = f"vit_{SIZES.get(match[1])}_patch16_dinov3" if match else ""
+    return f"timm/{name}.{match[2]}" if match and name in _models() else ""
 
 
 TIMM = Layout(
