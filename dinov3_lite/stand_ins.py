@@ -180,7 +180,7 @@ def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
 
 def pair_by_pair(num_heads: int, channels: int) -> Tensor:
     """The order of a fused projection's rows in which a head's i-th and (i + D/2)-th query and key are neighbours."""
-    rows = torch.arange(3 * channels)
+    rows = torch.arange(3 * channels, device="cpu")
     qk = rows[: 2 * channels].view(2 * num_heads, 2, -1).transpose(1, 2).flatten()
     return torch.cat((qk, rows[2 * channels :]))
 

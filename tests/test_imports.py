@@ -121,7 +121,7 @@ EDGES = {
     "dinov3_lite/window.py": {"checks", "loading"},
     "dinov3_lite/export.py": {"loading", "model"},
     "dinov3_lite/pages.py": set(),
-    "dinov3_lite/lent.py": {"pages", "pretrained"},
+    "dinov3_lite/lent.py": {"pages", "pretrained", "tracing"},
     "dinov3_lite/prepacked.py": set(),
     "dinov3_lite/attention_ways.py": set(),
     "dinov3_lite/stopwatch.py": set(),

@@ -19,7 +19,9 @@ from .spans import StoredTensor
 def repeated(weight: Tensor, count: int) -> Tensor:
     """Timm's rule: the channels over and over, times their number over `count`; for one channel, their sum."""
     given = weight.shape[1]
-    return weight[:, torch.arange(count) % given] * (given / count) if count > 1 else weight.sum(dim=1, keepdim=True)
+    if count == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight[:, torch.arange(count, device=weight.device) % given] * (given / count)
 
 
 def averaged(weight: Tensor, count: int) -> Tensor:
