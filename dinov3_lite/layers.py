@@ -53,7 +53,8 @@ class LayerNorm(nn.LayerNorm):
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         wide = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        bias = None if self.bias is None else self.bias.to(wide)  # nn.LayerNorm may have none
+        return F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), bias, self.eps)
 
 
 class QKVProjection(nn.Linear):
@@ -257,10 +258,13 @@ class Block(nn.Module):
         self.drop_path = DropPath(config.drop_path_rate)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        if fuses_rows(attention, x) and untouched(self.ls1, self.norm2, self.mlp, past_modes=False):
+        if fuses_rows(attention, x) and self._is_fusible():
             return self._fused(x, cos, sin, attention)
         x = self.ls1(x, self.drop_path(self.attn(self.norm1(x), cos, sin, attention)))  # adds the branch to x
         return self.ls2(x, self.drop_path(self.mlp(self.norm2(x))))
+
+    def _is_fusible(self) -> bool:
+        return untouched(self.ls1, self.norm2, self.mlp, past_modes=False) and self.norm2.bias is not None
 
     def _fused(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
         """The same two lines in fewer passes: our kernels read the weights of ls1 and norm2 directly."""

@@ -26,7 +26,7 @@ from .packing import Tokens
 from .prepacked import available
 from .stand_ins import FastBlock, PreparedAttention, stand_in
 from .tracing import traced
-from .twin import Twin
+from .twin import Twin, settings_of
 
 
 def become(module: nn.Module, mixin: type[Prepared]) -> None:
@@ -184,10 +184,13 @@ class PreparedBackbone(Prepared):
             assert self._processor is not None
             return for_pixels(module, self._processor)
         if self._graphs is None:
-            return stand_in(module, self._choices, self._dynamic)
+            takes = all(map(available, module.parameters()))  # one may be of another dtype than the others
+            return stand_in(module, self._choices, self._dynamic) if takes else module
         assert isinstance(module, (Block, ConvNeXtBlock))
         folded = fold(module)
-        if before is not None and before.modules == tuple(module.modules()):  # what was compiled keeps its tensors
+        modules = tuple(module.modules())
+        if before is not None and (before.modules, before.settings) == (modules, settings_of(modules)):
+            # what was compiled keeps its tensors
             for old, new in zip(before.stand_in.parameters(), folded.parameters(), strict=True):
                 old.data = new.data
             return before.stand_in

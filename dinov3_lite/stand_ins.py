@@ -246,7 +246,8 @@ class FastNorm(nn.Module):
     def __init__(self, norm: LayerNorm) -> None:
         super().__init__()
         self.shape, self.eps, self.dtype = norm.normalized_shape, norm.eps, norm.weight.dtype
-        self.weight, self.bias = norm.weight.detach().float(), norm.bias.detach().float()
+        bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+        self.weight, self.bias = norm.weight.detach().float(), bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)

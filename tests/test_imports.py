@@ -136,7 +136,7 @@ EDGES = {
         *("attention", "checks", "choices", "convnext", "folding", "graphs", "image", "layers", "lent", "model"),
         *("packing", "prepacked", "stand_ins", "tracing", "twin"),
     },
-    "dinov3_lite/twin.py": {"layers", "lent", "pretrained"},
+    "dinov3_lite/twin.py": {"convnext", "layers", "lent", "pretrained"},
     "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared", "pretrained"},
     "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {
