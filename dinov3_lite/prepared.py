@@ -184,7 +184,10 @@ class PreparedBackbone(Prepared):
             assert self._processor is not None
             return for_pixels(module, self._processor)
         if self._graphs is None:
-            takes = all(map(available, module.parameters()))  # one may be of another dtype than the others
+            held = (
+                w for part in module.modules() for w in dict.values(part._parameters) if w is not None
+            )  # none is lent
+            takes = all(map(available, held))  # one may be of another dtype than the others
             return stand_in(module, self._choices, self._dynamic) if takes else module
         assert isinstance(module, (Block, ConvNeXtBlock))
         folded = fold(module)
