@@ -10,6 +10,7 @@ result has q's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 from .rope import apply_rope
 from .tracing import traced
 
+KEYS_AT_ONCE = 512  # what PyTorch's kernel for CPUs takes: beyond, what a rest costs is not seen
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -33,8 +35,25 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, s
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
     """PyTorch's fused attention after a rotation in float32: memory linear in the tokens, on any device."""
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    if suits_sixteens(q) and not traced():
+        from .attention_ways import sdpa_of_sixteens
+
+        return sdpa_of_sixteens(q, k, v, scale)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2)
+
+
+def suits_sixteens(q: Tensor) -> bool:
+    """A number of keys in bfloat16 that a processor with AMX takes longer for than for the next multiple of 16."""
+    tokens = q.shape[1]
+    return q.is_cpu and q.dtype == torch.bfloat16 and tokens % 16 > 0 and tokens <= KEYS_AT_ONCE and has_amx()
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this processor has AMX, as far as PyTorch can tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # since PyTorch 2.10 or so
+    return capabilities is not None and bool(capabilities().get("amx_tile"))
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:

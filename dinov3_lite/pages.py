@@ -7,14 +7,14 @@ import functools
 import math
 import mmap
 import sys
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-OF_A_FILE = 1 << 61  # Documentation/admin-guide/mm/pagemap.rst
+TOP = slice(7 if sys.byteorder == "little" else 0, None, 8)  # of each entry of a pagemap the byte with its flags
+OF_A_FILE = 1 << 61 - 56  # Documentation/admin-guide/mm/pagemap.rst
 MADV_DONTNEED = 4
 MAP_NORESERVE = 0x4000  # Python's mmap has no name for it
 LARGE = 1 << 17  # bytes, as of the C library's own mappings
@@ -53,16 +53,15 @@ def give_back(tensor: Tensor) -> bool:
     first, last = -(-start // page), stop // page  # the pages at both ends may hold other tensors
     if first >= last:
         return False
-    entries = array("Q")
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(8 * first)
-            entries.frombytes(file.read(8 * (last - first)))
-    except (OSError, ValueError):
+            entries = file.read(8 * (last - first))
+    except OSError:
         return False
     # a page that was written to is private memory, not the file's; one that is absent may be in the swap
-    mapped = [entry & OF_A_FILE != 0 for entry in entries if entry]
-    if len(entries) < last - first or not mapped or not all(mapped):
+    flags = set(entries[TOP]) - {0}
+    if len(entries) < 8 * (last - first) or not flags or not all(flag & OF_A_FILE for flag in flags):
         return False
     address, size = ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page)
     return not _c_library().madvise(address, size, MADV_DONTNEED)

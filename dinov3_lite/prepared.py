@@ -233,8 +233,8 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
             return super().run_blocks(tokens, taps)
         blocks = tuple(self._stand_in(block) for block in self.blocks)
         if self._graphs is None:
-            self._pack(blocks, tokens.x.shape[:-1].numel())
             attention = PreparedAttention(tokens, self.attention, self._choices, self._dynamic)
+            self._pack(blocks, attention)
             return run_stack(blocks, tokens, taps, attention)
         if tokens.shapes is not None or any(map(operator.is_, blocks, self.blocks)):
             return run_stack(blocks, tokens, taps, attention_of(tokens, self.attention))
@@ -253,13 +253,14 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
         states = [*before[: len(taps) - 1], block(x, tokens.cos, tokens.sin, attention, self.num_prefix_tokens)]
         return [state[:, : self.num_prefix_tokens] for state in states]
 
-    def _pack(self, blocks: Sequence[nn.Module], rows: int) -> None:
+    def _pack(self, blocks: Sequence[nn.Module], attention: PreparedAttention) -> None:
         """Pack all weights before the first activation: between them they would leave holes that fit nothing else."""
+        rows = attention.batch * attention.tokens
         wanted = None if self._dynamic else rows
         if rows and wanted != self._packed_for:
             for block in blocks:
                 if isinstance(block, FastBlock):
-                    block.pack(rows)
+                    block.pack(attention)
             self._packed_for = wanted
 
     def run_packed(self, batches: Sequence[Tokens], taps: Sequence[int]) -> list[list[Tensor]]:

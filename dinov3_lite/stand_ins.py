@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import ATTENTION
-from .attention_ways import ATTENTIONS, Attend, ways_of_attention
+from .attention_ways import ATTENTIONS, Attend, sdpa, sdpa_of_sixteens, sixteens, ways_of_attention
 from .choices import Choices
 from .convnext import ConvNeXtBlock, Downsample
 from .folding import copy_sharing_weights
@@ -34,8 +34,8 @@ from .stopwatch import Calls
 
 ANY_ROWS = (200, 1000)
 """Where sizes are free, products are timed with as many rows as one image of 224 or of 512 pixels has tokens."""
-ANY_TOKENS = (256, 1024, 2048)
-"""Where sizes are free, attention is timed with the nearest of these numbers of tokens."""
+ANY_TOKENS = (201, 1029, 2030)
+"""Where sizes are free, attention is timed with the nearest of these numbers of tokens: of 224, 512 and 720 pixels."""
 
 
 class Projection(nn.Module):
@@ -111,19 +111,26 @@ def way_of_product(choices: Choices, weight: Tensor, act: str, rows: int | None)
     return choices.way(question, ways_of_products(weight.dtype, rows is None, n_in), prepare)
 
 
-def way_of_attention(choices: Choices, q: Tensor, dynamic: bool) -> Attend:
-    """The fastest way of attending with queries like these, (B, N, heads, D), or about as many where sizes are free."""
-    B, N, heads, D = q.shape
+def way_of_attention(choices: Choices, shape: torch.Size, dtype: torch.dtype, dynamic: bool) -> Attend:
+    """The fastest way of attending with queries of this shape, (B, N, heads, D), or about so many if sizes are free."""
+    B, N, heads, D = shape
     if dynamic:
         B, N = min(B, 2), min(ANY_TOKENS, key=lambda tokens: abs(tokens - N))
-    dtype = str(q.dtype).removeprefix("torch.")
     about = "about " if dynamic else ""
-    question = f"attention {about}{B} x {N} tokens, {heads} heads of {D}, {dtype}"
+    question = f"attention {about}{B} x {N} tokens, {heads} heads of {D}, {str(dtype).removeprefix('torch.')}"
 
     def prepare(way: str) -> Calls:
-        return [partial(ATTENTIONS[way], *_random(q.dtype, B, min(N, ANY_TOKENS[-1]), 3, heads, D).unbind(2))]
+        tokens = min(N, ANY_TOKENS[-1])
+        rows = rows_for(ATTENTIONS[way], tokens)
+        q, k, v = _random(dtype, B, rows, 3, heads, D).unbind(2)
+        return [partial(ATTENTIONS[way], q[:, :tokens], k, v)]
 
-    return ATTENTIONS[choices.way(question, ways_of_attention(q.dtype), prepare)]
+    return ATTENTIONS[choices.way(question, ways_of_attention(dtype), prepare)]
+
+
+def rows_for(attend: Attend, tokens: int) -> int:
+    """How many rows of queries, keys and values a way of attention takes for so many tokens without copying any."""
+    return sixteens(tokens) if attend is sdpa_of_sixteens else tokens
 
 
 def _random(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -136,25 +143,34 @@ class PreparedAttention:
     """The attention of one call, for each of its sequences: in the way that was chosen, or as `name` says."""
 
     def __init__(self, tokens: Tokens, name: str, choices: Choices, dynamic: bool) -> None:
-        self.rotation = torch.complex(tokens.cos, tokens.sin).unsqueeze(-2)  # (.., N, 1, D/2)
-        self.shapes = tokens.shapes
+        self.cos, self.sin, self.shapes = tokens.cos, tokens.sin, tokens.shapes
+        self.batch, self.tokens = tokens.x.shape[:2]
         self.name, self.choices, self.dynamic = name, choices, dynamic
         self.chosen: dict[torch.Size, Attend] = {}
+        self.rotations: dict[int, Tensor] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """As any attention function, for a block that runs as it is."""
         return self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
 
-    def of_pairs(self, qkv: Tensor, num_heads: int, first: int | None = None) -> Tensor:
-        """Of a fused projection whose queries and keys lie pair by pair: (B, N, 3C) -> (B, N, C).
+    def rows(self, num_heads: int, dtype: torch.dtype) -> int:
+        """How many rows a fused projection of each sequence is to have: maybe more than there are tokens."""
+        if self.name != "auto" or self.shapes is not None:
+            return self.tokens
+        shape = torch.Size((self.batch, self.tokens, num_heads, 2 * self.cos.shape[-1]))
+        return rows_for(self._way(shape, dtype), self.tokens)
 
-        first: of so many queries alone, (B, first, C).
+    def of_pairs(self, qkv: Tensor, num_heads: int, first: int | None = None) -> Tensor:
+        """Of a fused projection whose queries and keys lie pair by pair: (B, `rows`, 3C) -> (B, N, C).
+
+        first: of so many queries alone, of a projection without more rows: (B, first, C).
         """
         C = qkv.shape[-1] // 3
-        rotated = rotate_pairs(qkv[..., : 2 * C].unflatten(-1, (2 * num_heads, -1)), self.rotation)
-        q, k = rotated.chunk(2, dim=-2)
+        rotation = self._rotation(qkv.shape[1])
+        q, k = rotate_pairs(qkv[..., : 2 * C].unflatten(-1, (2 * num_heads, -1)), rotation).chunk(2, dim=-2)
         v = qkv[..., 2 * C :].unflatten(-1, (num_heads, -1))
-        return (self.attend(q, k, v) if first is None else ATTENTIONS["sdpa"](q[:, :first], k, v)).flatten(-2)
+        out = self.attend(q[:, : self.tokens], k, v) if first is None else sdpa(q[:, :first], k, v)
+        return out.flatten(-2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Of queries and keys that are rotated: (B, N, heads, D), or packed."""
@@ -165,11 +181,21 @@ class PreparedAttention:
 
     def _one_size(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.name == "auto":
-            if q.shape not in self.chosen:
-                self.chosen[q.shape] = way_of_attention(self.choices, q, self.dynamic)
-            return self.chosen[q.shape](q, k, v)
-        still = self.rotation.real.new_ones(q.shape[1], q.shape[-1] // 2)
+            return self._way(q.shape, q.dtype)(q, k, v)
+        still = self.cos.new_ones(q.shape[1], q.shape[-1] // 2)
         return ATTENTION[self.name](q, k, v, still, torch.zeros_like(still))  # what is rotated stays where it is
+
+    def _way(self, shape: torch.Size, dtype: torch.dtype) -> Attend:
+        if shape not in self.chosen:
+            self.chosen[shape] = way_of_attention(self.choices, shape, dtype, self.dynamic)
+        return self.chosen[shape]
+
+    def _rotation(self, rows: int) -> Tensor:
+        """The complex numbers of RoPE, (.., rows, 1, D/2): zero behind the last token."""
+        if rows not in self.rotations:
+            more = (0, 0, 0, rows - self.cos.shape[-2])
+            self.rotations[rows] = torch.complex(F.pad(self.cos, more), F.pad(self.sin, more)).unsqueeze(-2)
+        return self.rotations[rows]
 
 
 def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
@@ -226,16 +252,18 @@ class FastBlock(nn.Module):
         fast = FastGatedMlp if isinstance(block.mlp, GatedMlp) else FastMlp
         self.mlp = fast(block.mlp, choices, dynamic)  # type: ignore[arg-type]
 
-    def pack(self, rows: int) -> None:
-        """Pack every weight for so many rows, if it is not yet."""
+    def pack(self, attention: PreparedAttention) -> None:
+        """Pack every weight for the rows of this call, if it is not yet."""
         for module in self.modules():
             if isinstance(module, Projection):
-                module.packed_for(rows)
+                each = attention.rows(self.num_heads, self.norm1.dtype) if module is self.qkv else attention.tokens
+                module.packed_for(attention.batch * each)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attention: PreparedAttention, first: int | None = None
     ) -> Tensor:
-        attended = attention.of_pairs(self.qkv(self.norm1(x)), self.num_heads, first)
+        rows = x.shape[1] if first is not None else attention.rows(self.num_heads, self.norm1.dtype)
+        attended = attention.of_pairs(self.qkv(self.norm1(x, rows)), self.num_heads, first)
         x = torch.addcmul(x[:, :first], self.proj(attended), self.gamma1).to(x.dtype)
         return x.addcmul_(self.mlp(self.norm2(x)), self.gamma2)  # nobody else holds this sum
 
@@ -249,9 +277,15 @@ class FastNorm(nn.Module):
         bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
         self.weight, self.bias = norm.weight.detach().float(), bias.detach().float()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """rows: of the result, (.., rows, C), zeros behind those of x; None: as many as x has."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        return torch.layer_norm(x, self.shape, self.weight.to(wide), self.bias.to(wide), self.eps).to(self.dtype)
+        normed = torch.layer_norm(x, self.shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        if rows is None or rows == x.shape[-2]:
+            return normed.to(self.dtype)
+        out = normed.new_zeros(*x.shape[:-2], rows, x.shape[-1], dtype=self.dtype)
+        out[..., : x.shape[-2], :] = normed
+        return out
 
 
 class FastConvNeXtBlock(nn.Module):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from dinov3_lite.kernels import availability, rope_attention_reference
 from helpers import TINY, relative_error, write_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov3_lite import DINOv3ViT, load
 from dinov3_lite import attention as attention_module
@@ -40,6 +41,47 @@ def test_half_precision_stays_half_precision(dtype):
         out = attention(q, k, v, cos, sin)
         assert out.dtype == dtype
         assert relative_error(out, truth) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("dtype", "N", "amx", "scale", "padded"),
+    [
+        (torch.bfloat16, 41, True, None, True),
+        (torch.bfloat16, 201, True, 0.2, True),
+        (torch.bfloat16, 48, True, None, False),
+        (torch.bfloat16, 521, True, None, False),
+        (torch.bfloat16, 41, False, None, False),
+        (torch.float32, 41, True, None, False),
+    ],
+)
+def test_keys_in_sixteens_change_no_value(monkeypatch, dtype, N, amx, scale, padded):
+    """Where it is the way taken, the error and the gradients' are those of the plain call: no row of padding counts."""
+    wide = [x.requires_grad_() for x in inputs(N, 64, torch.float64)[:3]]
+    _, _, _, cos, sin = inputs(N, 64, torch.float32)
+    truth = eager_attention(*wide, cos.double(), sin.double(), scale)
+    weights = torch.randn_like(truth)
+    true_gradients = torch.autograd.grad((truth * weights).sum(), wide)
+    errors = []
+    for has_amx in (False, amx):
+        monkeypatch.setattr(attention_module, "has_amx", lambda has_amx=has_amx: has_amx)
+        here = [x.detach().to(dtype).requires_grad_() for x in wide]
+        with Recorded() as seen:
+            out = sdpa_attention(*here, cos, sin, scale)
+        gradients = torch.autograd.grad((out * weights.to(dtype)).sum(), here)
+        assert out.shape == truth.shape and out.dtype == dtype
+        errors.append([relative_error(a, b) for a, b in zip([out, *gradients], [truth, *true_gradients], strict=True)])
+    keys = max(x.shape[-2] for x in seen.tensors)
+    assert keys == (-(-N // 16) * 16 if padded else N)
+    assert all(error <= 1.05 * plain for plain, error in zip(*errors, strict=True))
+
+
+class Recorded(TorchDispatchMode):
+    """Sees the tensors that PyTorch's fused kernel is given."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "flash_attention" in str(func):
+            self.tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        return func(*args, **(kwargs or {}))
 
 
 def test_an_explicit_choice_is_taken_at_its_word():

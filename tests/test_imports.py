@@ -62,7 +62,7 @@ EDGES = {
     "dinov3_lite/tracing.py": set(),
     "dinov3_lite/rope.py": {"config", "tracing"},
     "dinov3_lite/checks.py": {"tracing"},
-    "dinov3_lite/attention.py": {"kernels", "kernels.availability", "kernels.first_use", "rope", "tracing"},
+    "dinov3_lite/attention.py": {"attention_ways", "kernels", "kernels.availability", "kernels.first_use", "rope", "tracing"},
     "dinov3_lite/checkpoint/files.py": set(),
     "dinov3_lite/checkpoint/words.py": set(),
     "dinov3_lite/checkpoint/spans.py": set(),

@@ -110,10 +110,8 @@ class Checkpoint:
             return torch.empty(0, dtype=self._first.dtype, device="cpu")
         parts = [span.read() for span in spans]
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-        sizes = [span.size for span in spans]
-        whole = empty((sum(sizes),), dtype)
-        for part, place in zip(parts, whole.split(sizes), strict=True):
-            place.copy_(part)
+        whole = torch.cat(parts, out=empty((sum(span.size for span in spans),), dtype))
+        for part in parts:
             give_back(part)
         return whole
 

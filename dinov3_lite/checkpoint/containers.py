@@ -1,7 +1,6 @@
 """The formats of files of tensors, each read lazily and written tensor by tensor: safetensors, and PyTorch's .pth."""
 
-from __future__ import annotations
-
+# Annotations are evaluated here, as in `layouts.table`.
 import errno
 import functools
 import json
@@ -37,7 +36,7 @@ class OutputTensor(NamedTuple):
     spans: list[Span]
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> OutputTensor:
+    def of(cls, name: str, tensor: Tensor) -> "OutputTensor":
         """A tensor in memory, as it is."""
         return cls(name, tensor.dtype, tuple(tensor.shape), [StoredTensor.in_memory(name, tensor).span()])
 

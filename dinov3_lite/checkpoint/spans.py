@@ -1,7 +1,6 @@
 """Stored tensors and runs of their elements: what is known of them without their data, and their data."""
 
-from __future__ import annotations
-
+# Annotations are evaluated here, as in `layouts.table`.
 import functools
 import itertools
 import math
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-FEW = 2048  # elements, which are read as fast as some of them
 
 
 class StoredTensor(NamedTuple):
@@ -23,7 +21,7 @@ class StoredTensor(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: Shape
-    reader: Callable[[StoredTensor], Tensor]
+    reader: Callable[["StoredTensor"], Tensor]
     file: Path
     offset: int | None = None
     """Where in `file` its bytes start, in order and without gaps; None if they are not there as such."""
@@ -31,15 +29,15 @@ class StoredTensor(NamedTuple):
     """Why it can't be read, as in "is sparse, expected a plain one"; mostly empty."""
 
     @classmethod
-    def in_memory(cls, name: str, tensor: Tensor, file: Path | None = None) -> StoredTensor:
+    def in_memory(cls, name: str, tensor: Tensor, file: Path | None = None) -> "StoredTensor":
         """A tensor that no file holds as it is; `file`: whose tensors it was made of."""
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda _: tensor, file or Path())
 
     @classmethod
-    def unreadable(cls, name: str, file: Path, problem: str) -> StoredTensor:
+    def unreadable(cls, name: str, file: Path, problem: str) -> "StoredTensor":
         """A tensor that has a name and can't be read: `read()` raises ValueError that says why."""
 
-        def refuse(stored: StoredTensor) -> Tensor:
+        def refuse(stored: "StoredTensor") -> Tensor:
             raise ValueError(f"{file}: tensor {name!r} {problem}")
 
         return cls(name, torch.uint8, (), refuse, file, problem=problem)
@@ -48,7 +46,7 @@ class StoredTensor(NamedTuple):
         """The tensor, memory-mapped where the file allows it."""
         return self.reader(self)
 
-    def span(self) -> Span:
+    def span(self) -> "Span":
         """All its elements."""
         return Span(self, 0, math.prod(self.shape))
 
@@ -65,7 +63,7 @@ class Span(NamedTuple):
         """How many elements it has."""
         return self.stop - self.start
 
-    def part(self, start: int, stop: int) -> Span:
+    def part(self, start: int, stop: int) -> "Span":
         """Some of its elements."""
         return Span(self.stored, self.start + start, self.start + stop)
 
@@ -101,10 +99,7 @@ def samples(spans: Iterable[Span]) -> Iterator[Tensor]:
     for path, of_it in itertools.groupby(spans, lambda span: span.stored.offset is not None and span.stored.file):
         with path.open("rb", buffering=0) if path else nullcontext() as file:
             for span in of_it:
-                if span.size <= FEW:
-                    yield sample(span.load(None, file))
-                else:
-                    yield span.load(places(span.size), file)
+                yield span.load(places(span.size), file)
 
 
 def sample(flat: Tensor) -> Tensor:
