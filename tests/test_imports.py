@@ -62,7 +62,9 @@ EDGES = {
     "dinov3_lite/tracing.py": set(),
     "dinov3_lite/rope.py": {"config", "tracing"},
     "dinov3_lite/checks.py": {"tracing"},
-    "dinov3_lite/attention.py": {"attention_ways", "kernels", "kernels.availability", "kernels.first_use", "rope", "tracing"},
+    "dinov3_lite/attention.py": {
+        *("attention_ways", "kernels", "kernels.availability", "kernels.first_use", "rope", "tracing")
+    },
     "dinov3_lite/checkpoint/files.py": set(),
     "dinov3_lite/checkpoint/words.py": set(),
     "dinov3_lite/checkpoint/spans.py": set(),
@@ -126,7 +128,7 @@ EDGES = {
     "dinov3_lite/attention_ways.py": set(),
     "dinov3_lite/stopwatch.py": set(),
     "dinov3_lite/choices.py": {"pages", "stopwatch"},
-    "dinov3_lite/folding.py": {"convnext", "image", "layers"},
+    "dinov3_lite/folding.py": {"convnext", "features", "image", "layers"},
     "dinov3_lite/stand_ins.py": {
         *("attention", "attention_ways", "choices", "convnext", "folding", "layers", "lent", "packing", "pages"),
         *("prepacked", "rope", "stopwatch"),
