@@ -232,11 +232,11 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
         if self._runs_as_loaded():
             return super().run_blocks(tokens, taps)
         blocks = tuple(self._stand_in(block) for block in self.blocks)
-        if self._graphs is None:
+        if any(isinstance(block, FastBlock) for block in blocks):
             attention = PreparedAttention(tokens, self.attention, self._choices, self._dynamic)
             self._pack(blocks, attention)
             return run_stack(blocks, tokens, taps, attention)
-        if tokens.shapes is not None or any(map(operator.is_, blocks, self.blocks)):
+        if self._graphs is None or tokens.shapes is not None or any(map(operator.is_, blocks, self.blocks)):
             return run_stack(blocks, tokens, taps, attention_of(tokens, self.attention))
         return self._graphs(blocks, tokens[:3], tuple(taps), self.attention)
 
