@@ -51,6 +51,11 @@ def check_kind(
     `check_images`.
     """
     expected = ", ".join(dims).replace("channels", str(channels))
+    if isinstance(images, torch.fx.Proxy):
+        raise ValueError(
+            f"{name} is a Proxy of torch.fx, which can't follow a model whose steps depend on the size of the image: "
+            "trace around the model, with its class among the tracer's leaf modules, or use torch.export"
+        )
     if not isinstance(images, Tensor):
         raise ValueError(
             f"{name} is a {type(images).__name__}: expected a tensor ({expected}), which dinov3_lite.ImageProcessor "

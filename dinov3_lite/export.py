@@ -221,7 +221,7 @@ def _compare(run: Runtime, model: Backbone, path: Path, size: tuple[int, int] | 
     errors: dict[tuple[int, ...], float] = {}
     for B, h, w in CHECKED:
         shape = (B, model.config.num_channels, *(size or (h * p + odd, w * p + odd)))
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(model.device)
         ours, theirs = model(images), run(images)
         error = max(_relative_error(theirs[name], getattr(ours, name)) for name in OUTPUTS)
         if not error <= bound:  # NaN too

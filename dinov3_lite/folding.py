@@ -20,14 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convnext import ConvNeXtBlock, Stem
+from .features import dtype_of
 from .image import ImageProcessor
 from .layers import Block, GatedMlp, LayerScale, Mlp, PatchEmbed
 
 
 @torch.no_grad()
 def fold(block: Block | ConvNeXtBlock) -> nn.Module:
-    """Return a block that computes the same, with LayerScale in its projections; it shares the other weights."""
+    """Return a block that computes the same, with LayerScale in its projections; it shares the other weights.
+
+    In half precision LayerScale stays: gamma W would be rounded once more than W is.
+    """
     folded = copy_sharing_weights(block)
+    if dtype_of(folded.mlp).itemsize < 4:
+        return folded
     last = getattr(folded.mlp, {Mlp: "fc2", GatedMlp: "w3"}[type(folded.mlp)])
     branches = {"ls": last} if isinstance(folded, ConvNeXtBlock) else {"ls1": folded.attn.proj, "ls2": last}
     for name, projection in branches.items():

@@ -172,18 +172,18 @@ class ImageProcessor:
         """
         H, W = picture.height, picture.width
         h, w = self.size or (H, W)
-        x = torch.empty(self.num_channels, H, w, device=picture.device)
+        x = torch.empty(self.num_channels, H, w, dtype=torch.float32, device=picture.device)
         step = max(1, BAND // W) if picture.device.type == "cpu" else H  # elsewhere resizing is no two steps
         for a in range(0, H, step):
             b = min(a + step, H)
             x[:, a:b] = _resize(self._rescaled(picture, a, b), b - a, w)
         x = _resize(x, h, w)
-        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)
 
     def _rescaled(self, picture: Picture, a: int, b: int) -> Tensor:
         """Rows a to b as (C, b - a, W) float32."""
-        band = torch.empty(self.num_channels, b - a, picture.width, device=picture.device)
+        band = torch.empty(self.num_channels, b - a, picture.width, dtype=torch.float32, device=picture.device)
         return band.copy_(picture.rows(a, b)).mul_(self.rescale_factor)
 
 

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
-from torch.utils._device import DeviceContext
 
 from .attention import AttentionFn, fuses_rows
 from .config import DINOv3Config
 from .rope import apply_rope
-from .tracing import traced
+from .tracing import modes_watch, traced, unseen
 
 
 class PatchEmbed(nn.Module):
@@ -54,7 +53,8 @@ class LayerNorm(nn.LayerNorm):
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         wide = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        bias = None if self.bias is None else self.bias.to(wide)  # nn.LayerNorm may have none
+        return F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), bias, self.eps)
 
 
 class QKVProjection(nn.Linear):
@@ -97,15 +97,11 @@ class QKVProjection(nn.Linear):
             self._clear(value)
         return value
 
-    @torch.no_grad()
     def _clear(self, bias: nn.Parameter) -> None:
         """Undo what an initialisation, an addition of noise or another `.data` put where the config has no bias."""
         if bias.is_meta or bias.is_inference() or (state := (bias.data_ptr(), bias._version)) == self._cleared:
             return
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func forbids such writes
-        for third in self._absent(bias.data):
-            if not transformed or third.any():
-                third.zero_()  # through .data: for those who watch its version, nothing has changed
+        unseen(lambda: [third.zero_() for third in self._absent(bias.data)])  # .data: its version stays
         self._cleared = state
 
     def _save_to_state_dict(self, *args: Any) -> None:
@@ -262,10 +258,13 @@ class Block(nn.Module):
         self.drop_path = DropPath(config.drop_path_rate)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
-        if fuses_rows(attention, x) and untouched(self.ls1, self.norm2, self.mlp, past_modes=False):
+        if fuses_rows(attention, x) and self._is_fusible():
             return self._fused(x, cos, sin, attention)
         x = self.ls1(x, self.drop_path(self.attn(self.norm1(x), cos, sin, attention)))  # adds the branch to x
         return self.ls2(x, self.drop_path(self.mlp(self.norm2(x))))
+
+    def _is_fusible(self) -> bool:
+        return untouched(self.ls1, self.norm2, self.mlp, past_modes=False) and self.norm2.bias is not None
 
     def _fused(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFn) -> Tensor:
         """The same two lines in fewer passes: our kernels read the weights of ls1 and norm2 directly."""
@@ -307,7 +306,7 @@ def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
     on it or on all modules, or gave all another `__call__`. past_modes: also if a mode watches PyTorch's functions or
     operators, which our kernels need not mind: they are operators like others, and overwrite nothing.
     """
-    observed = any(GLOBAL_HOOKS) or nn.Module.__call__ is not CALL or (past_modes and _modes_watch())
+    observed = any(GLOBAL_HOOKS) or nn.Module.__call__ is not CALL or (past_modes and modes_watch())
     return not observed and all(
         OURS.get(type(module)) is type(module).forward
         and "forward" not in vars(module)
@@ -316,11 +315,3 @@ def untouched(*modules: nn.Module, past_modes: bool = True) -> bool:
         and all(p is None or type(p) is nn.Parameter for p in dict.values(module._parameters))
         for module in modules
     )
-
-
-def _modes_watch() -> bool:
-    """Whether a mode sees every function or operator called, but for those that only choose a device."""
-    if torch._C._len_torch_dispatch_stack():
-        return True
-    modes = torch.overrides._get_current_function_mode_stack() if torch._C._is_torch_function_mode_enabled() else ()
-    return any(not isinstance(mode, DeviceContext) for mode in modes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .pages import give_back
 from .pretrained import version
+from .tracing import unseen
 
 Unpack = Callable[[], Tensor]
 _LOCK = threading.RLock()
@@ -100,11 +101,15 @@ class Lent(dict[str, Any]):
     def _come_back(self) -> None:
         if self._away is None or self.weight is not None:
             return
-        with _LOCK, torch.inference_mode(False), torch.no_grad():
+        with _LOCK:
             if self.weight is None and super().get("weight") is None:
-                self.alias.data = self.plain()
-                self.weight = nn.Parameter(self.alias, requires_grad=False)
+                unseen(self._unpack)
             super().__setitem__("weight", self.weight)
+
+    def _unpack(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.alias.data = self.plain()
+            self.weight = nn.Parameter(self.alias, requires_grad=False)
 
     def __getitem__(self, name: str) -> Any:
         if name == "weight":

@@ -270,6 +270,10 @@ class DINOv3ViT(features.Sizes, Pretrained):
         tokens, grid = self.embed(pixel_values)
         x = self.run_blocks(tokens, (index - 1,))[0] if index else tokens.x
         tapped: Any = self.blocks[index]
+        if not hasattr(tapped, "cls_attention"):
+            raise ValueError(
+                f"block {index} is of the class {type(tapped).__name__}, which has no attention: name another"
+            )
         weights = tapped.cls_attention(x, tokens.cos, tokens.sin)  # (B, heads, N)
         return weights[..., self.num_prefix_tokens :].unflatten(-1, grid)
 

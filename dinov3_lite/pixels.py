@@ -144,7 +144,9 @@ def _of_pil(image: Image.Image, channels: int, exif: bool, name: str) -> Picture
 
     def rows(a: int, b: int) -> Tensor:
         if sixteen_bits:
-            grey = torch.from_numpy(np.asarray(band(a, b)).astype(np.float32) / 257)
+            values = np.asarray(band(a, b)).astype(np.float32)
+            values[values == image.info.get("transparency", -1)] = 65535  # which lies on white
+            grey = torch.from_numpy(values / 257)
             return grey.expand(channels, *grey.shape)
         return torch.from_numpy(np.array(_in_channels(band(a, b), channels)).reshape(b - a, -1, channels)).permute(
             2, 0, 1
@@ -170,6 +172,8 @@ def _of_array(image: np.ndarray, channels: int, name: str) -> Picture:
     known = (
         image.dtype == np.uint8 or image.dtype == np.bool_ or (image.dtype.kind == "u" and image.dtype.itemsize == 2)
     )
+    if isinstance(image, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array: give what its masked values shall be, as in {name}.filled(0)")
     if not known or image.ndim != 3 or image.shape[2] != channels or not image.size:
         raise _unfit(name, image.dtype, image.shape, f"(height, width, {channels})")
 

@@ -26,7 +26,7 @@ from .packing import Tokens
 from .prepacked import available
 from .stand_ins import FastBlock, PreparedAttention, stand_in
 from .tracing import traced
-from .twin import Twin
+from .twin import Twin, settings_of
 
 
 def become(module: nn.Module, mixin: type[Prepared]) -> None:
@@ -148,11 +148,15 @@ class PreparedBackbone(Prepared):
             )
         return grid
 
+    def _runs_as_loaded(self) -> bool:
+        """Whether the modules themselves run: what runs is recorded or transformed, or there are no numbers."""
+        return traced() or self.device.type == "meta"
+
     def _embedded(self, embed: nn.Module, pixel_values: Tensor, as_loaded: Callable[[Tensor], Tensor]) -> Tensor:
         """What `embed` gives for images, or for pixels where a processor was folded in."""
         if self._processor is None:
             return as_loaded(pixel_values)
-        stand_in = self._stand_in(embed)
+        stand_in = embed if self._runs_as_loaded() else self._stand_in(embed)
         if stand_in is not embed:
             return stand_in(pixel_values)
         mean, std = (
@@ -180,10 +184,16 @@ class PreparedBackbone(Prepared):
             assert self._processor is not None
             return for_pixels(module, self._processor)
         if self._graphs is None:
-            return stand_in(module, self._choices, self._dynamic)
+            held = (
+                w for part in module.modules() for w in dict.values(part._parameters) if w is not None
+            )  # none is lent
+            takes = all(map(available, held))  # one may be of another dtype than the others
+            return stand_in(module, self._choices, self._dynamic) if takes else module
         assert isinstance(module, (Block, ConvNeXtBlock))
         folded = fold(module)
-        if before is not None and before.modules == tuple(module.modules()):  # what was compiled keeps its tensors
+        modules = tuple(module.modules())
+        if before is not None and (before.modules, before.settings) == (modules, settings_of(modules)):
+            # what was compiled keeps its tensors
             for old, new in zip(before.stand_in.parameters(), folded.parameters(), strict=True):
                 old.data = new.data
             return before.stand_in
@@ -219,20 +229,20 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
 
     @torch.no_grad()
     def run_blocks(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
-        if traced():
+        if self._runs_as_loaded():
             return super().run_blocks(tokens, taps)
         blocks = tuple(self._stand_in(block) for block in self.blocks)
-        if self._graphs is None:
+        if any(isinstance(block, FastBlock) for block in blocks):
             attention = PreparedAttention(tokens, self.attention, self._choices, self._dynamic)
             self._pack(blocks, attention)
             return run_stack(blocks, tokens, taps, attention)
-        if tokens.shapes is not None or any(map(operator.is_, blocks, self.blocks)):
+        if self._graphs is None or tokens.shapes is not None or any(map(operator.is_, blocks, self.blocks)):
             return run_stack(blocks, tokens, taps, attention_of(tokens, self.attention))
         return self._graphs(blocks, tokens[:3], tuple(taps), self.attention)
 
     @torch.no_grad()
     def run_prefix(self, tokens: Tokens, taps: Sequence[int]) -> list[Tensor]:
-        if traced() or tokens.shapes is not None or self.attention not in ("auto", "sdpa"):
+        if self._runs_as_loaded() or tokens.shapes is not None or self.attention not in ("auto", "sdpa"):
             return super().run_prefix(tokens, taps)
         block = self._stand_in(self.blocks[taps[-1]])
         if not isinstance(block, FastBlock):
@@ -271,8 +281,13 @@ def _example_tokens(tensors: Tensors, dynamic: bool) -> Tensors:
         B, N = (1 if B == 1 else 3), 229  # like no width, near the usual 201
     generator = torch.Generator().manual_seed(0)
     table = (B, N, cos.shape[-1])[3 - cos.ndim :]
-    angles = torch.randn(table, generator=generator).to(cos)
-    return torch.randn(B, N, C, generator=generator).to(x), angles.cos(), angles.sin()
+    angles = _normal(table, generator).to(cos)
+    return _normal((B, N, C), generator).to(x), angles.cos(), angles.sin()
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """In float32 on the CPU, whatever the caller's defaults are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 class PreparedConvNeXt(PreparedBackbone, DINOv3ConvNeXt):
@@ -290,7 +305,7 @@ class PreparedConvNeXt(PreparedBackbone, DINOv3ConvNeXt):
 
     @torch.no_grad()
     def run_stages(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
-        if traced() or not untouched(*self.stages):
+        if self._runs_as_loaded() or not untouched(*self.stages):
             return super().run_stages(x, taps)
         units: list[nn.Module] = []
         ends, stands_in = [], True
@@ -316,4 +331,4 @@ def _example_map(tensors: Tensors, dynamic: bool) -> Tensors:
     B, h, w, C = tensors[0].shape
     if dynamic:
         B, h, w = (1 if B == 1 else 3), 50, 70  # unequal sides, like no width, near the usual 56
-    return (torch.randn(B, h, w, C, generator=torch.Generator().manual_seed(0)).to(tensors[0]),)
+    return (_normal((B, h, w, C), torch.Generator().manual_seed(0)).to(tensors[0]),)

@@ -207,7 +207,7 @@ def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
 
 def pair_by_pair(num_heads: int, channels: int) -> Tensor:
     """The order of a fused projection's rows in which a head's i-th and (i + D/2)-th query and key are neighbours."""
-    rows = torch.arange(3 * channels)
+    rows = torch.arange(3 * channels, device="cpu")
     qk = rows[: 2 * channels].view(2 * num_heads, 2, -1).transpose(1, 2).flatten()
     return torch.cat((qk, rows[2 * channels :]))
 
@@ -275,7 +275,8 @@ class FastNorm(nn.Module):
     def __init__(self, norm: LayerNorm) -> None:
         super().__init__()
         self.shape, self.eps, self.dtype = norm.normalized_shape, norm.eps, norm.weight.dtype
-        self.weight, self.bias = norm.weight.detach().float(), norm.bias.detach().float()
+        bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+        self.weight, self.bias = norm.weight.detach().float(), bias.detach().float()
 
     def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
         """rows: of the result, (.., rows, C), zeros behind those of x; None: as many as x has."""

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .layers import untouched
+from .convnext import DepthwiseConv
+from .layers import GatedMlp, LayerNorm, Mlp, SelfAttention, untouched
 from .lent import Lent
 from .pretrained import version
+
+# The plain attributes that a stand-in is made by, of the classes that have any.
+SETTINGS: dict[type, operator.attrgetter[Any]] = {
+    LayerNorm: operator.attrgetter("normalized_shape", "eps"),
+    SelfAttention: operator.attrgetter("num_heads", "head_dim"),
+    Mlp: operator.attrgetter("act"),
+    GatedMlp: operator.attrgetter("act"),
+    **dict.fromkeys((nn.Conv2d, DepthwiseConv), operator.attrgetter("stride", "padding", "dilation", "groups")),
+}
 
 
 class Twin(NamedTuple):
@@ -21,22 +32,28 @@ class Twin(NamedTuple):
     stand_in: nn.Module
     modules: tuple[nn.Module, ...]
     parts: tuple[tuple[list[Any], list[int]], ...]
+    settings: list[Any]
 
     @classmethod
     def of(cls, module: nn.Module, stand_in: nn.Module) -> Twin:
         """Pair a module with its stand-in, and remember its modules and weights, and how often each was written to."""
         modules = tuple(module.modules())
-        return cls(stand_in, modules, tuple(map(_parts, modules)))
+        return cls(stand_in, modules, tuple(map(_parts, modules)), settings_of(modules))
 
     def holds(self) -> bool:
-        """Whether nothing in the module was replaced or written to since, and nobody observes it (`untouched`)."""
-        if not untouched(*self.modules):
+        """Whether nothing in the module was replaced, set anew or written to, and nobody observes it (`untouched`)."""
+        if not untouched(*self.modules) or self.settings != settings_of(self.modules):
             return False
         for module, (parts, versions) in zip(self.modules, self.parts, strict=True):
             parts_now, versions_now = _parts(module)
             if len(parts) != len(parts_now) or versions != versions_now or not all(map(operator.is_, parts, parts_now)):
                 return False
         return True
+
+
+def settings_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """What somebody may set anew on a module without replacing anything."""
+    return [SETTINGS[type(module)](module) for module in modules if type(module) in SETTINGS]
 
 
 def _parts(module: nn.Module) -> tuple[list[Any], list[int]]:

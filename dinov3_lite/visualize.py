@@ -46,7 +46,7 @@ def foreground_pca(feature_maps: Tensor) -> Tensor:
     if inside[:, border].float().mean() > (~inside)[:, border].float().mean():
         inside = ~inside
     chosen = inside.flatten()
-    colours = torch.zeros(len(flat), 3, device=flat.device)
+    colours = torch.zeros(len(flat), 3, dtype=torch.float32, device=flat.device)
     if chosen.sum() > 3:
         components = _components(flat[chosen], 3)
         colours[chosen] = torch.sigmoid(2 * components / components.std(0).clamp_min(1e-12))

@@ -87,9 +87,9 @@ def _side(
 def blend(size: int, length: int, step: int) -> tuple[list[int], list[Tensor]]:
     """Where windows start along an axis of `size` places, and each one's weights, which add up to 1 at every place."""
     starts = [*range(0, size - length, step), size - length]
-    ramp = torch.arange(1, length + 1, dtype=torch.float64)
+    ramp = torch.arange(1, length + 1, dtype=torch.float64, device="cpu")
     tent = torch.minimum(ramp, ramp.flip(0))
-    total = torch.zeros(size, dtype=torch.float64)
+    total = torch.zeros(size, dtype=torch.float64, device="cpu")
     for start in starts:
         total[start : start + length] += tent
     return starts, [tent / total[start : start + length] for start in starts]

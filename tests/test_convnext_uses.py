@@ -144,6 +144,24 @@ def test_what_somebody_looks_at_or_changes_runs_as_it_is():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_settings_made_anew_are_followed():
+    model = made()
+    images, fast = torch.randn(1, 3, 64, 64), optimize_for_inference(model)
+    for name, settings in (
+        ("stages.0.blocks.0.dwconv", {"dilation": (2, 2), "padding": (6, 6)}),
+        ("stages.1.downsample.norm", {"eps": 1.0}),
+        ("stages.2.blocks.0.mlp", {"act": "silu"}),
+    ):
+        before = fast(images).last_hidden_state
+        for each in (fast, model):
+            for setting, value in settings.items():
+                setattr(each.get_submodule(name), setting, value)
+        expected = model(images).last_hidden_state
+        assert relative_error(before, expected) > 1e-3, name
+        assert relative_error(fast(images).last_hidden_state, expected) < 2e-6, name
+
+
 def test_graphs_of_a_convnext():
     model = made(replace(TINY_CONVNEXT, depths=(1, 1, 1, 1)))
     prepared = optimize_for_inference(model, backend="inductor")

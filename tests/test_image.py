@@ -155,6 +155,20 @@ def test_sixteen_bits_are_scaled(kind, tmp_path):
         assert torch.equal(values(sixteen_bits(kind, grey, tmp_path), channels=1), expected.expand(1, 2, 3))
 
 
+def test_a_transparent_grey_of_sixteen_bits_lies_on_white(tmp_path):
+    grey = np.array([[0, 30000, 30001], [30000, 65535, 257]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png", transparency=30000)
+    expected = torch.from_numpy(np.where(grey == 30000, np.float32(65535), grey.astype(np.float32))) / 257
+    assert torch.equal(values(tmp_path / "grey.png"), expected.expand(3, 2, 3))
+
+
+def test_a_masked_array_says_no_values():
+    masked = np.ma.masked_array(np.zeros((4, 4, 3), np.uint8), mask=True)
+    with pytest.raises(ValueError, match=r"image is a masked array: give what .* as in image.filled\(0\)"):
+        ImageProcessor()(masked)
+    assert torch.equal(values(masked.filled(7)), torch.full((3, 4, 4), 7.0))
+
+
 @pytest.mark.parametrize("array", [np.zeros((4, 4), np.int32), np.zeros((4, 4), np.float32)], ids=["I", "F"])
 def test_values_without_a_range_are_refused(array, tmp_path):
     message = f"is a picture in mode {Image.fromarray(array).mode}, whose values have no range: scale them to 8 or 16"

@@ -64,12 +64,7 @@ EDGES = {
     "dinov3_lite/rope.py": {"config", "tracing"},
     "dinov3_lite/checks.py": {"tracing"},
     "dinov3_lite/attention.py": {
-        "attention_ways",
-        "kernels",
-        "kernels.availability",
-        "kernels.first_use",
-        "rope",
-        "tracing",
+        *("attention_ways", "kernels", "kernels.availability", "kernels.first_use", "rope", "tracing")
     },
     "dinov3_lite/checkpoint/files.py": set(),
     "dinov3_lite/checkpoint/words.py": set(),
@@ -129,12 +124,12 @@ EDGES = {
     "dinov3_lite/window.py": {"checks", "loading"},
     "dinov3_lite/export.py": {"loading", "model"},
     "dinov3_lite/pages.py": set(),
-    "dinov3_lite/lent.py": {"pages", "pretrained"},
+    "dinov3_lite/lent.py": {"pages", "pretrained", "tracing"},
     "dinov3_lite/prepacked.py": set(),
     "dinov3_lite/attention_ways.py": set(),
     "dinov3_lite/stopwatch.py": set(),
     "dinov3_lite/choices.py": {"pages", "stopwatch"},
-    "dinov3_lite/folding.py": {"convnext", "image", "layers"},
+    "dinov3_lite/folding.py": {"convnext", "features", "image", "layers"},
     "dinov3_lite/stand_ins.py": {
         *("attention", "attention_ways", "choices", "convnext", "folding", "layers", "lent", "packing", "pages"),
         *("prepacked", "rope", "stopwatch"),
@@ -144,7 +139,7 @@ EDGES = {
         *("attention", "checks", "choices", "convnext", "folding", "graphs", "image", "layers", "lent", "model"),
         *("packing", "prepacked", "stand_ins", "tracing", "twin"),
     },
-    "dinov3_lite/twin.py": {"layers", "lent", "pretrained"},
+    "dinov3_lite/twin.py": {"convnext", "layers", "lent", "pretrained"},
     "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared", "pretrained"},
     "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {

@@ -62,6 +62,14 @@ def test_folding_is_exact_in_real_arithmetic(config, tmp_path):
             assert relative_error(state, truth) < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_folding_rounds_no_weight_once_more(dtype, tmp_path):
+    model = load(tmp_path, TINY, dtype)
+    images = normalised(pixels(2, 24, 40))
+    assert torch.equal(folded(model)(images).last_hidden_state, model(images).last_hidden_state)
+
+
 def test_the_model_stays_as_it_is_and_shares_its_weights(tmp_path):
     model = load(tmp_path, TINY)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -301,6 +301,50 @@ def test_other_norms_projections_and_registers(model, path):
         assert prepared.forward_features(images)["x_storage_tokens"].shape == (1, registers, 32)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@torch.no_grad()
+def test_norms_without_a_bias(shallow, strip, path):
+    """As nn.LayerNorm has them with bias=False; one of another dtype than its input, too."""
+    for block in shallow.blocks:
+        block.norm2.bias.zero_()
+    expected = shallow(strip).last_hidden_state
+    half = copy.deepcopy(shallow).bfloat16()(strip).last_hidden_state
+    for block in shallow.blocks:
+        block.norm2.bias = None
+    assert relative_error(on_path(shallow, path)(strip).last_hidden_state, expected) < 2e-6
+    assert torch.equal(shallow.bfloat16()(strip).last_hidden_state, half)
+
+
+@pytest.mark.parametrize("path", UNCOMPILED)
+@torch.no_grad()
+def test_parts_of_another_dtype(model, images, path):
+    expected = copy.deepcopy(model).double()(images).last_hidden_state
+    model.blocks[1].double()
+    assert relative_error(on_path(model, path)(images).last_hidden_state, expected) < 2e-6
+    with pytest.raises(ValueError, match="block 2 is of the class Identity, which has no attention: name another"):
+        model.blocks[2] = nn.Identity()
+        on_path(model, path).attention_maps(images, 2)
+
+
+def test_settings_made_anew_are_followed(model, images, monkeypatch):
+    """By a model that ran, also where it was compiled (here by what compiles nothing)."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for backend in ["inductor"] + ["prepacked"] * ("prepacked" in PATHS):
+        fast, changed = optimize_for_inference(model, backend=backend), copy.deepcopy(model)
+        for name, setting, value in (
+            ("blocks.1.norm1", "eps", 0.3),
+            ("blocks.0.mlp", "act", "silu" if model.config == TINY else "gelu"),
+            ("norm", "eps", 0.1),
+        ):
+            before = fast(images).last_hidden_state
+            for each in (fast, changed):
+                setattr(each.get_submodule(name), setting, value)
+            with torch.no_grad():
+                expected = changed(images).last_hidden_state
+            assert relative_error(before, expected) > 1e-3, name
+            assert relative_error(fast(images).last_hidden_state, expected) < 2e-6, name
+
+
 def test_weights_written_to_are_followed(model, images):
     """A prepared model shares them, with an optimizer's steps, a state dict loaded, and replaced parameters."""
     fast = optimize_for_inference(model)

@@ -22,7 +22,9 @@ def repeated(weight: Tensor, count: int) -> Tensor:
     (C, given, p, p) -> (C, count, p, p).
     """
     given = weight.shape[1]
-    return weight[:, torch.arange(count) % given] * (given / count) if count > 1 else weight.sum(dim=1, keepdim=True)
+    if count == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight[:, torch.arange(count, device=weight.device) % given] * (given / count)
 
 
 def averaged(weight: Tensor, count: int) -> Tensor:

@@ -93,7 +93,7 @@ class Quantised:
 
     def cosine_error(self, vectors: Tensor, queries: int = 512) -> float:
         """The largest error of a cosine similarity between up to `queries` of the vectors and all of them."""
-        some = torch.linspace(0, len(vectors) - 1, min(queries, len(vectors))).long()
+        some = torch.linspace(0, len(vectors) - 1, min(queries, len(vectors)), device="cpu").long()
         exact, kept = (F.normalize(v.double(), dim=1) for v in (vectors, self.channels * self.values))
         return (exact[some] @ exact.T - kept[some] @ kept.T).abs().max().item()
 

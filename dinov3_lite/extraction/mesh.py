@@ -166,7 +166,10 @@ class Shared(Network):
     def _normalised(self, images: Tensor) -> Tensor:
         if self.pixels is None:
             return images
-        mean, std = (torch.tensor(n, device=images.device).view(-1, 1, 1) for n in (self.pixels.mean, self.pixels.std))
+        mean, std = (
+            torch.tensor(n, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+            for n in (self.pixels.mean, self.pixels.std)
+        )
         return (images * self.pixels.rescale_factor - mean) / std
 
     @torch.no_grad()

@@ -197,8 +197,8 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1))
+        self.register_buffer("mean", 255 * torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, pictures: Tensor) -> Tensor:
         return (pictures - self.mean) / self.std

@@ -78,7 +78,7 @@ def propagate(vectors: Tensor, context: list[tuple[Tensor, Tensor]], near: Tenso
 
 def neighbourhood(h: int, w: int, radius: int) -> Tensor:
     """(P, P) bool: which patches lie within `radius` of one another on a grid of h x w."""
-    y, x = (grid.flatten() for grid in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    y, x = (grid.flatten() for grid in torch.meshgrid(*(torch.arange(n, device="cpu") for n in (h, w)), indexing="ij"))
     return (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 <= radius**2
 
 
@@ -162,7 +162,7 @@ def boundary_f(found: np.ndarray, truth: np.ndarray, tolerance: float = 0.008) -
     counts = [int(border.sum()) for border in borders]
     if 0 in counts:
         return float(counts == [0, 0])
-    offsets = torch.arange(-radius, radius + 1)
+    offsets = torch.arange(-radius, radius + 1, device="cpu")
     disk = (offsets[:, None] ** 2 + offsets**2 <= radius**2).float()
     wide = [F.conv2d(b.float()[None, None], disk[None, None], padding=radius)[0, 0] > 0.5 for b in borders]
     precision = int((borders[0] & wide[1]).sum()) / counts[0]

@@ -34,7 +34,7 @@ def rename(state: Mapping[str, Tensor], layout: Layout, config: Config) -> dict[
     result: dict[str, Tensor] = {}
     for equation in layout.table(config).equations(config):
         parts = [
-            tensors[name].flatten() if name in tensors else torch.zeros(shape).flatten()
+            tensors[name].flatten() if name in tensors else torch.zeros(shape, device="cpu").flatten()
             for name, shape in equation.ours
         ]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
