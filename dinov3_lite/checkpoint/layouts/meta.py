@@ -60,13 +60,13 @@ def file_name(card: Card, carried: Collection[str]) -> str:
         name = card.config.name.replace("-", "_")
         ending = f"_pretrain_lvd1689m-{HASHES[card.config.name]}" if card.config.name in HASHES else ""
         return f"dinov3_{name}{ending}.pth"
-    name = _variant_ignoring_biases(card.config) if card.config else ""
+    name = variant_ignoring_biases(card.config) if card.config else ""
     if name == "vitl16" and LOCAL_NORM[0] in carried:
         return SATELLITE_VITL  # the only ViT-L whose strict loader wants that norm
     return f"dinov3_{name}_pretrain-{HASHES[name]}.pth" if name in HASHES else f"dinov3_{name}.pth"
 
 
-def _variant_ignoring_biases(config: DINOv3Config) -> str:
+def variant_ignoring_biases(config: DINOv3Config) -> str:
     """The released variant of these sizes, with or without query and value biases."""
     bias = config.hidden_size != VARIANTS["vit7b16"].hidden_size
     return replace(config, query_bias=bias, value_bias=bias, key_bias=False).name
