@@ -108,8 +108,11 @@ class Sizes(nn.Module):
 
 def dtype_of(*modules: nn.Module) -> torch.dtype:
     """The dtype of the first floating-point parameter of these modules."""
-    parameters = (p for module in modules for p in module.parameters() if p.is_floating_point())
-    return next((p.dtype for p in parameters), torch.get_default_dtype())
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.get_default_dtype()
 
 
 def get_intermediate_layers(

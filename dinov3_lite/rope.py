@@ -65,7 +65,7 @@ class RotaryEmbedding2D(nn.Module):
 
     def __init__(self, config: DINOv3Config) -> None:
         super().__init__()
-        self.register_buffer("periods", rope_periods(config).to(torch.get_default_device()))
+        self.register_buffer("periods", rope_periods(config).to(torch.empty(0).device))
         self.shift = config.pos_embed_shift
         self.jitter = config.pos_embed_jitter
         self.rescale = config.pos_embed_rescale
