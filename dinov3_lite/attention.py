@@ -52,7 +52,7 @@ def suits_sixteens(q: Tensor) -> bool:
 @cache
 def has_amx() -> bool:
     """Whether this processor has AMX, as far as PyTorch can tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # since PyTorch 2.10 or so
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # which older releases lack
     return capabilities is not None and bool(capabilities().get("amx_tile"))
 
 

@@ -184,10 +184,9 @@ class PreparedBackbone(Prepared):
             assert self._processor is not None
             return for_pixels(module, self._processor)
         if self._graphs is None:
-            held = (
-                w for part in module.modules() for w in dict.values(part._parameters) if w is not None
-            )  # none is lent
-            takes = all(map(available, held))  # one may be of another dtype than the others
+            # of each layer, since one may be of another dtype; what is lent stays away
+            held = (weight for part in module.modules() for weight in dict.values(part._parameters))
+            takes = all(available(weight) for weight in held if weight is not None)
             return stand_in(module, self._choices, self._dynamic) if takes else module
         assert isinstance(module, (Block, ConvNeXtBlock))
         folded = fold(module)

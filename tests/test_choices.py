@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, TINY_GATED, relative_error, run_python, write_checkpoint
+from helpers import TINY, TINY_GATED, ByFirstWord, relative_error, run_python, write_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, attention_ways, choices, optimize_for_inference, stopwatch
@@ -354,16 +354,6 @@ def test_rows_of_padding_change_no_value(size, cache, model):
     rows = {question for question in ways[1].choices if question.startswith("product 32 to 96")}
     tokens = model.num_prefix_tokens + size[0] * size[1] // 64
     assert f"product 32 to 96, {2 * -(-tokens // 16) * 16} rows, bfloat16" in rows
-
-
-class ByFirstWord(dict):
-    """Choices that answer a question by its first word."""
-
-    def get(self, question, default=None):
-        return super().get(question.split()[0], default)
-
-    def __iter__(self):
-        return iter(())  # no number of rows is among them
 
 
 def test_measuring_draws_no_random_numbers(cache, model):

@@ -85,9 +85,8 @@ def test_a_page_runs(page, folder, monkeypatch):
         extract, job = session["dinov3_lite"].extract, session["job"]
         by_engine, without = extract(**job), extract(**job | {"output": "features-without-engine"})
         assert by_engine.folder.index.exists() and np.array_equal(by_engine["cls_token"], without["cls_token"])
-        in_other_batches = session["store"][
-            "cls_token"
-        ]  # which round otherwise, here and there by one of float16's steps
+        # other batches round otherwise, here and there by one of float16's steps
+        in_other_batches = session["store"]["cls_token"]
         assert np.allclose(by_engine["cls_token"], in_other_batches, rtol=2**-10, atol=2**-14)
     if page == "fine-tuning":
         keys_stay_while_queries_and_values_learn(session)

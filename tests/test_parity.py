@@ -19,7 +19,7 @@ import torch
 pytest.importorskip("transformers")
 
 import reference
-from helpers import TINY, TINY_GATED, relative_error, trained_like, write_checkpoint
+from helpers import TINY, TINY_GATED, ByFirstWord, relative_error, trained_like, write_checkpoint
 
 from convert import convert
 from dinov3_lite import DINOv3Config, DINOv3ViT, optimize_for_inference
@@ -82,17 +82,8 @@ def paths(ours: DINOv3ViT, dtype: torch.dtype) -> Iterator[tuple[str, DINOv3ViT]
     for i, attention in enumerate(ways_of_attention(dtype)):
         products = ways_of_products(dtype, for_any_rows=False, terms=ours.config.intermediate_size)
         product = products[i % len(products)]
-        model = optimize_for_inference(
-            ours, dynamic=False, choices=Pinned({"product": product, "attention": attention})
-        )
+        model = optimize_for_inference(ours, dynamic=False, choices=ByFirstWord(product=product, attention=attention))
         yield f"{product}; {attention}", model
-
-
-class Pinned(dict[str, str]):
-    """Choices that answer every question by its first word."""
-
-    def get(self, question: str, default: str | None = None) -> str | None:
-        return self[question.split()[0]]
 
 
 @torch.no_grad()

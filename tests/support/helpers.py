@@ -148,6 +148,13 @@ def transformers_with(name: str) -> ModuleType:
     return transformers
 
 
+class ByFirstWord(dict[str, str]):
+    """Choices for `optimize_for_inference` that answer a question by its first word."""
+
+    def get(self, question: str, default: str | None = None) -> str | None:
+        return super().get(question.split()[0], default)
+
+
 def run_python(code: str, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter, away from the repository's root."""
     kwargs.setdefault("cwd", Path(__file__).parent)
