@@ -35,7 +35,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, s
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
     """PyTorch's fused attention after a rotation in float32: memory linear in the tokens, on any device."""
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-    if suits_sixteens(q) and not traced():
+    if not traced() and suits_sixteens(q):
         from .attention_ways import sdpa_of_sixteens
 
         return sdpa_of_sixteens(q, k, v, scale)

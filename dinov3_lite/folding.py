@@ -51,10 +51,10 @@ def copy_sharing_weights(module: nn.Module) -> Any:
 
 
 class Residual(nn.Module):
-    """x + branch, where LayerScale is part of the branch already."""
+    """x + branch in x's dtype, where LayerScale is part of the branch already."""
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        return x + branch
+        return (x + branch).to(x.dtype)
 
 
 class PixelConv(nn.Module):

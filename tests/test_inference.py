@@ -226,13 +226,17 @@ def test_no_images_give_no_features(dynamic, tmp_path):
         assert not len(images) or relative_error(out.last_hidden_state, expected.last_hidden_state) < 2e-6
 
 
+@pytest.mark.parametrize(
+    "backend, dtype", [("auto", torch.float32), ("inductor", torch.float32), ("inductor", torch.bfloat16)]
+)
 @torch.no_grad()
-def test_the_residual_stream_keeps_the_dtype_that_the_model_was_told(tmp_path):
-    model, images = load(tmp_path, TINY), torch.randn(2, 3, 16, 24)
+def test_the_residual_stream_keeps_the_dtype_that_the_model_was_told(tmp_path, backend, dtype):
+    model, images = load(tmp_path, TINY).to(dtype), torch.randn(2, 3, 16, 24).to(dtype)
     truth = copy.deepcopy(model).double()(images, output_hidden_states=True).hidden_states
     model.residual_dtype = torch.bfloat16
     taps = range(model.depth)
-    plain, fast = (m.run_blocks(m.embed(images)[0], taps) for m in (model, optimize_for_inference(model)))
+    fast = optimize_for_inference(model, backend=backend)
+    plain, fast = (m.run_blocks(m.embed(images)[0], taps) for m in (model, fast))
     for ours, eager, state in zip(fast, plain, truth[1:], strict=True):
         assert ours.dtype == eager.dtype == torch.bfloat16
         assert relative_error(ours, state) <= 1.1 * relative_error(eager, state)
