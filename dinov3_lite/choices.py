@@ -23,7 +23,7 @@ import torch
 from .pages import give_back_heap
 from .stopwatch import Calls, least_seconds
 
-ROWS_AS_THEY_ARE = 16  # how many different numbers of rows are planned for before they are rounded up
+ROWS_AS_THEY_ARE = 32  # different numbers of rows, of patches and tokens, are planned for before they are rounded up
 LEVEL = 0.98  # of the first way's time: what is not faster than that is level with it, and the first is taken
 
 

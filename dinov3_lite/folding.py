@@ -77,8 +77,10 @@ class PixelConv(nn.Module):
         self.register_buffer("centre", centre.to(dtype))
 
     @staticmethod
-    def fits(conv: nn.Conv2d) -> bool:
+    def fits(conv: nn.Conv2d | PixelConv) -> bool:
         """Whether every patch is of pixels alone, without padding or gaps, and of all channels."""
+        if isinstance(conv, PixelConv):
+            return True
         return conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1
 
     def forward(self, pixels: Tensor) -> Tensor:

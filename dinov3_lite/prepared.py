@@ -154,11 +154,11 @@ class PreparedBackbone(Prepared):
 
     def _embedded(self, embed: nn.Module, pixel_values: Tensor, as_loaded: Callable[[Tensor], Tensor]) -> Tensor:
         """What `embed` gives for images, or for pixels where a processor was folded in."""
-        if self._processor is None:
-            return as_loaded(pixel_values)
         stand_in = embed if self._runs_as_loaded() else self._stand_in(embed)
         if stand_in is not embed:
             return stand_in(pixel_values)
+        if self._processor is None:
+            return as_loaded(pixel_values)
         mean, std = (
             pixel_values.new_tensor(v, dtype=torch.float32) for v in (self._processor.mean, self._processor.std)
         )
@@ -180,14 +180,15 @@ class PreparedBackbone(Prepared):
         return module if autocast and keeps_dtype else twin.stand_in
 
     def _make_stand_in(self, module: nn.Module, before: Twin | None) -> nn.Module:
-        if isinstance(module, (PatchEmbed, Stem)):
-            assert self._processor is not None
-            return for_pixels(module, self._processor)
+        if is_first := isinstance(module, (PatchEmbed, Stem)):
+            module = module if self._processor is None else for_pixels(module, self._processor)
         if self._graphs is None:
             # of each layer, since one may be of another dtype; what is lent stays away
             held = (weight for part in module.modules() for weight in dict.values(part._parameters))
             takes = all(available(weight) for weight in held if weight is not None)
             return stand_in(module, self._choices, self._dynamic) if takes else module
+        if is_first:
+            return module
         assert isinstance(module, (Block, ConvNeXtBlock))
         folded = fold(module)
         modules = tuple(module.modules())

@@ -10,10 +10,7 @@ the scores, sums over all numbers of a head, are the same.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,92 +20,15 @@ from .attention import ATTENTION
 from .attention_ways import ATTENTIONS, Attend, sdpa, sdpa_of_sixteens, sixteens, ways_of_attention
 from .choices import Choices
 from .convnext import ConvNeXtBlock, Downsample
-from .folding import copy_sharing_weights
-from .layers import Block, GatedMlp, LayerNorm, Mlp
-from .lent import Lent
+from .folding import PixelConv, copy_sharing_weights
+from .layers import Block, GatedMlp, LayerNorm, Mlp, PatchEmbed
 from .packing import Tokens, unpack
-from .pages import empty
-from .prepacked import PRODUCTS, Product, ways_of_products
+from .projection import Projection
 from .rope import apply_rope
-from .stopwatch import Calls
+from .stopwatch import Calls, normal
 
-ANY_ROWS = (200, 1000)
-"""Where sizes are free, products are timed with as many rows as one image of 224 or of 512 pixels has tokens."""
 ANY_TOKENS = (201, 1029, 2030)
 """Where sizes are free, attention is timed with the nearest of these numbers of tokens: of 224, 512 and 720 pixels."""
-
-
-class Projection(nn.Module):
-    """act(W x + b), (.., in) -> (.., out), in the way that is fastest for its shape.
-
-    dynamic: the way is for any number of rows, else for the number of the last call. order: of the rows of W and b.
-    """
-
-    def __init__(
-        self, linear: nn.Linear, choices: Choices, dynamic: bool, act: str = "", order: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.choices, self.dynamic, self.act, self.order = choices, dynamic, act, order
-        self.out_features = linear.out_features
-        self.lent = Lent.of(linear)
-        bias = linear.bias
-        self.bias = None if bias is None else bias.detach() if order is None else bias.detach()[order]
-        self.held: tuple[int | None, Any] = (-1, None)  # number of rows, product: replaced as one, for threads
-        self.lock = threading.RLock()
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        if not rows:
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        product = self.packed_for(rows)
-        planned = self.choices.planned_rows(rows) if product.plans_rows else rows
-        if planned == rows:
-            return product(x)
-        padded = F.pad(x.reshape(rows, -1), (0, 0, 0, planned - rows))
-        return product(padded)[:rows].unflatten(0, x.shape[:-1])
-
-    def packed_for(self, rows: int) -> Product:
-        """The product for so many rows, whose weight is packed now if it is not yet."""
-        wanted = None if self.dynamic else rows
-        held_for, product = self.held
-        return product if product is not None and held_for == wanted else self._hold(wanted)
-
-    def _hold(self, rows: int | None) -> Product:
-        """Pack the weight for so many rows, or for any, and let go of the plain one."""
-        with self.lock, torch.inference_mode(False), torch.no_grad():
-            held_for, product = self.held
-            if product is None or held_for != rows:
-                weight = self.lent.plain()
-                made = PRODUCTS[way_of_product(self.choices, weight, self.act, rows)]
-                ordered = weight if self.order is None else _ordered(weight, self.order)
-                product = made(ordered, self.bias, self.act, rows)
-                self.held = rows, product
-                self.lent.lend(partial(_in_order, product.unpack, self.order))
-            return product
-
-
-def _ordered(weight: Tensor, order: Tensor) -> Tensor:
-    return torch.index_select(weight, 0, order, out=empty(weight.shape, weight.dtype))
-
-
-def _in_order(unpack: Callable[[], Tensor], order: Tensor | None) -> Tensor:
-    weight = unpack()
-    return weight if order is None else torch.empty_like(weight).index_copy_(0, order, weight)
-
-
-def way_of_product(choices: Choices, weight: Tensor, act: str, rows: int | None) -> str:
-    """The fastest way of multiplying so many rows, or any number, by a weight of this shape and dtype."""
-    n_out, n_in = weight.shape
-    dtype = str(weight.dtype).removeprefix("torch.")
-    count = "any" if rows is None else rows
-    question = f"product {n_in} to {n_out}{f', {act}' if act else ''}, {count} rows, {dtype}"
-
-    def prepare(way: str) -> Calls:
-        product = PRODUCTS[way](weight, _random(weight.dtype, n_out), act, rows)
-        sizes = ANY_ROWS if rows is None else (rows,)
-        return [partial(product, _random(weight.dtype, 1, size, n_in)) for size in sizes]
-
-    return choices.way(question, ways_of_products(weight.dtype, rows is None, n_in), prepare)
 
 
 def way_of_attention(choices: Choices, shape: torch.Size, dtype: torch.dtype, dynamic: bool) -> Attend:
@@ -122,7 +42,7 @@ def way_of_attention(choices: Choices, shape: torch.Size, dtype: torch.dtype, dy
     def prepare(way: str) -> Calls:
         tokens = min(N, ANY_TOKENS[-1])
         rows = rows_for(ATTENTIONS[way], tokens)
-        q, k, v = _random(dtype, B, rows, 3, heads, D).unbind(2)
+        q, k, v = normal(dtype, B, rows, 3, heads, D).unbind(2)
         return [partial(ATTENTIONS[way], q[:, :tokens], k, v)]
 
     return ATTENTIONS[choices.way(question, ways_of_attention(dtype), prepare)]
@@ -131,12 +51,6 @@ def way_of_attention(choices: Choices, shape: torch.Size, dtype: torch.dtype, dy
 def rows_for(attend: Attend, tokens: int) -> int:
     """How many rows of queries, keys and values a way of attention takes for so many tokens without copying any."""
     return sixteens(tokens) if attend is sdpa_of_sixteens else tokens
-
-
-def _random(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Numbers of its own generator: measuring changes nobody's random numbers."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
 
 class PreparedAttention:
@@ -200,9 +114,13 @@ class PreparedAttention:
 
 
 def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
-    """Multiply numbers 2i and 2i + 1 of a head, as one complex number, by the token's i-th: (.., D) -> (.., D)."""
-    pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    """Multiply numbers 2i and 2i + 1 of a head, as one complex number, by the token's i-th: (.., D) -> (.., D).
+
+    An x that is as wide as the rotation is overwritten.
+    """
+    wide = x.to(rotation.real.dtype)
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(rotation)
+    return wide.to(x.dtype)
 
 
 def pair_by_pair(num_heads: int, channels: int) -> Tensor:
@@ -284,8 +202,9 @@ class FastNorm(nn.Module):
         normed = torch.layer_norm(x, self.shape, self.weight.to(wide), self.bias.to(wide), self.eps)
         if rows is None or rows == x.shape[-2]:
             return normed.to(self.dtype)
-        out = normed.new_zeros(*x.shape[:-2], rows, x.shape[-1], dtype=self.dtype)
+        out = normed.new_empty(*x.shape[:-2], rows, x.shape[-1], dtype=self.dtype)
         out[..., : x.shape[-2], :] = normed
+        out[..., x.shape[-2] :, :] = 0.0
         return out
 
 
@@ -305,34 +224,64 @@ class FastConvNeXtBlock(nn.Module):
         return torch.addcmul(x, self.mlp(self.norm(self.dwconv(x))), self.gamma).to(x.dtype)
 
 
-class FastDownsample(nn.Module):
-    """A step down as a matrix product, of patches of 2 x 2 pixels: (B, h, w, C) -> (B, h/2, w/2, C')."""
+class FastPatchEmbed(nn.Module):
+    """A ViT's first layer as a matrix product: (B, 3, H, W) -> (B, P, C). Of a PixelConv too."""
 
-    @staticmethod
-    def fits(conv: nn.Conv2d) -> bool:
-        """Whether every patch is of its own pixels, and of all channels."""
-        pixels = conv.kernel_size == conv.stride == (2, 2) and conv.dilation == (1, 1) and conv.padding == (0, 0)
-        return pixels and conv.groups == 1
+    def __init__(self, embed: PatchEmbed, choices: Choices, dynamic: bool) -> None:
+        super().__init__()
+        conv: nn.Conv2d | PixelConv = embed.proj
+        self.sides, self.dtype = tuple(conv.weight.shape[2:]), conv.weight.dtype
+        self.centre = conv.centre if isinstance(conv, PixelConv) else None
+        self.product = Projection(as_linear(conv, conv.weight.detach().flatten(1)), choices, dynamic)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (p, q), (H, W) = self.sides, x.shape[-2:]
+        h, w = H // p, W // q
+        pixels = x if self.centre is None else x - self.centre
+        patches = pixels[..., : h * p, : w * q].unflatten(3, (w, q)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)
+        together = patches.to(self.dtype, memory_format=torch.contiguous_format)  # (B, h, w, 3, p, q)
+        return self.product(together.flatten(3).flatten(1, 2))
+
+
+class FastDownsample(nn.Module):
+    """A ConvNeXt's step down as a matrix product: (B, h, w, C) -> (B, h/2, w/2, C')."""
 
     def __init__(self, step: Downsample, choices: Choices, dynamic: bool) -> None:
         super().__init__()
-        self.norm = FastNorm(step.norm)
-        product = nn.Linear(4 * step.conv.in_channels, step.conv.out_channels, device="meta")
-        product.weight = nn.Parameter(step.conv.weight.detach().permute(0, 2, 3, 1).flatten(1), requires_grad=False)
-        product.register_parameter("bias", step.conv.bias)  # type: ignore[arg-type]
-        self.product = Projection(product, choices, dynamic)
+        self.norm, self.sides = FastNorm(step.norm), tuple(step.conv.weight.shape[2:])
+        weight = step.conv.weight.detach().permute(0, 2, 3, 1).flatten(1)
+        self.product = Projection(as_linear(step.conv, weight), choices, dynamic)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[1] // 2, x.shape[2] // 2
-        pixels = self.norm(x[:, : 2 * h, : 2 * w]).unflatten(2, (w, 2)).unflatten(1, (h, 2))  # (B, h, 2, w, 2, C)
+        (p, q), (H, W) = self.sides, x.shape[1:3]
+        h, w = H // p, W // q
+        pixels = self.norm(x[:, : h * p, : w * q]).unflatten(2, (w, q)).unflatten(1, (h, p))  # (B, h, p, w, q, C)
         return self.product(pixels.transpose(2, 3).flatten(3)).to(x.dtype)
 
 
+def is_of_patches(conv: nn.Conv2d | PixelConv) -> bool:
+    """Whether each patch of a convolution is of its own pixels, and of all channels."""
+    return PixelConv.fits(conv) and tuple(conv.stride) == tuple(conv.weight.shape[2:])
+
+
+def as_linear(conv: nn.Conv2d | PixelConv, weight: Tensor) -> nn.Linear:
+    """The layer that multiplies patches by this weight, (out, in), and adds the convolution's bias."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", conv.bias)  # type: ignore[arg-type]
+    return linear
+
+
 def stand_in(module: nn.Module, choices: Choices, dynamic: bool) -> nn.Module:
-    """Return a module that computes the same as this block or step down; it packs its weights when it first runs."""
+    """Return a module that computes the same as this block, step down or first layer; it packs its weights when it
+    first runs. What is faster as it is (a ConvNeXt's stem), or has another convolution, is returned as it is.
+    """
     if isinstance(module, Block):
         return FastBlock(module, choices, dynamic)
-    if isinstance(module, Downsample):
-        return FastDownsample(module, choices, dynamic) if FastDownsample.fits(module.conv) else module
-    assert isinstance(module, ConvNeXtBlock)
-    return FastConvNeXtBlock(module, choices, dynamic)
+    if isinstance(module, ConvNeXtBlock):
+        return FastConvNeXtBlock(module, choices, dynamic)
+    if isinstance(module, Downsample) and is_of_patches(module.conv):
+        return FastDownsample(module, choices, dynamic)
+    if isinstance(module, PatchEmbed) and is_of_patches(module.proj):
+        return FastPatchEmbed(module, choices, dynamic)
+    return module

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 Calls = Sequence[Callable[[], object]]
 """One way of computing, for each of the sizes that count."""
@@ -44,3 +45,9 @@ def least_seconds(ways: Mapping[str, Calls]) -> dict[str, list[float]]:
         if time.perf_counter() - start > ENOUGH:
             break
     return least
+
+
+def normal(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Numbers of their own generator to time with: measuring changes nobody's random numbers."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from dataclasses import replace
@@ -143,6 +144,25 @@ def test_a_graph_that_computes_something_else_is_made_anew_or_not_used(model, mo
                 assert relative_error(fast(images).last_hidden_state, expected) < 2e-6
         assert tries == [False, True]
         assert sum("differs from the model" in str(w.message) for w in caught) == warned
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "passes"),
+    [(torch.float32, False, False), (torch.bfloat16, False, True), (torch.float32, True, True)],
+)
+@torch.no_grad()
+def test_a_graph_may_err_as_its_narrowest_dtype_does(model, monkeypatch, dtype, autocast, passes):
+    """In a deep model of bfloat16 graphs round elsewhere than eager execution: that is no fault, and runs."""
+
+    def rounded_elsewhere(function, **options):
+        return lambda *args: [state * 1.03 for state in function(*args)]
+
+    monkeypatch.setattr(torch, "compile", rounded_elsewhere)
+    fast = optimize_for_inference(copy.deepcopy(model).to(dtype), backend="inductor")
+    with warnings.catch_warnings(record=True) as caught, torch.autocast("cpu", enabled=autocast):
+        warnings.simplefilter("always")
+        fast(torch.randn(1, 3, 16, 16))
+    assert any("differs from the model" in str(w.message) for w in caught) == (not passes)
 
 
 @torch.no_grad()

@@ -130,9 +130,10 @@ EDGES = {
     "dinov3_lite/stopwatch.py": set(),
     "dinov3_lite/choices.py": {"pages", "stopwatch"},
     "dinov3_lite/folding.py": {"convnext", "features", "image", "layers"},
+    "dinov3_lite/projection.py": {"choices", "lent", "pages", "prepacked", "stopwatch"},
     "dinov3_lite/stand_ins.py": {
-        *("attention", "attention_ways", "choices", "convnext", "folding", "layers", "lent", "packing", "pages"),
-        *("prepacked", "rope", "stopwatch"),
+        *("attention", "attention_ways", "choices", "convnext", "folding", "layers", "packing", "projection"),
+        *("rope", "stopwatch"),
     },
     "dinov3_lite/graphs.py": set(),
     "dinov3_lite/prepared.py": {

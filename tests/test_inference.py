@@ -19,7 +19,8 @@ from dinov3_lite.folding import fold, for_pixels
 from dinov3_lite.image import SATELLITE_MEAN, SATELLITE_STD
 from dinov3_lite.layers import PatchEmbed, QKVProjection
 from dinov3_lite.prepacked import PackedByMKL, PackedByOneDNN, Plain, available
-from dinov3_lite.stand_ins import Projection, stand_in
+from dinov3_lite.projection import Projection
+from dinov3_lite.stand_ins import stand_in
 
 PROCESSOR = ImageProcessor(size=None, mean=SATELLITE_MEAN, std=SATELLITE_STD)
 NO_BIAS = replace(TINY, proj_bias=False, mlp_bias=False)
@@ -266,11 +267,29 @@ def test_a_first_layer_that_pixels_do_not_fit_stays_as_it_is(options):
     assert relative_error(made(given), embed(normalised(images))) < 1e-13
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bias": False}, {"groups": 2}, {"padding": 1}, {"dilation": 2}, {"stride": 1}, {"kernel_size": 3}],
-    ids=str,
-)
+CONVOLUTIONS = [{}, {"bias": False}, {"kernel_size": (2, 3), "stride": (2, 3)}]
+"""Of patches of their own pixels: all others stay convolutions."""
+OTHERS = [{"groups": 2}, {"padding": 1}, {"padding": "valid"}, {"dilation": 2}, {"stride": 1}, {"kernel_size": 3}]
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS + OTHERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_first_layer_is_a_product_only_where_it_is_one_of_patches(options, dtype):
+    """Of images in any dtype; sides that are no multiple of a patch's lose the rest, as in any convolution."""
+    embed = PatchEmbed(replace(TINY, hidden_size=48))
+    embed.proj = torch.nn.Conv2d(4, 48, **{"kernel_size": 2, "stride": 2, **options})
+    made = stand_in(embed.to(dtype), Choices(), dynamic=True)
+    assert (made is embed) == (options in OTHERS)
+    truth, bound = copy.deepcopy(embed).double(), 1e-6 if dtype == torch.float32 else 4e-3
+    for sides in ((6, 12), (7, 13)):
+        images = torch.randn(2, 4, *sides, dtype=dtype)
+        for given in (images, images.float(), images.contiguous(memory_format=torch.channels_last)):
+            out = made(given if made is not embed else given.to(dtype))
+            assert out.dtype == dtype and relative_error(out, truth(images.double())) < bound
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS + OTHERS, ids=str)
 @torch.no_grad()
 def test_a_step_down_is_a_product_only_where_it_is_one_of_patches(options):
     """Sides that are odd lose their last row and column, as in any convolution."""
@@ -279,8 +298,8 @@ def test_a_step_down_is_a_product_only_where_it_is_one_of_patches(options):
     for parameter in step.parameters():
         torch.nn.init.normal_(parameter)
     made = stand_in(step, Choices(), dynamic=True)
-    assert (made is step) == (not {"groups", "padding", "dilation", "stride", "kernel_size"}.isdisjoint(options))
-    for sides in ((6, 8), (7, 9)):
+    assert (made is step) == (options in OTHERS)
+    for sides in ((6, 12), (7, 13)):
         x = torch.randn(2, *sides, 8)
         assert relative_error(made(x), step(x)) < 2e-6
 

@@ -23,7 +23,7 @@ from dinov3_lite import DINOv3ViT, optimize_for_inference
 from dinov3_lite.lent import Lent
 from dinov3_lite.pages import give_back, mapped, view
 from dinov3_lite.prepacked import ways_of_products
-from dinov3_lite.stand_ins import Projection
+from dinov3_lite.projection import Projection
 
 IMAGES = torch.randn(2, 3, 16, 24)
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux which pages are a file's")

@@ -53,6 +53,7 @@ TESTS = {
     "dinov3_lite/graphs.py": "graphs inference",
     "dinov3_lite/folding.py": "inference modules convnext_uses",
     "dinov3_lite/prepacked.py": "choices lent inference prepared_exactness",
+    "dinov3_lite/projection.py": "choices lent inference",
     "dinov3_lite/stand_ins.py": "choices lent convnext_uses inference prepared_exactness",
     "dinov3_lite/convnext.py": "convnext convnext_training convnext_uses convnext_checkpoints convnext_parity",
     "dinov3_lite/extraction/decode.py": "extract_pixels extract extract_faults",
