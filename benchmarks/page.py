@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bounds
 import compare_tables
 import conversion
 import extract
@@ -182,6 +183,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharding-sparse": of("sharding", sharding.sparse_table),
     "steps": of("steps", steps.table),
     "prepared": of("prepared", prepared.table),
+    "bounds": of("bounds", bounds.table),
     "soak": of("soak", soak.table),
     "soak-inductor": of("soak_inductor", soak.table),
     "models-variants": models.variants_table,
