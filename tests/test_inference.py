@@ -289,6 +289,28 @@ def test_a_first_layer_is_a_product_only_where_it_is_one_of_patches(options, dty
             assert out.dtype == dtype and relative_error(out, truth(images.double())) < bound
 
 
+@torch.no_grad()
+def test_a_first_layer_of_pixels_writes_to_no_image():
+    embed = for_pixels(PatchEmbed(replace(TINY, patch_size=2)), PROCESSOR)
+    made = stand_in(embed, Choices(), dynamic=True)
+    for images in (pixels(2, 6, 12), pixels(2, 6, 12).float(), pixels(2, 2, 2).float()):
+        before = images.clone()
+        assert made is not embed and relative_error(made(images), embed(images)) < 2e-6
+        assert torch.equal(images, before)
+
+
+@torch.no_grad()
+def test_a_stride_of_one_number_and_another_layer_are_not_in_the_way():
+    model = DINOv3ViT(TINY).eval()
+    model.patch_embed.proj.stride = TINY.patch_size
+    images = torch.randn(1, 3, 16, 24)
+    assert relative_error(optimize_for_inference(model)(images)[0], model(images)[0]) < 2e-6
+    model.patch_embed.proj = torch.nn.Linear(24, 32)
+    for given, processor in ((images, None), (pixels(1, 16, 24), PROCESSOR)):
+        with pytest.raises(ValueError, match="patch_embed gives patches of shape"):
+            optimize_for_inference(model, processor)(given)
+
+
 @pytest.mark.parametrize("options", CONVOLUTIONS + OTHERS, ids=str)
 @torch.no_grad()
 def test_a_step_down_is_a_product_only_where_it_is_one_of_patches(options):
