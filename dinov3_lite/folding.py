@@ -77,10 +77,10 @@ class PixelConv(nn.Module):
         self.register_buffer("centre", centre.to(dtype))
 
     @staticmethod
-    def fits(conv: nn.Conv2d | PixelConv) -> bool:
+    def fits(conv: nn.Module) -> bool:
         """Whether every patch is of pixels alone, without padding or gaps, and of all channels."""
-        if isinstance(conv, PixelConv):
-            return True
+        if not isinstance(conv, nn.Conv2d):
+            return isinstance(conv, PixelConv)
         return conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -152,9 +152,11 @@ class PreparedBackbone(Prepared):
         """Whether the modules themselves run: what runs is recorded or transformed, or there are no numbers."""
         return traced() or self.device.type == "meta"
 
+    @torch.no_grad()
     def _embedded(self, embed: nn.Module, pixel_values: Tensor, as_loaded: Callable[[Tensor], Tensor]) -> Tensor:
         """What `embed` gives for images, or for pixels where a processor was folded in."""
-        stand_in = embed if self._runs_as_loaded() else self._stand_in(embed)
+        elsewhere = pixel_values.device != self.device  # of which torch's own convolution says so
+        stand_in = embed if elsewhere or self._runs_as_loaded() else self._stand_in(embed)
         if stand_in is not embed:
             return stand_in(pixel_values)
         if self._processor is None:

@@ -237,9 +237,11 @@ class FastPatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (p, q), (H, W) = self.sides, x.shape[-2:]
         h, w = H // p, W // q
-        pixels = x if self.centre is None else x - self.centre
-        patches = pixels[..., : h * p, : w * q].unflatten(3, (w, q)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)
-        together = patches.to(self.dtype, memory_format=torch.contiguous_format)  # (B, h, w, 3, p, q)
+        patches = x[..., : h * p, : w * q].unflatten(3, (w, q)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)
+        # (B, h, w, 3, p, q); a copy whatever x is, since it is written to
+        together = patches.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        if self.centre is not None:
+            together -= self.centre
         return self.product(together.flatten(3).flatten(1, 2))
 
 
@@ -261,7 +263,7 @@ class FastDownsample(nn.Module):
 
 def is_of_patches(conv: nn.Conv2d | PixelConv) -> bool:
     """Whether each patch of a convolution is of its own pixels, and of all channels."""
-    return PixelConv.fits(conv) and tuple(conv.stride) == tuple(conv.weight.shape[2:])
+    return PixelConv.fits(conv) and conv.stride == tuple(conv.weight.shape[2:])  # one number as a stride is no tuple
 
 
 def as_linear(conv: nn.Conv2d | PixelConv, weight: Tensor) -> nn.Linear:

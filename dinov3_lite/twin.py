@@ -57,8 +57,10 @@ def settings_of(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def _parts(module: nn.Module) -> tuple[list[Any], list[int]]:
-    """A module's own children and weights, and how often each weight was written to."""
+    """A module's own children and weights, and how often each weight was written to and where it lies."""
     parameters = vars(module)["_parameters"]
     held = parameters.watched() if isinstance(parameters, Lent) else parameters.values()
     weights: list[Tensor] = [weight for weight in held if weight is not None]
-    return [*vars(module)["_modules"].values(), *weights], list(map(version, weights))
+    # where each lies, since `.data = ` counts as no write; but what is lent comes and goes
+    places = [] if isinstance(parameters, Lent) else [weight.data_ptr() for weight in weights]
+    return [*vars(module)["_modules"].values(), *weights], [*map(version, weights), *places]

@@ -289,6 +289,52 @@ def test_a_first_layer_is_a_product_only_where_it_is_one_of_patches(options, dty
             assert out.dtype == dtype and relative_error(out, truth(images.double())) < bound
 
 
+@pytest.mark.parametrize("processor", [None, PROCESSOR], ids=["images", "pixels"])
+@torch.no_grad()
+def test_a_first_layer_given_other_data_is_followed(processor):
+    """As by `.to` of a part, or by torch's `vector_to_parameters`, which PyTorch counts as no write."""
+    fast = optimize_for_inference(DINOv3ViT(TINY).eval(), processor)
+    images = torch.randn(1, 3, 16, 24) if processor is None else pixels(1, 16, 24)
+    for change in (
+        lambda layer: setattr(layer.weight, "data", layer.weight * 2),
+        lambda layer: setattr(layer.bias, "data", layer.bias + 1),
+        lambda layer: layer.to(torch.bfloat16),
+    ):
+        fast(images)
+        change(fast.patch_embed.proj)
+        expected = copy.deepcopy(fast)  # prepared anew
+        assert torch.equal(fast.embed_patches(images), expected.embed_patches(images))
+
+
+def test_a_first_layer_takes_no_gradient_and_no_image_of_another_device():
+    fast = optimize_for_inference(DINOv3ViT(TINY).eval())
+    assert not fast.embed_patches(torch.randn(1, 3, 16, 24, requires_grad=True)).requires_grad
+    with pytest.raises(RuntimeError, match="(?i)device"):
+        fast(torch.zeros(1, 3, 16, 24, device="meta"))
+
+
+@torch.no_grad()
+def test_a_first_layer_of_pixels_writes_to_no_image():
+    embed = for_pixels(PatchEmbed(replace(TINY, patch_size=2)), PROCESSOR)
+    made = stand_in(embed, Choices(), dynamic=True)
+    for images in (pixels(2, 6, 12), pixels(2, 6, 12).float(), pixels(2, 2, 2).float()):
+        before = images.clone()
+        assert made is not embed and relative_error(made(images), embed(images)) < 2e-6
+        assert torch.equal(images, before)
+
+
+@torch.no_grad()
+def test_a_stride_of_one_number_and_another_layer_are_not_in_the_way():
+    model = DINOv3ViT(TINY).eval()
+    model.patch_embed.proj.stride = TINY.patch_size
+    images = torch.randn(1, 3, 16, 24)
+    assert relative_error(optimize_for_inference(model)(images)[0], model(images)[0]) < 2e-6
+    model.patch_embed.proj = torch.nn.Linear(24, 32)
+    for given, processor in ((images, None), (pixels(1, 16, 24), PROCESSOR)):
+        with pytest.raises(ValueError, match="patch_embed gives patches of shape"):
+            optimize_for_inference(model, processor)(given)
+
+
 @pytest.mark.parametrize("options", CONVOLUTIONS + OTHERS, ids=str)
 @torch.no_grad()
 def test_a_step_down_is_a_product_only_where_it_is_one_of_patches(options):

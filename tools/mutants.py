@@ -50,6 +50,7 @@ TESTS = {
     "dinov3_lite/choices.py": "choices inference",
     "dinov3_lite/inference.py": "inference modules",
     "dinov3_lite/prepared.py": "inference modules graphs choices lent convnext_uses",
+    "dinov3_lite/twin.py": "inference lent modules",
     "dinov3_lite/graphs.py": "graphs inference",
     "dinov3_lite/folding.py": "inference modules convnext_uses",
     "dinov3_lite/prepacked.py": "choices lent inference prepared_exactness",
