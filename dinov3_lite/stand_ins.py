@@ -225,14 +225,18 @@ class FastConvNeXtBlock(nn.Module):
 
 
 class FastPatchEmbed(nn.Module):
-    """A ViT's first layer as a matrix product: (B, 3, H, W) -> (B, P, C). Of a PixelConv too."""
+    """A ViT's first layer as a matrix product, in float32 or wider: (B, 3, H, W) -> (B, P, C). Of a PixelConv too.
+
+    What enters the residual stream is not rounded; and the product takes no longer than a convolution in bfloat16 does.
+    """
 
     def __init__(self, embed: PatchEmbed, choices: Choices, dynamic: bool) -> None:
         super().__init__()
         conv: nn.Conv2d | PixelConv = embed.proj
-        self.sides, self.dtype = tuple(conv.weight.shape[2:]), conv.weight.dtype
+        self.sides, self.dtype = tuple(conv.weight.shape[2:]), torch.promote_types(conv.weight.dtype, torch.float32)
         self.centre = conv.centre if isinstance(conv, PixelConv) else None
-        self.product = Projection(as_linear(conv, conv.weight.detach().flatten(1)), choices, dynamic)
+        weight = conv.weight.detach().to(self.dtype).flatten(1)
+        self.product = Projection(as_linear(conv, weight), choices, dynamic)
 
     def forward(self, x: Tensor) -> Tensor:
         (p, q), (H, W) = self.sides, x.shape[-2:]
@@ -269,8 +273,9 @@ def is_of_patches(conv: nn.Conv2d | PixelConv) -> bool:
 def as_linear(conv: nn.Conv2d | PixelConv, weight: Tensor) -> nn.Linear:
     """The layer that multiplies patches by this weight, (out, in), and adds the convolution's bias."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().to(weight.dtype), requires_grad=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.register_parameter("bias", conv.bias)  # type: ignore[arg-type]
+    linear.register_parameter("bias", bias)
     return linear
 
 
