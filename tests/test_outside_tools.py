@@ -73,7 +73,7 @@ def test_quantised_weights_keep_the_biases(quantize, model, images):
     quantize(quantised)
     out = quantised(images).last_hidden_state
     assert 0 < relative_error(out, expected) < 0.05
-    assert torch.equal(optimize_for_inference(quantised)(images).last_hidden_state, out)
+    assert relative_error(optimize_for_inference(quantised)(images).last_hidden_state, out) < 1e-5
     quantize(fast)
     assert relative_error(fast(images).last_hidden_state, out) < 1e-5
     assert torch.equal(model(images).last_hidden_state, expected)

@@ -239,7 +239,7 @@ def test_dynamic_quantisation(projection, model, images):
     assert relative_error(quantised.blocks[0].attn.qkv(x), before(x)) < 0.02
     found = features(quantised, images)
     assert 0 < relative_error(found, expected) < (0.05 if left else 0.1)
-    assert torch.equal(features(optimize_for_inference(quantised), images), found)
+    assert relative_error(features(optimize_for_inference(quantised), images), found) < 2e-6
 
 
 class LastHiddenState(nn.Module):
@@ -272,7 +272,7 @@ def test_pruned(model, images):
         prune.random_unstructured(block.mlp.fc1, "weight", 0.3)
     expected = model(images).last_hidden_state.detach()  # whose weights autograd computed: they are no leaves
     prepared = optimize_for_inference(model)
-    assert torch.equal(features(prepared, images), expected)
+    assert relative_error(features(prepared, images), expected) < 2e-6
     for block in model.blocks:
         prune.remove(block.attn.qkv, "weight")
         prune.remove(block.mlp.fc1, "weight")
