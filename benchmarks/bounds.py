@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 from compare import made_images
 from environment import environment, headline, save
-from peers import PRECISIONS, onnx_file, ours, write_checkpoint
+from peers import PRECISIONS, compiled_by_openvino, ours, write_checkpoint
 from timing import once, spread, turns
 from torch import Tensor
 
@@ -73,12 +73,12 @@ def measure(folder: Path, row: str, rounds: int) -> dict[str, Any]:
 
         with watched(add):
             fast(images)
-        note(seconds, {f"ours, {part} within": time for part, time in taken.items()})
+        note(seconds, {f"ours, {part} within": took for part, took in taken.items()})
 
     def theirs() -> None:
         request.infer()
         note(seconds, {"OpenVINO": once(request.infer)})
-        note(seconds, {f"OpenVINO, {part}": time for part, time in counted(request, attends).items()})
+        note(seconds, {f"OpenVINO, {part}": took for part, took in counted(request, attends).items()})
 
     def timed(name: str, call: Callable[[], object]) -> None:
         call()
@@ -93,8 +93,8 @@ def measure(folder: Path, row: str, rounds: int) -> dict[str, Any]:
 
 
 def note(seconds: Seconds, of_a_round: dict[str, float]) -> None:
-    for name, time_taken in of_a_round.items():
-        seconds.setdefault(name, []).append(time_taken)
+    for name, took in of_a_round.items():
+        seconds.setdefault(name, []).append(took)
 
 
 @contextmanager
@@ -115,13 +115,8 @@ def openvino_request(checkpoint: Path, images: Tensor, precision: str) -> Any:
     """A request of OpenVINO's with counters, that holds its images."""
     import openvino
 
-    model = openvino.Core().read_model(onnx_file(checkpoint))
-    model.reshape(list(images.shape))
-    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.compile_model(
-        model, "CPU", {**threads, "INFERENCE_PRECISION_HINT": precision, "PERF_COUNT": True}
-    )
-    request = compiled.create_infer_request()
+    config = {"INFERENCE_PRECISION_HINT": precision, "PERF_COUNT": True}
+    request = compiled_by_openvino(checkpoint, images.shape, **config).create_infer_request()
     request.set_input_tensor(openvino.Tensor(images.numpy().copy()))
     return request
 

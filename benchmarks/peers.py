@@ -202,21 +202,21 @@ def openvino_model(hinted: bool) -> Builder:
     """The float32 file, compiled for one shape: to run in the dtype asked for, or in what OpenVINO takes by itself."""
 
     def build(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
-        import openvino
-
-        config = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        config |= {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype]} if hinted else {}
-
-        @functools.cache
-        def compiled(shape: torch.Size) -> Any:
-            core = openvino.Core()
-            model = core.read_model(onnx_file(folder))
-            model.reshape(list(shape))  # a few percent faster than for all sizes
-            return core.compile_model(model, "CPU", config)
-
+        config = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype]} if hinted else {}
+        compiled = functools.cache(functools.partial(compiled_by_openvino, folder, **config))
         return lambda images: torch.from_numpy(compiled(images.shape)(images.float().numpy())["last_hidden_state"])
 
     return build
+
+
+def compiled_by_openvino(folder: Path, shape: torch.Size, **config: object) -> Any:
+    """The float32 file for one shape, a few percent faster than for all sizes. ImportError without OpenVINO."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(onnx_file(folder))
+    model.reshape(list(shape))
+    return core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads(), **config})
 
 
 def float32_onnx_file(folder: Path, dtype: torch.dtype) -> Path:

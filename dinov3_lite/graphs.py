@@ -111,11 +111,9 @@ class Graphs:
 
 def _bound(blocks: Sequence[nn.Module], tensors: Tensors) -> float:
     """Of the narrowest dtype that anything is computed in: the stream's, the weights', or autocast's."""
-    dtypes = {tensor.dtype for tensor in (*tensors, *(weight for block in blocks for weight in block.parameters()))}
-    device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    return max(BOUNDS[dtype] for dtype in dtypes & BOUNDS.keys())
+    weights = (weight for block in blocks for weight in block.parameters())
+    dtypes = {tensor.dtype for tensor in (*tensors, *weights)} | {_autocast(tensors[0].device.type)}
+    return max(bound for dtype, bound in BOUNDS.items() if dtype in dtypes)
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
@@ -126,6 +124,10 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 def _global_state(device: str) -> tuple[Any, ...]:
     """What else torch compiles a graph for."""
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return autocast, deterministic, torch.get_default_dtype(), torch.get_num_threads()
+    return _autocast(device), deterministic, torch.get_default_dtype(), torch.get_num_threads()
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on this kind of device, where it is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -281,7 +281,7 @@ def as_linear(conv: nn.Conv2d | PixelConv, weight: Tensor) -> nn.Linear:
 
 def stand_in(module: nn.Module, choices: Choices, dynamic: bool) -> nn.Module:
     """Return a module that computes the same as this block, step down or first layer; it packs its weights when it
-    first runs. What is faster as it is (a ConvNeXt's stem), or has another convolution, is returned as it is.
+    first runs. A ConvNeXt's stem, and what has another convolution, is returned as it is.
     """
     if isinstance(module, Block):
         return FastBlock(module, choices, dynamic)
