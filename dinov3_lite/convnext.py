@@ -28,6 +28,7 @@ from .config import DINOv3ConvNeXtConfig
 from .features import dtype_of
 from .layers import DropPath, LayerNorm, LayerScale, Mlp, add_ours, untouched
 from .model import DINOv3Output
+from .pages import huge_pages_ahead
 from .pretrained import Opening, Pretrained, open_source
 from .tracing import writes_in_place
 
@@ -298,6 +299,8 @@ class DINOv3ConvNeXt(features.Sizes, Pretrained):
 
 def run_units(units: Iterable[nn.Module], x: Tensor, taps: Sequence[int], *options: Any) -> list[Tensor]:
     """Run one module after the other, up to the last in `taps`, and return the outputs of those in `taps`."""
+    if writes_in_place(x):
+        huge_pages_ahead()
     states = []
     for i, unit in enumerate(itertools.islice(units, max(taps) + 1 if taps else 0)):
         x = unit(x, *options)

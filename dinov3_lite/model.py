@@ -20,8 +20,10 @@ from .checks import BATCH, SINGLE, check_dtype, check_images, check_keep_indices
 from .config import FLOAT32_UNDER_HALF, DINOv3Config
 from .layers import Block, LayerNorm, PatchEmbed
 from .packing import PackedAttention, Tokens, pack, unpack
+from .pages import huge_pages_ahead
 from .pretrained import Opening, Pretrained, open_source
 from .rope import RotaryEmbedding2D, rope_periods
+from .tracing import writes_in_place
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -315,6 +317,8 @@ def run_stack(
     if not blocks:
         raise ValueError("the model has no blocks left: expected at least one in model.blocks")
     x, cos, sin, _ = tokens
+    if writes_in_place(x):
+        huge_pages_ahead()
     if recompute:
         from torch.utils.checkpoint import checkpoint  # costs a second where it imports sympy (torch 2.6)
     states = []

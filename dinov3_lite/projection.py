@@ -65,6 +65,7 @@ class Projection(nn.Module):
                 made = PRODUCTS[way_of_product(self.choices, weight, self.act, rows)]
                 ordered = weight if self.order is None else _ordered(weight, self.order)
                 product = made(ordered, self.bias, self.act, rows)
+                product.to_huge_pages()
                 self.held = rows, product
                 self.lent.lend(partial(_in_order, product.unpack, self.order))
             return product

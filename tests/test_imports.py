@@ -107,10 +107,12 @@ EDGES = {
     "dinov3_lite/packing.py": {"attention", "kernels"},
     "dinov3_lite/features.py": {"checks", "config"},
     "dinov3_lite/layers.py": {"attention", "config", "kernels", "rope", "tracing"},
-    "dinov3_lite/model.py": {*("attention", "checks", "config", "features", "layers", "packing", "pretrained", "rope")},
+    "dinov3_lite/model.py": {
+        *("attention", "checks", "config", "features", "layers", "packing", "pages", "pretrained", "rope", "tracing")
+    },
     "dinov3_lite/image.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "pixels"},
     "dinov3_lite/convnext.py": {
-        *("checks", "config", "convnext_features", "features", "layers", "model", "pretrained", "tracing")
+        *("checks", "config", "convnext_features", "features", "layers", "model", "pages", "pretrained", "tracing")
     },
     "dinov3_lite/convnext_features.py": {"checks", "config", "features"},
     "dinov3_lite/pixels.py": set(),
@@ -125,7 +127,7 @@ EDGES = {
     "dinov3_lite/export.py": {"loading", "model"},
     "dinov3_lite/pages.py": set(),
     "dinov3_lite/lent.py": {"pages", "pretrained", "tracing"},
-    "dinov3_lite/prepacked.py": set(),
+    "dinov3_lite/prepacked.py": {"pages"},
     "dinov3_lite/attention_ways.py": set(),
     "dinov3_lite/stopwatch.py": set(),
     "dinov3_lite/choices.py": {"pages", "stopwatch"},
