@@ -21,7 +21,7 @@ from environment import environment, headline, save
 from timing import in_a_child, interleaved, median_ratio, relative_difference, spread
 from torch import Tensor, nn
 
-from dinov3_lite import DINOv3Config, DINOv3Output, DINOv3ViT, layers, optimize_for_inference, rope
+from dinov3_lite import DINOv3Config, DINOv3Output, DINOv3ViT, layers, optimize_for_inference, prepacked, rope
 from dinov3_lite.folding import fold
 from dinov3_lite.sample import made_weights
 
@@ -44,6 +44,16 @@ def rotation_apart(model: DINOv3ViT) -> Run:
     def run(images: Tensor) -> DINOv3Output:
         with patch.object(rope, "writes_in_place", lambda x: False):
             return model(images)
+
+    return run
+
+
+def small_pages(model: DINOv3ViT) -> Run:
+    prepared = optimize_for_inference(model, backend="prepacked", dynamic=False)
+
+    def run(images: Tensor) -> DINOv3Output:
+        with patch.object(prepacked, "in_huge_pages", lambda address, size: None):
+            return prepared(images)
 
     return run
 
@@ -81,6 +91,7 @@ STEPS: dict[str, Callable[[DINOv3ViT], Run]] = {
     "eager, bfloat16 stream": narrow,
     "prepacked for all sizes": lambda model: optimize_for_inference(model, backend="prepacked"),
     "prepacked for this size": lambda model: optimize_for_inference(model, backend="prepacked", dynamic=False),
+    "prepacked for this size, weights in small pages": small_pages,
     "compiled for all sizes": lambda model: optimize_for_inference(model, backend="inductor"),
     "compiled for this size": lambda model: optimize_for_inference(model, backend="inductor", dynamic=False),
     "compiled for this size, frozen": frozen,
