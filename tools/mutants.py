@@ -41,6 +41,7 @@ TESTS = {
     "dinov3_lite/pixels.py": "image",
     "dinov3_lite/window.py": "window",
     "dinov3_lite/finetune.py": "finetune",
+    "dinov3_lite/pages.py": "pages lent checkpoint_loading",
     "dinov3_lite/pretrained.py": "pretrained model",
     "dinov3_lite/checkpoint/layouts/lite.py": "pretrained convnext_checkpoints checkpoint_loading convert_whole "
     "checkpoint_bad_inputs convert_written",
