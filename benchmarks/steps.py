@@ -52,7 +52,7 @@ def small_pages(model: DINOv3ViT) -> Run:
     prepared = optimize_for_inference(model, backend="prepacked", dynamic=False)
 
     def run(images: Tensor) -> DINOv3Output:
-        with patch.object(prepacked, "in_huge_pages", lambda address, size: None):
+        with patch.object(prepacked, "to_huge_pages", lambda address, size: None):
             return prepared(images)
 
     return run

@@ -17,6 +17,7 @@ TOP = slice(7 if sys.byteorder == "little" else 0, None, 8)  # of each entry of 
 OF_A_FILE, PRESENT = 1 << 61 - 56, 1 << 63 - 56  # Documentation/admin-guide/mm/pagemap.rst
 MADV_DONTNEED, MADV_HUGEPAGE, MADV_COLLAPSE = 4, 14, 25
 HUGE = 1 << 21  # bytes of a huge page
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MAP_NORESERVE = 0x4000  # Python's mmap has no name for it
 LARGE = 1 << 17  # bytes, as of the C library's own mappings
 # bytes of a block whose end still raises the C library's bounds, with its own beside it
@@ -98,11 +99,11 @@ def keep_heap() -> None:
 def huge_pages_ahead() -> None:
     """Have what this thread takes next from the C library's heap, up to 56 MiB, lie in pages of 2 MiB.
 
-    Linux gives them where it is asked (`/sys/kernel/mm/transparent_hugepage/enabled` is "madvise"). A processor knows
-    the places of some thousand pages, and looks up those of the others: of small pages, for every 4 KiB that a product
-    reads; and in a virtual machine in the tables of two systems. Nothing is taken now.
+    Linux gives them to who asks where `HUGE_PAGES` says "madvise". A processor knows the places of some thousand pages,
+    and looks up those of the others: of small pages, for every 4 KiB that a product reads, and in a virtual machine in
+    the tables of two systems. Nothing is taken now.
     """
-    if sys.platform.startswith("linux"):
+    if _gives_huge_pages():
         malloc, free = _c_library().malloc, _c_library().free
         blocks = [(malloc(ctypes.c_size_t(size)), size) for size in AHEAD]
         for address, size in blocks:
@@ -111,11 +112,13 @@ def huge_pages_ahead() -> None:
             free(ctypes.c_void_p(address))
 
 
-def in_huge_pages(address: int, size: int) -> None:
+def to_huge_pages(address: int, size: int) -> None:
     """Move into huge pages, now, those blocks of 2 MiB that a range has a part in and that lie in memory.
 
-    Of such a block a sixteenth may be missing, so that little memory is added. The system takes some 1 ms for each.
+    Of such a block a sixteenth may be missing, so that little memory is added. Each takes the system some milliseconds.
     """
+    if not _gives_huge_pages():
+        return
     each = HUGE // mmap.PAGESIZE
     first, last = address // HUGE, -(-(address + size) // HUGE)
     flags = _page_flags(first * each, last * each)
@@ -124,6 +127,12 @@ def in_huge_pages(address: int, size: int) -> None:
         start = (first + i) * HUGE
         if 16 * present >= 15 * each and _advise(start, start + HUGE, MADV_HUGEPAGE):
             _advise(start, start + HUGE, MADV_COLLAPSE)
+
+
+@functools.cache
+def _gives_huge_pages() -> bool:
+    """Whether there are huge pages for who asks: a system may be told to give none, which not all requests respect."""
+    return HUGE_PAGES.exists() and "[never]" not in HUGE_PAGES.read_text()
 
 
 @functools.cache

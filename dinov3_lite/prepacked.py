@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .pages import in_huge_pages
+from .pages import to_huge_pages
 
 EXACT_ENOUGH = 1.8  # times the error of PyTorch's own float32 product
 
@@ -40,7 +40,7 @@ class Product(nn.Module):
     def to_huge_pages(self) -> None:
         """Move what is packed into pages of 2 MiB, where the system and torch can."""
         if "packed" in vars(self) and hasattr(torch.ops.mkldnn, "data_ptr"):
-            in_huge_pages(torch.ops.mkldnn.data_ptr(self.packed), torch.ops.mkldnn._nbytes(self.packed))
+            to_huge_pages(torch.ops.mkldnn.data_ptr(self.packed), torch.ops.mkldnn._nbytes(self.packed))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -12,12 +12,12 @@ import pytest
 import torch
 from helpers import TINY, run_python, write_checkpoint
 
-from dinov3_lite.pages import HUGE, in_huge_pages
+from dinov3_lite import pages
+from dinov3_lite.pages import HUGE, HUGE_PAGES, to_huge_pages
 
-ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # where it is "always", what is asked for can't be told from what is not
 pytestmark = pytest.mark.skipif(
-    not (ENABLED.exists() and "[madvise]" in ENABLED.read_text() and mmap.PAGESIZE == 4096),
+    not (HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text() and mmap.PAGESIZE == 4096),
     reason="asks Linux for huge pages, which here it gives to nobody, or unasked",
 )
 
@@ -49,18 +49,30 @@ def test_blocks_that_lie_in_memory_move_into_huge_pages():
         data[start + first : start + last] = 7
     for block, added in enumerate((2.0, 0.0, 2.0)):
         already = huge_mib()
-        in_huge_pages(data.data_ptr() + start + block * HUGE + 5, HUGE - 10)
+        to_huge_pages(data.data_ptr() + start + block * HUGE + 5, HUGE - 10)
         assert huge_mib() - already == added, block
-    in_huge_pages(data.data_ptr() + start + 3 * HUGE, 1)
+    to_huge_pages(data.data_ptr() + start + 3 * HUGE, 1)
     assert huge_mib() - already == 4.0
     expected = torch.full((4 * HUGE,), 7, dtype=torch.uint8)
     expected[HUGE + HUGE // 2 : 2 * HUGE + 20 * 4096] = 0
     assert torch.equal(data[start : start + 4 * HUGE], expected)
 
 
+def test_a_system_that_gives_none_is_not_asked(tmp_path, monkeypatch):
+    never = tmp_path / "enabled"
+    never.write_text("always madvise [never]\n")
+    monkeypatch.setattr(pages, "HUGE_PAGES", never)
+    pages._gives_huge_pages.cache_clear()
+    monkeypatch.setattr(pages, "_advise", lambda *_: pytest.fail("the system was asked"))
+    data = torch.zeros(4 * HUGE, dtype=torch.uint8)
+    to_huge_pages(data.data_ptr(), 4 * HUGE)
+    pages.huge_pages_ahead()
+    pages._gives_huge_pages.cache_clear()
+
+
 def test_addresses_that_nothing_lies_at():
-    in_huge_pages(0, 1)
-    in_huge_pages(1 << 46, HUGE)
+    to_huge_pages(0, 1)
+    to_huge_pages(1 << 46, HUGE)
 
 
 @pytest.mark.parametrize(("grad", "least", "most"), [(False, 10.0, 64.0), (True, 0.0, 0.0)])
