@@ -102,7 +102,6 @@ def test_packed_weights_lie_in_huge_pages(tmp_path):
     folder = write_checkpoint(tmp_path / "model", config)
     code = f"""{HEAP}
 import dinov3_lite
-from dinov3_lite.prepacked import PackedByOneDNN
 if not hasattr(torch.ops.mkldnn, "data_ptr"):
     sys.exit()
 class Packed(dict):
@@ -112,7 +111,7 @@ fast = dinov3_lite.optimize_for_inference(dinov3_lite.load({str(folder)!r}), cho
 with torch.no_grad():
     fast(torch.randn(1, 3, 32, 32))
 weights = 4 * 12 * 768 * 768 * 4 / 2**20
-assert huge(heap=False) > 0.6 * weights, (huge(heap=False), weights)
+assert huge(heap=False) > 0.8 * weights, (huge(heap=False), weights)
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
