@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .rope import apply_rope
-from .tracing import traced
+from .tracing import traced, writes_in_place
 
 KEYS_AT_ONCE = 512  # what PyTorch's kernel for CPUs takes: beyond, what a rest costs is not seen
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -46,14 +46,21 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sc
 def suits_sixteens(q: Tensor) -> bool:
     """A number of keys in bfloat16 that a processor with AMX takes longer for than for the next multiple of 16."""
     tokens = q.shape[1]
-    return q.is_cpu and q.dtype == torch.bfloat16 and tokens % 16 > 0 and tokens <= KEYS_AT_ONCE and has_amx()
+    return q.is_cpu and q.dtype == torch.bfloat16 and tokens % 16 > 0 and tokens <= KEYS_AT_ONCE and has("amx_tile")
+
+
+def suits_products(q: Tensor) -> bool:
+    """bfloat16 on a processor that multiplies it without AMX, where PyTorch's fused kernel takes twice as long as two
+    products. It is taken all the same where gradients are wanted or a program is traced.
+    """
+    return q.dtype == torch.bfloat16 and writes_in_place(q) and has("avx512_bf16") and not has("amx_tile")
 
 
 @cache
-def has_amx() -> bool:
-    """Whether this processor has AMX, as far as PyTorch can tell."""
+def has(instructions: str) -> bool:
+    """Whether this processor has such instructions, as far as PyTorch can tell."""
     capabilities = getattr(torch.cpu, "get_capabilities", None)  # which older releases lack
-    return capabilities is not None and bool(capabilities().get("amx_tile"))
+    return capabilities is not None and bool(capabilities().get(instructions))
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
@@ -75,7 +82,13 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float | None = None) -> Tensor:
-    """`triton` for the tensors that the kernels are made for, `sdpa` for all others."""
+    """`triton` for the tensors that the kernels are made for, plain products where they are faster on a CPU, `sdpa` for
+    all others.
+    """
+    if suits_products(q):
+        from .attention_ways import products
+
+        return products(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, scale)
     attention = triton_attention if suits_triton(q) else sdpa_attention
     return attention(q, k, v, cos, sin, scale)
 

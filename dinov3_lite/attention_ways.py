@@ -11,16 +11,19 @@ next one that is: 201 keys in bfloat16 1.2 to 1.8 times as long as 208. Hence `s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .prepacked import PackedByOneDNN, parts_of_sums, works
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-SCORES = 1 << 21  # how many scores are held at a time: one or two megabytes of a second-level cache each
+SCORES = 1 << 22  # bytes of scores that are held at a time: what comes next finds them in a cache
+
+LONGEST = 1024  # terms that oneDNN adds up one after the other: longer sums err little more
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,23 +58,60 @@ def sdpa_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q.float(), k.float(), v.float()).to(q.dtype)
 
 
-def products(q: Tensor, k: Tensor, v: Tensor, at_a_time: int) -> Tensor:
-    """softmax(scale q k^T) v as two products, of some heads and so many of their queries that the scores stay in cache.
+def products(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v as two products, of as many images, heads and queries at a time as `SCORES` allows.
 
     The softmax is computed in float32, in half precision of scores that were rounded once.
     """
     B, N, H, D = q.shape
+    scale = D**-0.5 if scale is None else scale
+    images, heads, queries = pieces(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    queries = max(1, min(N, SCORES // (at_a_time * N)))
-    scores = q.new_empty(at_a_time, queries, N)
+    scores = q.new_empty(heads, queries, N)
+    for b in range(0, B, images):
+        q_, k_, v_ = (x[b : b + images].transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))  # (heads, N, D)
+        results = torch.empty_like(q_)
+        for h in range(0, len(q_), heads):
+            some, keys, values = (x[h : h + heads] for x in (q_, k_.transpose(1, 2), v_))
+            for rows in slices(N, queries):
+                held = scores[: len(some), : some[:, rows].shape[1]]
+                torch.baddbmm(held, some[:, rows], keys, beta=0.0, alpha=scale, out=held)
+                results[h : h + heads, rows] = torch.bmm(held.softmax(dim=-1), values)
+        out[b : b + images] = results.unflatten(0, (-1, H)).transpose(1, 2)
+    return out
+
+
+def pieces(q: Tensor) -> tuple[int, int, int]:
+    """How many images, heads of theirs, and queries have their scores held at a time, the queries in equal pieces."""
+    B, N, H, _ = q.shape
+    scores = max(SCORES // q.element_size(), N)
+    images = max(1, min(B, scores // (H * N * N)))
+    heads = max(1, min(images * H, scores // (N * N)))
+    parts = -(-N // min(N, scores // (heads * N)))
+    return images, heads, -(-N // parts)
+
+
+def slices(N: int, each: int) -> Iterator[slice]:
+    """So many of N numbers at a time."""
+    for start in range(0, N, each):
+        yield slice(start, start + each)
+
+
+def products_by_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in float32, a head at a time, by keys and values in oneDNN's own layout: on some processors the faster
+    library, which PyTorch does not use for float32. What is packed has keys up to a multiple of 16, that count nothing.
+    """
+    B, N, H, D = q.shape
+    more = sixteens(N) - N
+    counts = F.pad(q.new_zeros(N), (0, more), value=-torch.inf)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _, _, queries = pieces(q[:1, :, :1])
     for b in range(B):
-        for h in range(0, H, at_a_time):
-            q_, k_, v_, out_ = (x[b, :, h : h + at_a_time].transpose(0, 1) for x in (q, k, v, out))  # (heads, N, D)
-            for start in range(0, N, queries):
-                some, result = q_[:, start : start + queries], out_[:, start : start + queries]
-                held = scores[: some.shape[0], : some.shape[1]]
-                torch.baddbmm(held, some, k_.transpose(1, 2), beta=0.0, alpha=D**-0.5, out=held)
-                result.copy_(torch.bmm(held.softmax(dim=-1), v_))
+        for h in range(H):
+            keys = PackedByOneDNN(F.pad(k[b, :, h] * D**-0.5, (0, 0, 0, more)), counts, parts=1)
+            values = PackedByOneDNN(F.pad(v[b, :, h].t(), (0, more)), None, parts=1)
+            for rows in slices(N, queries):
+                out[b, rows, h] = values(keys(q[b, rows, h]).softmax(dim=-1))
     return out
 
 
@@ -79,12 +119,16 @@ ATTENTIONS: dict[str, Attend] = {
     "sdpa": sdpa,
     "sdpa of sixteens": sdpa_of_sixteens,
     "sdpa in float32": sdpa_in_float32,
-    "products, 1 head": partial(products, at_a_time=1),
-    "products, 4 heads": partial(products, at_a_time=4),
+    "products": products,
+    "products by oneDNN": products_by_onednn,
 }
 
 
 def ways_of_attention(dtype: torch.dtype) -> list[str]:
-    """The names of those ways that differ for this dtype; the first wins where they are level."""
-    of_half_precision = ("sdpa of sixteens", "sdpa in float32")
-    return [name for name in ATTENTIONS if not (dtype == torch.float32 and name in of_half_precision)]
+    """The names of those ways that differ for this dtype, and err little more than PyTorch's own; the first wins where
+    they are level.
+    """
+    if dtype != torch.float32:
+        return [name for name in ATTENTIONS if name != "products by oneDNN"]
+    exact = works("onednn", dtype) and parts_of_sums(LONGEST) == 1
+    return ["sdpa", "products", *(["products by oneDNN"] if exact else [])]

@@ -7,6 +7,7 @@ tries them, since a later torch may rename or drop them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .pages import to_huge_pages
+from .pages import empty, to_huge_pages
 
 EXACT_ENOUGH = 1.8  # times the error of PyTorch's own float32 product
+PARTS = (1, 2, 4, 8)  # into which a weight's columns may be divided
 
 
 class Product(nn.Module):
@@ -39,8 +41,9 @@ class Product(nn.Module):
 
     def to_huge_pages(self) -> None:
         """Move what is packed into pages of 2 MiB, where the system and torch can."""
-        if "packed" in vars(self) and hasattr(torch.ops.mkldnn, "data_ptr"):
-            to_huge_pages(torch.ops.mkldnn.data_ptr(self.packed), torch.ops.mkldnn._nbytes(self.packed))
+        if hasattr(torch.ops.mkldnn, "data_ptr"):
+            for packed in vars(self).get("packed", ()):
+                to_huge_pages(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -68,22 +71,46 @@ class Plain(Product):
 class PackedByOneDNN(Product):
     """The product with the weight packed in oneDNN's layout, for any number of rows x has. GELU is applied within the
     product, before its result is rounded.
+
+    parts: of the sums, each added up by itself and then to the others, W x = W1 x1 + W2 x2 + ..; None for as many as
+        make them exact enough.
     """
 
     plans_rows = True
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, act: str = "", rows: int | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        act: str = "",
+        rows: int | None = None,
+        parts: int | None = None,
+    ) -> None:
         super().__init__(weight, bias, act)
         self.dtype = weight.dtype
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self.within: tuple[str, list[Any], str] = (act, [], "none") if act == "gelu" else ("none", [], "")
+        if parts is None:
+            parts = parts_of_sums(self.in_features) or 1 if self.dtype == torch.float32 else 1
+        self.packed = [torch.ops.mkldnn._reorder_linear_weight(part) for part in columns(weight, parts)]
+        within = act == "gelu" and len(self.packed) == 1
+        self.within: tuple[str, list[Any], str] = ("gelu", [], "none") if within else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
-        out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.within)
+        linear = torch.ops.mkldnn._linear_pointwise
+        first, *others = x.chunk(len(self.packed), dim=-1)
+        out = linear(first, self.packed[0], self.bias, *self.within)
+        for part, packed in zip(others, self.packed[1:], strict=True):
+            out += linear(part, packed, None, "none", [], "")
         return out if self.within[0] == self.act else activated(self.act, out)
 
     def unpack(self) -> Tensor:
-        return self.packed.to_dense(self.dtype)
+        first, *others = (packed.to_dense(self.dtype) for packed in self.packed)
+        return torch.cat((first, *others), dim=1) if others else first
+
+
+def columns(weight: Tensor, parts: int) -> Iterator[Tensor]:
+    """The columns of a weight in so many parts, each in memory of its own that goes back to the system."""
+    for part in weight.chunk(parts, dim=1):
+        yield part if part.is_contiguous() else empty(part.shape, part.dtype).copy_(part)
 
 
 class PackedByMKL(Product):
@@ -93,11 +120,11 @@ class PackedByMKL(Product):
         super().__init__(weight, bias, act)
         assert rows, "MKL divides by zero where there is no row"
         self.rows = rows
-        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        self.packed = [torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)]
         self.shape = weight.new_zeros(()).expand(weight.shape)  # of the weight, which MKL asks for and does not read
 
     def forward(self, x: Tensor) -> Tensor:
-        return activated(self.act, torch.ops.mkl._mkl_linear(x, self.packed, self.shape, self.bias, self.rows))
+        return activated(self.act, torch.ops.mkl._mkl_linear(x, *self.packed, self.shape, self.bias, self.rows))
 
     def unpack(self) -> Tensor:
         """W = (I W^T)^T, `rows` rows of the identity at a time: each sum has one term that is not zero."""
@@ -105,7 +132,7 @@ class PackedByMKL(Product):
         for start in range(0, self.in_features, self.rows):
             identity = weight.new_zeros(self.rows, self.in_features)
             identity.diagonal(start).fill_(1.0)
-            columns = torch.ops.mkl._mkl_linear(identity, self.packed, self.shape, None, self.rows)
+            columns = torch.ops.mkl._mkl_linear(identity, *self.packed, self.shape, None, self.rows)
             weight[:, start : start + self.rows] = columns[: self.in_features - start].t()
         return weight
 
@@ -123,22 +150,27 @@ def ways_of_products(dtype: torch.dtype, for_any_rows: bool, terms: int = 16) ->
         for way in PRODUCTS
         if works(way, dtype)
         and not (for_any_rows and way == "mkl")
-        and not (dtype == torch.float32 and way == "onednn" and not exact_enough(terms))
+        and not (dtype == torch.float32 and way == "onednn" and not parts_of_sums(terms))
     ]
 
 
 @cache
 @torch.no_grad()
-def exact_enough(terms: int) -> bool:
-    """Whether oneDNN's float32 product, of sums of so many terms, errs little more than PyTorch's own.
+def parts_of_sums(terms: int) -> int:
+    """The least number of parts in which oneDNN's float32 sums of so many terms err little more than PyTorch's own, or
+    0 if none of `PARTS` does.
 
-    With AVX2 alone it adds up to 1024 terms one after the other: 2.3 times MKL's error, with AVX-512 1.2 to 1.6 times.
+    oneDNN adds up to 1024 terms one after the other, which errs 1.2 to 1.7 times as much as MKL with AVX-512; longer
+    sums up to 2.3 times beside MKL's on an AMD processor, and all of them with AVX2.
     """
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(64, terms, generator=generator, dtype=torch.float32, device="cpu") for _ in range(2))
     truth = x.double() @ weight.double().t()
-    packed, plain = (way(weight, None)(x) for way in (PackedByOneDNN, Plain))
-    return bool((packed.double() - truth).norm() <= EXACT_ENOUGH * (plain.double() - truth).norm())
+    enough = EXACT_ENOUGH * (Plain(weight, None)(x).double() - truth).norm()
+    for parts in PARTS:
+        if parts <= terms and (PackedByOneDNN(weight, None, parts=parts)(x).double() - truth).norm() <= enough:
+            return parts
+    return 0
 
 
 def available(weight: Tensor) -> bool:

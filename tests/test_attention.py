@@ -63,7 +63,7 @@ def test_keys_in_sixteens_change_no_value(monkeypatch, dtype, N, amx, scale, pad
     true_gradients = torch.autograd.grad((truth * weights).sum(), wide)
     errors = []
     for has_amx in (False, amx):
-        monkeypatch.setattr(attention_module, "has_amx", lambda has_amx=has_amx: has_amx)
+        monkeypatch.setattr(attention_module, "has", lambda name, has_amx=has_amx: has_amx and name == "amx_tile")
         here = [x.detach().to(dtype).requires_grad_() for x in wide]
         with Recorded() as seen:
             out = sdpa_attention(*here, cos, sin, scale)
@@ -75,12 +75,38 @@ def test_keys_in_sixteens_change_no_value(monkeypatch, dtype, N, amx, scale, pad
     assert all(error <= 1.05 * plain for plain, error in zip(*errors, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "instructions", "gradients", "taken"),
+    [
+        (torch.bfloat16, ["avx512_bf16"], False, True),
+        (torch.bfloat16, ["avx512_bf16", "amx_tile"], False, False),
+        (torch.bfloat16, [], False, False),
+        (torch.bfloat16, ["avx512_bf16"], True, False),
+        (torch.float32, ["avx512_bf16"], False, False),
+    ],
+)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_products_attend_where_they_are_faster(monkeypatch, dtype, instructions, gradients, taken, scale):
+    """bfloat16 without AMX, and nobody differentiates; what is asked for by name is given."""
+    monkeypatch.setattr(attention_module, "has", lambda name: name in instructions)
+    q, k, v, cos, sin = inputs(41, 64, dtype)
+    truth = eager_attention(q.double(), k.double(), v.double(), cos.double(), sin.double(), scale)
+    errors = {}
+    for name in ("auto", "sdpa"):
+        with torch.set_grad_enabled(gradients), Recorded() as seen:
+            errors[name] = relative_error(ATTENTION[name](q, k, v, cos, sin, scale), truth)
+        assert bool(seen.tensors) == (name == "sdpa" or not taken)
+    assert errors["auto"] <= 2.0 * errors["sdpa"]  # scores are rounded once, as queries and keys are
+
+
 class Recorded(TorchDispatchMode):
     """Sees the tensors that PyTorch's fused kernel is given."""
 
+    tensors: tuple[torch.Tensor, ...] = ()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "flash_attention" in str(func):
-            self.tensors = [x for x in args if isinstance(x, torch.Tensor)]
+            self.tensors = tuple(x for x in args if isinstance(x, torch.Tensor))
         return func(*args, **(kwargs or {}))
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dinov3_lite import DINOv3ViT, DINOv3ViTBackbone, attention_ways, choices, optimize_for_inference, stopwatch
 from dinov3_lite.attention_ways import ATTENTIONS, ways_of_attention
 from dinov3_lite.choices import Answer, Choices
-from dinov3_lite.prepacked import available, ways_of_products
+from dinov3_lite.prepacked import EXACT_ENOUGH, available, ways_of_products
 from dinov3_lite.stand_ins import FastNorm, pair_by_pair, way_of_attention
 
 DTYPES = [d for d in (torch.float32, torch.bfloat16, torch.float16) if available(torch.empty(0, dtype=d))]
@@ -32,12 +32,12 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch) -> list[str]:
-    """The ways that were timed, all of which take the same time but for `onednn`, `mkl` and `products, 1 head`."""
+    """The ways that were timed, all of which take the same time but for `onednn`, `mkl` and `products`."""
     asked: list[str] = []
 
     def least_seconds(ways):
         asked.append(", ".join(ways))
-        times = {"onednn": 2.0, "mkl": 1.0, "products, 1 head": 1.5}
+        times = {"onednn": 2.0, "mkl": 1.0, "products": 1.5}
         return {way: [times.get(way, 3.0)] * len(calls) for way, calls in ways.items()}
 
     monkeypatch.setattr(choices, "least_seconds", least_seconds)
@@ -73,13 +73,16 @@ def model(request, tmp_path) -> DINOv3ViT:
     return DINOv3ViT.from_pretrained(write_checkpoint(tmp_path, request.param))
 
 
-@pytest.mark.parametrize("scores", [1 << 21, 700])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("way", ATTENTIONS)
+@pytest.mark.parametrize("scores", [1 << 22, 2800])
+@pytest.mark.parametrize(
+    ("dtype", "way"),
+    [(d, way) for d in (torch.float32, torch.bfloat16, torch.float16) for way in ways_of_attention(d)],
+    ids=str,
+)
 def test_every_way_of_attention_is_attention(way, dtype, scores, monkeypatch):
-    """Views of a fused projection, heads that are no multiple of four; with room for a few queries' scores, too."""
+    """Views of a fused projection; with room for all scores, and for those of some images, heads or queries."""
     monkeypatch.setattr(attention_ways, "SCORES", scores)
-    for B, N, heads, D in ((2, 29, 6, 16), (1, 130, 3, 80)):
+    for B, N, heads, D in ((2, 29, 6, 16), (1, 130, 3, 80), (5, 9, 3, 16), (2, 13, 7, 8)):
         q, k, v = torch.randn(B, N, 3, heads, D).to(dtype).unbind(2)
         wide_q, wide_k, wide_v = (x.double().transpose(1, 2) for x in (q, k, v))
         truth = ((wide_q @ wide_k.transpose(2, 3)) * D**-0.5).softmax(-1) @ wide_v
@@ -91,15 +94,29 @@ def test_every_way_of_attention_is_attention(way, dtype, scores, monkeypatch):
         assert relative_error(out.transpose(1, 2), truth) <= bound * relative_error(fused, truth), way
 
 
-def test_what_computes_the_same_twice_is_timed_once():
-    of_half_precision = ("sdpa of sixteens", "sdpa in float32")
-    assert ways_of_attention(torch.float32) == [way for way in ATTENTIONS if way not in of_half_precision]
-    assert ways_of_attention(torch.bfloat16) == ways_of_attention(torch.float16) == list(ATTENTIONS)
+def test_what_computes_the_same_twice_is_timed_once(monkeypatch):
+    """And what errs more than PyTorch's own is not timed: oneDNN's sums with AVX2 alone."""
+    ways = ["sdpa", "products", "products by oneDNN"] if available(torch.empty(0)) else ["sdpa", "products"]
+    monkeypatch.setattr(attention_ways, "parts_of_sums", lambda terms: 1)
+    assert ways_of_attention(torch.float32) == ways
+    monkeypatch.setattr(attention_ways, "parts_of_sums", lambda terms: 2)
+    assert ways_of_attention(torch.float32) == ["sdpa", "products"]
+    halves = ["sdpa", "sdpa of sixteens", "sdpa in float32", "products"]
+    assert ways_of_attention(torch.bfloat16) == ways_of_attention(torch.float16) == halves
 
 
-@pytest.mark.parametrize(("way", "scores"), [("products, 1 head", 700), ("products, 4 heads", 4 * 130)])
-def test_no_more_scores_are_held_than_fit_a_cache(way, scores, monkeypatch):
-    """At least one query's of the heads at a time, which is what the second has room for."""
+@pytest.mark.skipif("products by oneDNN" not in ways_of_attention(torch.float32), reason="oneDNN errs too much here")
+@pytest.mark.parametrize("tokens", [1024, 1029, 2309])
+def test_long_sums_by_onednn_err_little_more(tokens):
+    q, k, v = torch.randn(1, tokens, 3, 2, 64).unbind(2)
+    truth = attention_ways.products(q.double(), k.double(), v.double())
+    fused, ours = (relative_error(ATTENTIONS[way](q, k, v), truth) for way in ("sdpa", "products by oneDNN"))
+    assert ours <= EXACT_ENOUGH * fused
+
+
+@pytest.mark.parametrize("scores", [2800, 5 * 130 * 4, 4 * 130 * 130 * 4, 2 * 5 * 130 * 130 * 4])
+def test_no_more_scores_are_held_than_fit_a_cache(scores, monkeypatch):
+    """And as many as fit: at least one query's, or one head's, of what is held at a time."""
     monkeypatch.setattr(attention_ways, "SCORES", scores)
     largest = [0]
 
@@ -107,13 +124,13 @@ def test_no_more_scores_are_held_than_fit_a_cache(way, scores, monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if func.overloadpacket in (torch.ops.aten.baddbmm, torch.ops.aten._softmax):
-                largest[0] = max(largest[0], out.numel())
+                largest[0] = max(largest[0], out.nbytes)
             return out
 
-    q, k, v = torch.randn(1, 130, 3, 5, 16).unbind(2)
+    q, k, v = torch.randn(3, 130, 3, 5, 16).unbind(2)
     with Watch():
-        ATTENTIONS[way](q, k, v)
-    assert scores - 130 < largest[0] <= scores
+        ATTENTIONS["products"](q, k, v)
+    assert 0.7 * scores < largest[0] <= scores
 
 
 def test_the_first_way_is_taken_unless_another_is_faster(cache, measured):
@@ -173,7 +190,7 @@ def test_answers_are_measured_once_and_kept(cache, measured, model):
     later = optimize_for_inference(DINOv3ViTBackbone(model).eval(), dynamic=False)
     later(images)
     assert len(measured) == 6 and later.choices == first.choices
-    assert later.explain() == first.explain() and "float32: products, 1 head 1.5e+03 ms; " in first.explain()
+    assert later.explain() == first.explain() and "float32: products 1.5e+03 ms; " in first.explain()
     (file,) = cache.iterdir()  # and nothing beside it
     assert set(json.loads(file.read_text())) == set(first.choices)
 

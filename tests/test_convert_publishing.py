@@ -144,6 +144,12 @@ def test_everything_is_on_the_disk_before_the_first_rename(a, tmp_path, monkeypa
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+def heeds_signals():
+    """In a child: `nohup`, and a shell's jobs in the background, hand down that signals are ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class TestLeftovers:
     def start(self, folder: Path, before: str = "") -> subprocess.Popen[str]:
         """A conversion that waits where its file is written."""
@@ -159,6 +165,7 @@ sys.exit(main(sys.argv[1:]))
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(folder), "--quiet"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
+            preexec_fn=heeds_signals,
         )  # fmt: skip
         assert process.stdout.readline() == "writing\n"
         return process

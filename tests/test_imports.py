@@ -128,7 +128,7 @@ EDGES = {
     "dinov3_lite/pages.py": set(),
     "dinov3_lite/lent.py": {"pages", "pretrained", "tracing"},
     "dinov3_lite/prepacked.py": {"pages"},
-    "dinov3_lite/attention_ways.py": set(),
+    "dinov3_lite/attention_ways.py": {"prepacked"},
     "dinov3_lite/stopwatch.py": set(),
     "dinov3_lite/choices.py": {"pages", "stopwatch"},
     "dinov3_lite/folding.py": {"convnext", "features", "image", "layers"},

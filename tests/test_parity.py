@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ import reference
 from helpers import TINY, TINY_GATED, ByFirstWord, relative_error, trained_like, write_checkpoint
 
 from convert import convert
-from dinov3_lite import DINOv3Config, DINOv3ViT, optimize_for_inference
+from dinov3_lite import DINOv3Config, DINOv3ViT, attention, optimize_for_inference
 from dinov3_lite.attention_ways import ways_of_attention
 from dinov3_lite.checkpoint.layouts import TRANSFORMERS
 from dinov3_lite.folding import fold
@@ -79,11 +80,14 @@ def paths(ours: DINOv3ViT, dtype: torch.dtype) -> Iterator[tuple[str, DINOv3ViT]
     yield "prepared for all sizes", optimize_for_inference(ours)
     if not available(torch.empty(0, dtype=dtype)) or ours.config.hidden_size > 768:
         return
-    for i, attention in enumerate(ways_of_attention(dtype)):
+    for i, way in enumerate(ways_of_attention(dtype)):
         products = ways_of_products(dtype, for_any_rows=False, terms=ours.config.intermediate_size)
         product = products[i % len(products)]
-        model = optimize_for_inference(ours, dynamic=False, choices=ByFirstWord(product=product, attention=attention))
-        yield f"{product}; {attention}", model
+        model = optimize_for_inference(ours, dynamic=False, choices=ByFirstWord(product=product, attention=way))
+        yield f"{product}; {way}", model
+    if dtype == torch.bfloat16:
+        with patch.object(attention, "has", lambda instructions: instructions == "avx512_bf16"):
+            yield "ours, as without AMX", ours
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def test_what_the_caller_set_changes_no_features(setting, model, images, pixels,
     windows = sliding_window_features(model, images, 64, 32)
     from_pixels = features(model, (pixels / 255 - column(PROCESSOR.mean)) / column(PROCESSOR.std))
     prepacked.works.cache_clear()
-    prepacked.exact_enough.cache_clear()
+    prepacked.parts_of_sums.cache_clear()
     with setting():
         fast, of_pixels = optimize_for_inference(model), optimize_for_inference(model, PROCESSOR)
         found = [features(fast, images), features(fast, images), features(of_pixels, pixels)]

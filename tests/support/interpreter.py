@@ -1,8 +1,12 @@
-"""Triton's interpreter, mended so that it computes in bfloat16.
+"""Triton's interpreter, mended so that it computes as a GPU does.
 
 It keeps bfloat16 as 16-bit patterns, and multiplies and adds those as integers; it truncates what it casts to bfloat16.
 Here arithmetic runs on the numbers that the patterns stand for, in float32, and results are rounded to nearest, ties to
-even: what a GPU does.
+even.
+
+Its float32 products are those of numpy's BLAS, which on some processors adds up the terms of x y^T and y x^T in another
+order: the scores that a backward pass computes anew are then not those of the forward pass. Here both are summed in
+float64 and rounded once, so that they are the same numbers.
 """
 
 from __future__ import annotations
@@ -68,12 +72,16 @@ def mend_bfloat16() -> None:
 
         return operate
 
-    dot, fma = InterpreterBuilder.create_dot, InterpreterBuilder.create_fma
+    def dot(self: Any, a: Any, b: Any, total: Any, *precision: Any) -> Any:
+        x, y = (float32(factor).data.astype(np.float64) for factor in (a, b))
+        return TensorHandle((x @ y).astype(total.data.dtype) + total.data, total.dtype.scalar)
+
+    fma = InterpreterBuilder.create_fma
     InterpreterBuilder.cast_impl = cast(InterpreterBuilder.cast_impl)
     InterpreterBuilder.create_fp_to_fp = cast(InterpreterBuilder.create_fp_to_fp)
     for name in ("unary_op", "binary_op", "ternary_op"):
         setattr(InterpreterBuilder, name, arithmetic(getattr(InterpreterBuilder, name)))
-    InterpreterBuilder.create_dot = lambda self, a, b, *others: dot(self, float32(a), float32(b), *others)
+    InterpreterBuilder.create_dot = dot
     InterpreterBuilder.create_fma = lambda self, x, y, z: (
         result(fma(self, *map(float32, (x, y, z)))) if is_bfloat16(z) else fma(self, x, y, z)
     )
