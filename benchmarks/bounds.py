@@ -31,7 +31,7 @@ from timing import once, spread, turns
 from torch import Tensor
 
 from dinov3_lite import optimize_for_inference
-from dinov3_lite.prepacked import PRODUCTS
+from dinov3_lite.projection import Projection
 from dinov3_lite.stand_ins import PreparedAttention
 
 ROWS = [f"{variant}:{dtype}:224x1" for dtype in ("bfloat16", "float32") for variant in ("vits16", "vitb16")]
@@ -101,8 +101,8 @@ def note(seconds: Seconds, of_a_round: dict[str, float]) -> None:
 def watched(see: Callable[..., object]) -> Iterator[None]:
     """Have `see(part, function, *args)` called for every product and every attention of a prepared model."""
     with ExitStack() as stack:
-        for owner, name in [*((way, "forward") for way in PRODUCTS.values()), (PreparedAttention, "_one_size")]:
-            part, function = PARTS[owner is PreparedAttention], getattr(owner, name)
+        for part, owner, name in zip(PARTS, (Projection, PreparedAttention), ("forward", "_one_size"), strict=True):
+            function = getattr(owner, name)
 
             def seen(*args: Any, part: str = part, function: Callable[..., object] = function) -> object:
                 return see(part, function, *args)

@@ -183,7 +183,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharding-sparse": of("sharding", sharding.sparse_table),
     "steps": of("steps", steps.table),
     "prepared": of("prepared", prepared.table),
+    "prepared-amd": of("prepared_amd", prepared.table),
     "bounds": of("bounds", bounds.table),
+    "bounds-amd": of("bounds_amd", bounds.table),
     "soak": of("soak", soak.table),
     "soak-inductor": of("soak_inductor", soak.table),
     "models-variants": models.variants_table,
@@ -201,7 +203,9 @@ FLOAT32_ROWS = [("vitb16", pixels, batch, "float32") for pixels, batch in ((224,
 CHARTS: dict[str, list[list[Panel]]] = {
     "results": [[("compare", FRONT_ROW), ("compare_amd", FRONT_ROW)]],
     "compare": [[(name, row) for row in FLOAT32_ROWS] for name in ("compare", "compare_amd")],
-    "compare-bfloat16": [[("compare", ("vitb16", pixels, 1, "bfloat16")) for pixels in (224, 512)]],
+    "compare-bfloat16": [
+        [(name, ("vitb16", pixels, 1, "bfloat16")) for pixels in (224, 512)] for name in ("compare", "compare_amd")
+    ],
 }
 
 
