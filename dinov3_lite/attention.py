@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .rope import apply_rope
-from .tracing import traced, writes_in_place
+from .tracing import traced
 
 KEYS_AT_ONCE = 512  # what PyTorch's kernel for CPUs takes: beyond, what a rest costs is not seen
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -49,11 +49,14 @@ def suits_sixteens(q: Tensor) -> bool:
     return q.is_cpu and q.dtype == torch.bfloat16 and tokens % 16 > 0 and tokens <= KEYS_AT_ONCE and has("amx_tile")
 
 
-def suits_products(q: Tensor) -> bool:
+def suits_products(*qkv: Tensor) -> bool:
     """bfloat16 on a processor that multiplies it without AMX, where PyTorch's fused kernel takes twice as long as two
     products. It is taken all the same where gradients are wanted or a program is traced.
     """
-    return q.dtype == torch.bfloat16 and writes_in_place(q) and has("avx512_bf16") and not has("amx_tile")
+    if traced() or not has("avx512_bf16") or has("amx_tile"):
+        return False
+    plain = all(type(x) is Tensor and x.is_cpu and x.dtype == torch.bfloat16 for x in qkv)
+    return plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in qkv))
 
 
 @cache
@@ -85,7 +88,7 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sc
     """`triton` for the tensors that the kernels are made for, plain products where they are faster on a CPU, `sdpa` for
     all others.
     """
-    if suits_products(q):
+    if suits_products(q, k, v):
         from .attention_ways import products
 
         return products(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, scale)

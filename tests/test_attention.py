@@ -76,26 +76,32 @@ def test_keys_in_sixteens_change_no_value(monkeypatch, dtype, N, amx, scale, pad
 
 
 @pytest.mark.parametrize(
-    ("dtype", "instructions", "gradients", "taken"),
+    ("dtype", "instructions", "wanted", "taken"),
     [
-        (torch.bfloat16, ["avx512_bf16"], False, True),
-        (torch.bfloat16, ["avx512_bf16", "amx_tile"], False, False),
-        (torch.bfloat16, [], False, False),
-        (torch.bfloat16, ["avx512_bf16"], True, False),
-        (torch.float32, ["avx512_bf16"], False, False),
+        (torch.bfloat16, ["avx512_bf16"], "", True),
+        (torch.bfloat16, ["avx512_bf16", "amx_tile"], "", False),
+        (torch.bfloat16, [], "", False),
+        (torch.bfloat16, ["avx512_bf16"], "q", False),
+        (torch.bfloat16, ["avx512_bf16"], "v", False),
+        (torch.float32, ["avx512_bf16"], "", False),
     ],
 )
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_products_attend_where_they_are_faster(monkeypatch, dtype, instructions, gradients, taken, scale):
-    """bfloat16 without AMX, and nobody differentiates; what is asked for by name is given."""
+def test_products_attend_where_they_are_faster(monkeypatch, dtype, instructions, wanted, taken, scale):
+    """bfloat16 without AMX, whose gradient nobody wants; what is asked for by name is given."""
     monkeypatch.setattr(attention_module, "has", lambda name: name in instructions)
     q, k, v, cos, sin = inputs(41, 64, dtype)
     truth = eager_attention(q.double(), k.double(), v.double(), cos.double(), sin.double(), scale)
+    given = {name: x.detach().requires_grad_(name == wanted) for name, x in zip("qkv", (q, k, v), strict=True)}
     errors = {}
     for name in ("auto", "sdpa"):
-        with torch.set_grad_enabled(gradients), Recorded() as seen:
-            errors[name] = relative_error(ATTENTION[name](q, k, v, cos, sin, scale), truth)
-        assert bool(seen.tensors) == (name == "sdpa" or not taken)
+        with Recorded() as seen:
+            out = ATTENTION[name](*given.values(), cos, sin, scale)
+        assert out.requires_grad == bool(wanted) and bool(seen.tensors) == (name == "sdpa" or not taken)
+        errors[name] = relative_error(out, truth)
+        with torch.no_grad(), Recorded() as seen:
+            ATTENTION[name](*given.values(), cos, sin, scale)
+        assert bool(seen.tensors) == (name == "sdpa" or not (taken or wanted))
     assert errors["auto"] <= 2.0 * errors["sdpa"]  # scores are rounded once, as queries and keys are
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PREPROCESSING, TINY, relative_error, run_python, write_checkpoint
+from helpers import PREPROCESSING, TINY, heeds_signals, relative_error, run_python, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -453,7 +453,7 @@ def test_signals_end_it_in_order(number, status, told, tiny):
     """The second photo is a pipe that nobody writes to."""
     os.mkfifo(tiny / "pipe.png")
     command = [sys.executable, "-m", "dinov3_lite", "features", "p.png", "pipe.png", "--model", "model"]
-    process = subprocess.Popen(command, cwd=tiny, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tiny, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_signals)
     while not list(tiny.glob(".features.safetensors.*.tmp/*")):
         assert process.poll() is None
         time.sleep(0.05)

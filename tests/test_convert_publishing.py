@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, disk_of, write_checkpoint
+from helpers import TINY, disk_of, heeds_signals, write_checkpoint
 
 from convert import convert
 from convert.__main__ import main
@@ -144,12 +144,6 @@ def test_everything_is_on_the_disk_before_the_first_rename(a, tmp_path, monkeypa
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
-def heeds_signals():
-    """In a child: `nohup`, and a shell's jobs in the background, hand down that signals are ignored."""
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
 class TestLeftovers:
     def start(self, folder: Path, before: str = "") -> subprocess.Popen[str]:
         """A conversion that waits where its file is written."""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -153,6 +154,12 @@ class ByFirstWord(dict[str, str]):
 
     def get(self, question: str, default: str | None = None) -> str | None:
         return super().get(question.split()[0], default)
+
+
+def heeds_signals() -> None:
+    """In a child: `nohup`, and a shell's jobs in the background, hand down that signals are ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run_python(code: str, **kwargs) -> subprocess.CompletedProcess[str]:

@@ -270,12 +270,14 @@ def under_mixed_precision(rig: Rig) -> tuple[float, float, torch.dtype, torch.dt
     """float32 weights that compute in bfloat16: as a model in bfloat16 does. Against its own error."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
     model = sharding.shard(rig.whole(), rig.mesh, mp_policy=policy)
-    half = rig.whole(dtype=torch.bfloat16)
-    out = model(x)[0]
+    out, halfs = (
+        model(x)[0],
+        rig.whole(dtype=torch.bfloat16)(x)[0],
+    )  # with gradients: without, a CPU may attend otherwise
     out.square().mean().backward()
     with torch.no_grad():
         truth = rig.whole(dtype=torch.bfloat16).double()(x.double())[0]
-        errors_ = relative_error(out, half(x)[0]), relative_error(half(x)[0], truth)
+        errors_ = relative_error(out, halfs), relative_error(halfs, truth)
     return *errors_, out.dtype, model.norm.weight.grad.dtype
 
 
