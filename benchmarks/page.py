@@ -158,7 +158,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare": of("compare", compare_tables.time_table),
     "compare-memory": of("compare", compare_tables.memory_table),
     "compare-amd": of("compare_amd", compare_tables.time_table),
-    "compare-amd-memory": of("compare_amd", compare_tables.memory_table),
     "compare-convnext": of("compare_convnext", compare_tables.time_table),
     "compare-convnext-memory": of("compare_convnext", compare_tables.memory_table),
     "extract": of("extract", extract.table),
