@@ -130,7 +130,7 @@ def test_no_more_scores_are_held_than_fit_a_cache(scores, monkeypatch):
     q, k, v = torch.randn(3, 130, 3, 5, 16).unbind(2)
     with Watch():
         ATTENTIONS["products"](q, k, v)
-    assert 0.7 * scores < largest[0] <= scores
+    assert scores - 4 * 130 < largest[0] <= scores  # less than a query's more
 
 
 def test_the_first_way_is_taken_unless_another_is_faster(cache, measured):
