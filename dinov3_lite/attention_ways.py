@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .prepacked import PackedByOneDNN, parts_of_sums, works
+from .prepacked import linear_by_onednn, packed_by_onednn, parts_of_sums, works
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-SCORES = 1 << 22  # bytes of scores that are held at a time: what comes next finds them in a cache
+SCORES = 1 << 21  # that are held at a time: what comes next finds them in a cache
 
 LONGEST = 1024  # terms that oneDNN adds up one after the other: longer sums err little more
 
@@ -84,7 +84,7 @@ def products(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Ten
 def pieces(q: Tensor) -> tuple[int, int, int]:
     """How many images, heads of theirs, and queries have their scores held at a time, the queries in equal pieces."""
     B, N, H, _ = q.shape
-    scores = max(SCORES // q.element_size(), N)
+    scores = max(SCORES, N)
     images = max(1, min(B, scores // (H * N * N)))
     heads = max(1, min(images * H, scores // (N * N)))
     parts = -(-N // min(N, scores // (heads * N)))
@@ -98,21 +98,50 @@ def slices(N: int, each: int) -> Iterator[slice]:
 
 
 def products_by_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same in float32, a head at a time, by keys and values in oneDNN's own layout: on some processors the faster
-    library, which PyTorch does not use for float32. What is packed has keys up to a multiple of 16, that count nothing.
+    """The same in float32, a head at a time, by oneDNN: on some processors the faster library, which PyTorch does not
+    use for batches of float32. It is fast for keys up to a multiple of 16, of which those that fill up count nothing.
     """
     B, N, H, D = q.shape
     more = sixteens(N) - N
     counts = F.pad(q.new_zeros(N), (0, more), value=-torch.inf)
+    k = F.pad(k.transpose(1, 2) * D**-0.5, (0, 0, 0, more)).contiguous()  # (B, H, keys, D)
+    v = F.pad(v.permute(0, 2, 3, 1), (0, more)).contiguous()  # (B, H, D, keys)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _, _, queries = pieces(q[:1, :, :1])
     for b in range(B):
         for h in range(H):
-            keys = PackedByOneDNN(F.pad(k[b, :, h] * D**-0.5, (0, 0, 0, more)), counts, parts=1)
-            values = PackedByOneDNN(F.pad(v[b, :, h].t(), (0, more)), None, parts=1)
+            keys, values = k[b, h], v[b, h]
+            if queries < N:  # multiplied by more than once
+                keys, values = packed_by_onednn(keys), packed_by_onednn(values)
             for rows in slices(N, queries):
-                out[b, rows, h] = values(keys(q[b, rows, h]).softmax(dim=-1))
+                scores = linear_by_onednn(q[b, rows, h], keys, counts)
+                out[b, rows, h] = linear_by_onednn(scores.softmax(dim=-1), values)
     return out
+
+
+def convolutions_by_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in float32 for all heads of an image at once, as two convolutions of one pixel with a group for each
+    head: the only batches of float32 products that PyTorch gives to oneDNN. Tokens are the image's pixels.
+    """
+    B, N, H, D = q.shape
+    keys, values = q.new_zeros(H, sixteens(N), D), q.new_zeros(H, D, sixteens(N))
+    counts = F.pad(q.new_zeros(H, N), (0, sixteens(N) - N), value=-torch.inf).flatten()
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    parts = -(-N // max(1, SCORES // (H * sixteens(N))))
+    for b in range(B):
+        torch.mul(k[b].transpose(0, 1), D**-0.5, out=keys[:, :N])
+        values[:, :, :N] = v[b].permute(1, 2, 0)
+        for rows in slices(N, -(-N // parts)):
+            scores = _convolved(q[b, rows], keys, counts)
+            out[b, rows] = _convolved(scores.softmax(dim=-1), values)
+    return out
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b, with a W for each head: x (n, heads, in), weight (heads, out, in), bias (heads * out,)."""
+    image = x.flatten(1)[None, :, None].movedim(-1, 1)  # (1, channels, n, 1), the channels last in memory
+    out = F.conv2d(image, weight.flatten(0, 1)[..., None, None], bias, groups=len(weight))
+    return out.movedim(1, -1).reshape(len(x), *weight.shape[:2])
 
 
 ATTENTIONS: dict[str, Attend] = {
@@ -121,7 +150,10 @@ ATTENTIONS: dict[str, Attend] = {
     "sdpa in float32": sdpa_in_float32,
     "products": products,
     "products by oneDNN": products_by_onednn,
+    "convolutions by oneDNN": convolutions_by_onednn,
 }
+HALF_PRECISION = ("sdpa", "sdpa of sixteens", "sdpa in float32", "products")
+FLOAT32 = ("sdpa", "products", "products by oneDNN", "convolutions by oneDNN")
 
 
 def ways_of_attention(dtype: torch.dtype) -> list[str]:
@@ -129,6 +161,6 @@ def ways_of_attention(dtype: torch.dtype) -> list[str]:
     they are level.
     """
     if dtype != torch.float32:
-        return [name for name in ATTENTIONS if name != "products by oneDNN"]
+        return list(HALF_PRECISION)
     exact = works("onednn", dtype) and parts_of_sums(LONGEST) == 1
-    return ["sdpa", "products", *(["products by oneDNN"] if exact else [])]
+    return [way for way in FLOAT32 if exact or "oneDNN" not in way]

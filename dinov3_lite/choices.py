@@ -25,6 +25,13 @@ from .stopwatch import Calls, least_seconds
 
 ROWS_AS_THEY_ARE = 32  # different numbers of rows, of patches and tokens, are planned for before they are rounded up
 LEVEL = 0.98  # of the first way's time: what is not faster than that is level with it, and the first is taken
+SWITCHES = (  # variables that change what the libraries do: a preloaded one replaces their allocator, or their parts
+    "ATEN_CPU_CAPABILITY",
+    "LD_PRELOAD",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+)
 
 
 class Answer(NamedTuple):
@@ -111,7 +118,7 @@ _KNOWN: dict[Path, dict[str, Answer]] = {}
 
 def machine() -> str:
     """All that answers depend on, beside the question."""
-    switches = {name: os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
+    switches = {name: os.environ.get(name, "") for name in SWITCHES}
     return json.dumps([_processor(), torch.get_num_threads(), torch.__version__, torch.__config__.show(), switches])
 
 

@@ -90,21 +90,30 @@ class PackedByOneDNN(Product):
         self.dtype = weight.dtype
         if parts is None:
             parts = parts_of_sums(self.in_features) or 1 if self.dtype == torch.float32 else 1
-        self.packed = [torch.ops.mkldnn._reorder_linear_weight(part) for part in columns(weight, parts)]
-        within = act == "gelu" and len(self.packed) == 1
-        self.within: tuple[str, list[Any], str] = ("gelu", [], "none") if within else ("none", [], "")
+        self.packed = [packed_by_onednn(part) for part in columns(weight, parts)]
+        self.within = act if act == "gelu" and len(self.packed) == 1 else ""
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = torch.ops.mkldnn._linear_pointwise
         first, *others = x.chunk(len(self.packed), dim=-1)
-        out = linear(first, self.packed[0], self.bias, *self.within)
+        out = linear_by_onednn(first, self.packed[0], self.bias, self.within)
         for part, packed in zip(others, self.packed[1:], strict=True):
-            out += linear(part, packed, None, "none", [], "")
-        return out if self.within[0] == self.act else activated(self.act, out)
+            out += linear_by_onednn(part, packed)
+        return out if self.within == self.act else activated(self.act, out)
 
     def unpack(self) -> Tensor:
         first, *others = (packed.to_dense(self.dtype) for packed in self.packed)
         return torch.cat((first, *others), dim=1) if others else first
+
+
+def packed_by_onednn(weight: Tensor) -> Tensor:
+    """The weight (out, in) in oneDNN's own layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "") -> Tensor:
+    """act(W x + b) by oneDNN, of a weight in its layout or as it lies; act is "" or "gelu"."""
+    within: tuple[str, list[Any], str] = (act, [], "none") if act else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *within)
 
 
 def columns(weight: Tensor, parts: int) -> Iterator[Tensor]:
