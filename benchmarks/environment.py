@@ -20,12 +20,14 @@ INSTRUCTIONS = {"AVX2": "avx2", "AVX-512": "avx512f", "AVX-512 bfloat16": "avx51
 
 def environment(*packages: str) -> dict[str, str | int]:
     """Machine, versions and date; `packages` are named beside those that all figures depend on."""
+    preloaded = os.environ.get("LD_PRELOAD")
     return {
         "date": str(date.today()),
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "safetensors", *packages)},
+        **({"preloaded": Path(preloaded).name} if preloaded else {}),
     }
 
 
@@ -51,10 +53,11 @@ def opened(name: str, again: bool) -> dict[str, Any]:
     if again or not file.exists():
         return {"environment": now, "rows": []}
     result = json.loads(file.read_text())
-    for key in ("machine", "threads", "torch"):
-        if result["environment"][key] != now[key]:
+    for key in ("machine", "threads", "torch", "preloaded"):
+        then, here = result["environment"].get(key, "nothing"), now.get(key, "nothing")
+        if then != here:
             raise SystemExit(
-                f"{file.name} was measured with {key} {result['environment'][key]}, this is {now[key]}: "
+                f"{file.name} was measured with {key} {then}, this is {here}: "
                 "give --save another name, or --again to measure all of it here"
             )
     return {**result, "environment": {**result["environment"], **now}}

@@ -76,9 +76,16 @@ def products(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Ten
             for rows in slices(N, queries):
                 held = scores[: len(some), : some[:, rows].shape[1]]
                 torch.baddbmm(held, some[:, rows], keys, beta=0.0, alpha=scale, out=held)
-                results[h : h + heads, rows] = torch.bmm(held.softmax(dim=-1), values)
+                results[h : h + heads, rows] = torch.bmm(_softmax(held), values)
         out[b : b + images] = results.unflatten(0, (-1, H)).transpose(1, 2)
     return out
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension; in half precision by oneDNN where it can, which takes a third of PyTorch's time."""
+    if scores.dtype == torch.float32 or not works("onednn", scores.dtype):
+        return scores.softmax(dim=-1)
+    return scores.to_mkldnn().softmax(dim=-1).to_dense()
 
 
 def pieces(q: Tensor) -> tuple[int, int, int]:

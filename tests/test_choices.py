@@ -95,6 +95,17 @@ def test_every_way_of_attention_is_attention(way, dtype, scores, monkeypatch):
         assert relative_error(out.transpose(1, 2), truth) <= bound * relative_error(fused, truth), way
 
 
+@pytest.mark.parametrize("way", ATTENTIONS)
+def test_what_is_no_number_spreads_as_far_as_it_is_attended_to(way):
+    """A key that is none, to all queries of its head; a value, to that dimension. And no further."""
+    for dtype in (d for d in (torch.float32, torch.bfloat16) if way in ways_of_attention(d)):
+        q, k, v = torch.randn(2, 21, 3, 4, 16).to(dtype).unbind(2)
+        k[0, 5, 1], v[1, 20, 3, 7] = torch.nan, torch.nan
+        expected = torch.zeros(q.shape, dtype=torch.bool)
+        expected[0, :, 1], expected[1, :, 3, 7] = True, True
+        assert torch.equal(ATTENTIONS[way](q, k, v).isnan(), expected), dtype
+
+
 def test_what_computes_the_same_twice_is_timed_once(monkeypatch):
     """And what errs more than PyTorch's own is not timed: oneDNN's sums with AVX2 alone."""
     by_onednn = ["products by oneDNN", "convolutions by oneDNN"] if available(torch.empty(0)) else []

@@ -72,6 +72,7 @@ def main() -> None:
     groups = dist.get_world_size() // args.tp
     for step, images, labels in batches(args, device, dist.get_rank() // args.tp, groups, first):
         if step == args.kill_at and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            dist.barrier()  # or the others might be gone before they have reported the step before
             os.kill(os.getpid(), signal.SIGKILL)
         loss = cross_entropy(model(images), labels)
         loss.backward()
