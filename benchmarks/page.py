@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attention_ways
 import bounds
 import compare_tables
 import conversion
@@ -158,6 +159,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare": of("compare", compare_tables.time_table),
     "compare-memory": of("compare", compare_tables.memory_table),
     "compare-amd": of("compare_amd", compare_tables.time_table),
+    "compare-amd-memory": of("compare_amd", compare_tables.memory_table),
+    "compare-amd-mkl": of("compare_amd_mkl", compare_tables.time_table),
     "compare-convnext": of("compare_convnext", compare_tables.time_table),
     "compare-convnext-memory": of("compare_convnext", compare_tables.memory_table),
     "extract": of("extract", extract.table),
@@ -185,6 +188,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prepared-amd": of("prepared_amd", prepared.table),
     "bounds": of("bounds", bounds.table),
     "bounds-amd": of("bounds_amd", bounds.table),
+    "attention-ways-amd": of("attention_ways_amd", attention_ways.table),
     "soak": of("soak", soak.table),
     "soak-inductor": of("soak_inductor", soak.table),
     "models-variants": models.variants_table,

@@ -1,4 +1,4 @@
-"""The ways in which a CPU attends: torch's fused kernel in the model's dtype or in float32, or plain products.
+"""The ways in which a CPU attends: torch's fused kernel in the model's dtype or in float32, or two products.
 
     attend(q, k, v) -> (B, N, heads, D)
 

@@ -55,6 +55,28 @@ def test_errors_are_against_float64_and_rows_are_kept(script, results, tmp_path,
     assert 1e-4 < found[1]["error"]["ours"] < 2e-2
 
 
+def test_every_way_of_attention_is_timed_and_compared(script, monkeypatch):
+    attention = script("attention_ways")
+    monkeypatch.setattr(attention, "SIZES", ((1, 5), (2, 3)))
+    rows = attention.measure(heads=2, rounds=3)
+    for row in rows:
+        ways = attention.ways_of_attention(getattr(torch, row["dtype"]))
+        assert list(row["seconds"]) == list(row["error"]) == ways
+        assert all(len(seconds) == 3 for seconds in row["seconds"].values())
+        assert all(0 < error < (1e-5 if row["dtype"] == "float32" else 2e-2) for error in row["error"].values())
+    lines = attention.table({"rows": rows}).splitlines()
+    assert [line.split(" | ")[0] for line in lines if " x " in line] == ["| 1 x 5", "| 2 x 3"] * 2
+
+
+def test_a_result_with_another_library_preloaded_is_not_added_to(script, results, monkeypatch):
+    environment = script("environment")
+    found = {"environment": environment.environment(), "rows": [row()]}
+    (results / "compare.json").write_text(json.dumps(found))
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libanother.so")
+    with pytest.raises(SystemExit, match="with preloaded nothing, this is libanother.so: .*--again"):
+        environment.opened("compare", again=False)
+
+
 def test_a_result_of_another_machine_is_not_added_to(script, results):
     environment = script("environment")
     elsewhere = {**environment.environment(), "machine": "another processor"}
