@@ -33,6 +33,7 @@ TESTS = {
     "dinov3_lite/checks.py": "model packing window",
     "dinov3_lite/packing.py": "packing kernels_model",
     "dinov3_lite/layers.py": "model model_dtypes model_training kernels_block_tail kernels_model modules",
+    "dinov3_lite/tracing.py": "modules model_training attention",
     "dinov3_lite/rope.py": "rope model_dtypes parity",
     "dinov3_lite/attention.py": "attention model_dtypes kernels_model",
     "dinov3_lite/encoder.py": "encoder convnext_uses",
