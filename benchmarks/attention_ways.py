@@ -60,7 +60,7 @@ def made(images: int, tokens: int, heads: int, dtype: torch.dtype) -> tuple[Tens
 def table(result: dict) -> str:
     """Milliseconds with quartiles, and in brackets the error in units of the fused kernel's."""
     lines = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
         ways = list(rows[0]["seconds"])
         lines += [f"| {dtype} | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]

@@ -39,13 +39,17 @@ def sdpa_of_sixteens(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     N = q.shape[1]
     if k.shape[1] < sixteens(N):
         k, v = (F.pad(x, (0, 0, 0, 0, 0, sixteens(N) - N)) for x in (k, v))
-    counts = F.pad(q.new_zeros(1, 1, 1, N), (0, k.shape[1] - N), value=-torch.inf)
-    return _fused(q, k, v, counts, scale)
+    return _fused(q, k, v, _counts(q, k.shape[1])[None, None, None], scale)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None = None, scale: float | None = None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, added, scale=scale).transpose(1, 2)
+
+
+def _counts(q: Tensor, keys: int) -> Tensor:
+    """What is added to the scores of so many keys, of which as many count as there are queries: (keys,), 0 or -inf."""
+    return F.pad(q.new_zeros(q.shape[1]), (0, keys - q.shape[1]), value=-torch.inf)
 
 
 def sixteens(tokens: int) -> int:
@@ -110,7 +114,7 @@ def products_by_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     B, N, H, D = q.shape
     more = sixteens(N) - N
-    counts = F.pad(q.new_zeros(N), (0, more), value=-torch.inf)
+    counts = _counts(q, sixteens(N))
     k = F.pad(k.transpose(1, 2) * D**-0.5, (0, 0, 0, more)).contiguous()  # (B, H, keys, D)
     v = F.pad(v.permute(0, 2, 3, 1), (0, more)).contiguous()  # (B, H, D, keys)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -132,7 +136,7 @@ def convolutions_by_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     B, N, H, D = q.shape
     keys, values = q.new_zeros(H, sixteens(N), D), q.new_zeros(H, D, sixteens(N))
-    counts = F.pad(q.new_zeros(H, N), (0, sixteens(N) - N), value=-torch.inf).flatten()
+    counts = _counts(q, sixteens(N)).repeat(H)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     parts = -(-N // max(1, SCORES // (H * sixteens(N))))
     for b in range(B):
@@ -151,16 +155,19 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.movedim(1, -1).reshape(len(x), *weight.shape[:2])
 
 
-ATTENTIONS: dict[str, Attend] = {
+HALF_PRECISION: dict[str, Attend] = {
     "sdpa": sdpa,
     "sdpa of sixteens": sdpa_of_sixteens,
     "sdpa in float32": sdpa_in_float32,
     "products": products,
+}
+FLOAT32: dict[str, Attend] = {
+    "sdpa": sdpa,
+    "products": products,
     "products by oneDNN": products_by_onednn,
     "convolutions by oneDNN": convolutions_by_onednn,
 }
-HALF_PRECISION = ("sdpa", "sdpa of sixteens", "sdpa in float32", "products")
-FLOAT32 = ("sdpa", "products", "products by oneDNN", "convolutions by oneDNN")
+ATTENTIONS = HALF_PRECISION | FLOAT32
 
 
 def ways_of_attention(dtype: torch.dtype) -> list[str]:
