@@ -61,13 +61,13 @@ def main() -> None:
 @contextmanager
 def strategy(name: str) -> Iterator[None]:
     """Have every number of tokens go one way: the rotation inside, apart, or apart and then PyTorch's attention."""
-    before = tuning.FUSED_UP_TO, tuning.prefers_sdpa
-    tuning.FUSED_UP_TO = dict.fromkeys(tuning.ARCHITECTURES, sys.maxsize if name == "fused" else 0)
+    before = tuning.fused_up_to, tuning.prefers_sdpa
+    tuning.fused_up_to = lambda device: sys.maxsize if name == "fused" else 0
     tuning.prefers_sdpa = lambda tokens, head_dim, device: name == "rotation, then sdpa"
     try:
         yield
     finally:
-        tuning.FUSED_UP_TO, tuning.prefers_sdpa = before
+        tuning.fused_up_to, tuning.prefers_sdpa = before
 
 
 def inputs(B: int, N: int, heads: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,6 +76,6 @@ def strategy(request, monkeypatch) -> str:
     from dinov3_lite.kernels import tuning
 
     limit = {"fused": 10**9, "separate": 0}[request.param]
-    monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, limit))
+    monkeypatch.setattr(tuning, "fused_up_to", lambda device: limit)
     monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: False)
     return request.param

@@ -166,7 +166,7 @@ def test_a_wrong_kernel_is_replaced_with_one_warning(spoil, operation, dtype):
 @pytest.mark.parametrize("operation", ["rope_attention", "rope_attention_backward"])
 @pytest.mark.parametrize("limit", [0, 100])
 def test_a_wrong_kernel_is_replaced_for_packs_and_both_strategies(spoil, monkeypatch, operation, limit):
-    monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, limit))
+    monkeypatch.setattr(tuning, "fused_up_to", lambda device: limit)
     spoilt = spoil(operation)
     with pytest.warns(RuntimeWarning, match=f"^{operation} is wrong") as caught:
         for packed in (False, True):

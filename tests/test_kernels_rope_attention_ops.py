@@ -74,7 +74,7 @@ OWN_BACKWARD = ["rotate", "rope_attention_backward_q", "rope_attention_backward_
 def test_strategies(monkeypatch, launches, limit, training, deterministic, expected):
     """The rotation inside, up to a number of tokens; beyond, a pass of its own and PyTorch's attention where it may."""
     torch.use_deterministic_algorithms(deterministic)
-    monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, limit))
+    monkeypatch.setattr(tuning, "fused_up_to", lambda device: limit)
     monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: tokens > limit)
     qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
     truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
@@ -92,7 +92,7 @@ def test_strategies(monkeypatch, launches, limit, training, deterministic, expec
 
 def test_each_kernel_is_launched_with_tiles_of_its_own(monkeypatch):
     tiles = {"forward": (16, 32), "backward_q": (32, 16), "backward_kv": (16, 16)}
-    monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, 450))
+    monkeypatch.setattr(tuning, "fused_up_to", lambda device: 450)
     monkeypatch.setattr(tuning, "tiles", lambda kernel, arch, D, itemsize: Tiles(*tiles[kernel], 4, 1))
     launched = {}
 
@@ -153,7 +153,7 @@ def test_pytorchs_attention_lies_in_memory_as_it_was_traced(monkeypatch):
 
 def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):
     """Many short sequences are rotated inside, and never given to PyTorch's attention, however many tokens they are."""
-    monkeypatch.setattr(tuning, "FUSED_UP_TO", dict.fromkeys(tuning.ARCHITECTURES, 8))
+    monkeypatch.setattr(tuning, "fused_up_to", lambda device: 8)
     monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: tokens > 8)
     qkv, cos, sin = (x.squeeze(0) for x in attention_inputs(1, 24, 2, 32, 24, torch.float32))
     for borders, longest, expected in [
