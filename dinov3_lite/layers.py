@@ -15,7 +15,7 @@ from torch.nn.modules import module as of_all_modules
 
 from .attention import AttentionFn, fuses_rows
 from .config import DINOv3Config
-from .rope import apply_rope
+from .rope import RotaryEmbedding2D, apply_rope
 from .tracing import modes_watch, traced, unseen
 
 
@@ -30,7 +30,22 @@ class PatchEmbed(nn.Module):
         if self._makes_one_column(pixel_values):
             beside = F.pad(pixel_values, (0, pixel_values.shape[-1]))
             return self.proj(beside)[..., :1].flatten(2).transpose(1, 2)
+        if pixel_values.is_cuda and self._is_product():
+            return F.linear(self._patches(pixel_values), self.proj.weight.flatten(1), self.proj.bias)
         return self.proj(pixel_values).flatten(2).transpose(1, 2)
+
+    def _is_product(self) -> bool:
+        """Whether one matrix product is the convolution: on an H200 cuDNN's takes 0.55 ms where that takes 0.05."""
+        conv = self.proj
+        whole = conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.dilation == (1, 1)
+        return whole and conv.groups == 1 and untouched(conv)
+
+    def _patches(self, pixel_values: Tensor) -> Tensor:
+        """The pixels of each patch, in the order of the convolution's weights: (B, P, 3 * patch_size ** 2)."""
+        down, across = self.proj.stride
+        h, w = pixel_values.shape[-2] // down, pixel_values.shape[-1] // across  # what is left over is left out
+        patches = pixel_values[..., : h * down, : w * across].unflatten(-1, (w, across)).unflatten(-3, (h, down))
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def _makes_one_column(self, pixel_values: Tensor) -> bool:
         """Whether one column of patches is asked of a CPU: of five, in bfloat16 with AMX, oneDNN gives noise or NaN."""
@@ -298,7 +313,7 @@ def add_ours(*classes: type[nn.Module]) -> None:
 
 
 add_ours(Block, LayerNorm, SelfAttention, QKVProjection, Mlp, GatedMlp, LayerScale, DropPath, PatchEmbed)
-add_ours(nn.Linear, nn.Conv2d)
+add_ours(nn.Linear, nn.Conv2d, RotaryEmbedding2D)
 CALL = nn.Module.__call__
 GLOBAL_HOOKS = (
     *(of_all_modules._global_forward_pre_hooks, of_all_modules._global_forward_hooks),
