@@ -104,7 +104,7 @@ def test_the_best_is_so_over_all_lengths():
         {"tiles": "short", "ms": {201: 0.5, 1029: 20.0}},
         {"tiles": "both", "ms": {201: 0.9, 1029: 9.5}},
     ]
-    assert tune.best(rows) == "both"
+    assert tune.ranked(rows) == ["both", "present", "short"]
     assert tune.threshold([10, 20, 30], [True, True, False]) == 20
     assert tune.threshold([10, 20, 30], [False, True, True]) == 0
 
@@ -117,11 +117,11 @@ def test_a_sweep_in_the_interpreter(monkeypatch):
         pytest.skip("a rehearsal: here is a GPU")
     made_up = iter(range(10**6, 0, -1))  # each call is faster than the one before
     monkeypatch.setattr(tune, "milliseconds", lambda call: (call(), next(made_up))[1])
-    monkeypatch.setattr(tune, "passing", lambda tried, deadline: tried[:2])
+    monkeypatch.setattr(tune, "without", lambda fault, tried, pool, deadline: tried[:2])
     for name, value in {"TOKENS": (6, 9), "LENGTHS": (6, 9), "CHANNELS": (128, 384), "ROWS": 2, "HIDDEN": 64}.items():
         monkeypatch.setattr(tune, name, value)
     monkeypatch.setattr(tune, "FILL", 6)
-    entry, rows = tune.sweep([64], minutes=10)
+    entry, rows = tune.sweep([64], minutes=10, pool=None)
     assert entry.tiles == {kernel: {64: tune.candidates(kernel, 90, 64)[1].tiles} for kernel in tune.GRID}
     assert entry.fused_up_to == 0 and entry.sdpa_beyond == {64: 0}  # the later way is always faster
     assert entry.layer_norm_warps == {128: 1, 384: 4} and entry.swiglu == (2048, 8)

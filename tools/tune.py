@@ -3,10 +3,10 @@
     python tools/tune.py [--head-dims 64 128] [--minutes 5] [--write] [--json FILE]
     python tools/tune.py --dry-run [--arch 90]
 
-Candidates, those nearest to the present launch first, are compiled by several processes, and must pass the gate of
-`kernel_builds` and compute on this GPU what plain torch computes. What is left is timed in bfloat16, on as many images
-as fill the GPU, by its own clock. Prints the entry of kernels/measured.py, and with --write puts it there, with where
-and when. Without a GPU, --dry-run compiles a few candidates for an architecture, and times nothing.
+Candidates, those nearest to the present launch first, are compiled by several processes, and timed in bfloat16, on as
+many images as fill the GPU, by its own clock. The fastest that pass the gate of `kernel_builds`, and compute on this
+GPU what plain torch computes, are taken. Prints the entry of kernels/measured.py, and with --write puts it there, with
+where and when. Without a GPU, --dry-run compiles a few candidates for an architecture, and times nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ GRID = {  # queries, keys, warps, stages
 }
 HEADS = {64: 16, 128: 32}
 TOKENS = (201, 1029)  # what tiles are timed at
+GATED = 6  # of the fastest, the best that passes is taken
 LENGTHS = (37, 69, 133, 201, 325, 453, 581, 789, 1029, 1605)  # what thresholds lie between
 CHANNELS = (384, 768, 1024, 1280, 4096)
 HIDDEN = 5120
@@ -105,23 +106,38 @@ def problems(candidate: Candidate) -> list[str]:
         return list(filter(None, checks))
 
 
-def passing(tried: list[Candidate], deadline: float) -> list[Candidate]:
-    """Those without problems, of as many as can be compiled until then; several processes compile."""
-    context = multiprocessing.get_context("spawn")
-    workers = min(len(tried), max(1, (os.cpu_count() or 1) - 1))
+def unlaunchable(candidate: Candidate) -> str | None:
+    """Why a candidate can't be launched here, or None; what it takes to compile is then done, and kept on disk."""
+    try:
+        with launched_with(candidate):
+            for N in TOKENS:
+                attention_calls(N, candidate.D)[candidate.kernel]()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return None
+
+
+def processes() -> ProcessPoolExecutor:
+    """Processes that compile, of this script's own, since a forked one can't use a GPU."""
+    return ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), mp_context=multiprocessing.get_context("spawn"))
+
+
+def without(
+    fault: Callable[[Candidate], object], tried: list[Candidate], pool: ProcessPoolExecutor, deadline: float
+) -> list[Candidate]:
+    """Those of which `fault` finds nothing, of as many as it can be asked of until then."""
     passed = []
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {pool.submit(problems, candidate): candidate for candidate in tried}
-        for future, candidate in futures.items():
-            if time.monotonic() > deadline:
-                future.cancel()
-                continue
-            found = future.result()
-            print(
-                f"{candidate.kernel}, D {candidate.D}, {tuple(candidate.tiles)}: {found[0] if found else 'passes'}",
-                flush=True,
-            )
-            passed += [] if found else [candidate]
+    futures = {pool.submit(fault, candidate): candidate for candidate in tried}
+    for future, candidate in futures.items():
+        try:
+            found = future.result(max(deadline - time.monotonic(), 0))
+        except TimeoutError:
+            future.cancel()
+            continue
+        name = f"{candidate.kernel}, D {candidate.D}, {tuple(candidate.tiles)}"
+        print(f"{name}: {found if found else 'passes'}", flush=True)
+        passed += [] if found else [candidate]
     return passed
 
 
@@ -167,22 +183,22 @@ def attention_calls(N: int, D: int) -> dict[str, Callable[[], object]]:
     return {**calls, "forward": calls["fused"], "backward_q": backward, "backward_kv": backward}
 
 
-def fastest(passed: list[Candidate], deadline: float) -> tuple[Tiles, list[dict[str, Any]]]:
-    """The tiles of the least time over all lengths, relative to the present ones'; and every time."""
-    rows, calls = [], {N: attention_calls(N, passed[0].D) for N in TOKENS}
-    for candidate in passed:
+def timed(launched: list[Candidate], deadline: float) -> list[dict[str, Any]]:
+    """Every time of every candidate, the present launch's first."""
+    rows, calls = [], {N: attention_calls(N, launched[0].D) for N in TOKENS}
+    for candidate in launched:
         if rows and time.monotonic() > deadline:
             break
         with launched_with(candidate):
             times = {N: milliseconds(calls[N][candidate.kernel]) for N in TOKENS}
         rows.append({"kernel": candidate.kernel, "D": candidate.D, "tiles": candidate.tiles, "ms": times})
-    return best(rows), rows
+    return rows
 
 
-def best(rows: list[dict[str, Any]]) -> Tiles:
-    """The first row is the present launch: the others' times are relative to its, length by length."""
+def ranked(rows: list[dict[str, Any]]) -> list[Tiles]:
+    """Tiles by their time over all lengths, relative to the present ones', which are the first row's."""
     present = rows[0]["ms"]
-    return min(rows, key=lambda row: sum(row["ms"][N] / present[N] for N in present))["tiles"]
+    return [row["tiles"] for row in sorted(rows, key=lambda row: sum(row["ms"][N] / present[N] for N in present))]
 
 
 def threshold(lengths: list[int], wins: list[bool], least: int = 0) -> int:
@@ -258,7 +274,7 @@ def render(entries: dict[int, Measured]) -> str:
     return head + "\n".join([*lines, "}"]) + "\n"
 
 
-def sweep(head_dims: list[int], minutes: float) -> tuple[Measured, list[dict[str, Any]]]:
+def sweep(head_dims: list[int], minutes: float, pool: ProcessPoolExecutor) -> tuple[Measured, list[dict[str, Any]]]:
     """The entry for this GPU, and every time that was taken."""
     arch, rows = tuning.capability(torch.device(DEVICE)), []
     share = 60 * minutes / (3 * len(head_dims) + 1)  # a kernel and head dim; the thresholds and rows take the last
@@ -266,11 +282,16 @@ def sweep(head_dims: list[int], minutes: float) -> tuple[Measured, list[dict[str
     sdpa_beyond, fused_up_to = {}, 10**9
     for D in head_dims:
         for kernel in GRID:
-            start = time.monotonic()
-            passed = passing(candidates(kernel, arch, D), start + 0.7 * share)
+            start, tried = time.monotonic(), candidates(kernel, arch, D)
+            launched = without(unlaunchable, tried, pool, start + 0.5 * share)
+            if tried[0] not in launched:
+                raise RuntimeError(f"the present launch of {kernel} at head dim {D} fails on sm_{arch}: see above")
+            found = timed(launched, start + 0.7 * share)
+            best = [Candidate(kernel, arch, D, chosen) for chosen in ranked(found)[:GATED]]
+            passed = without(problems, list(dict.fromkeys((*best, tried[0]))), pool, start + share)
             if not passed:
                 raise RuntimeError(f"no launch of {kernel} at head dim {D} passes on sm_{arch}: see above")
-            tiles[kernel][D], found = fastest(passed, start + share)
+            tiles[kernel][D] = passed[0].tiles
             rows += found
     with patch.object(tuning, "tiles", lambda kernel, arch, D, itemsize: tiles[kernel][D]):
         for D in head_dims:
@@ -290,7 +311,8 @@ def sweep(head_dims: list[int], minutes: float) -> tuple[Measured, list[dict[str
 def dry_run(arch: int, head_dims: list[int], limit: int) -> int:
     """The first candidates of each kernel through the gate, and an entry written and read back; nothing is timed."""
     tried = [c for D in head_dims for kernel in GRID for c in candidates(kernel, arch, D)[:limit]]
-    passed = passing(tried, time.monotonic() + 600)
+    with processes() as pool:
+        passed = without(problems, tried, pool, time.monotonic() + 600)
     print(f"{len(passed)} of {len(tried)} candidates pass on sm_{arch}; no GPU: nothing is timed")
     return int(not passed)
 
@@ -310,7 +332,8 @@ def main() -> int:
         return dry_run(args.arch, args.head_dims, args.candidates)
     if not torch.cuda.is_available():
         parser.error("there is no GPU: expected one, or --dry-run")
-    entry, rows = sweep(args.head_dims, args.minutes)
+    with processes() as pool:
+        entry, rows = sweep(args.head_dims, args.minutes, pool)
     source = render({**measured.MEASURED, tuning.capability(torch.device(DEVICE)): entry})
     print(source[source.index("MEASURED: dict") :])
     if args.json is not None:
