@@ -38,7 +38,9 @@ class PatchEmbed(nn.Module):
         """Whether one matrix product is the convolution: on an H200 cuDNN's takes 0.55 ms where that takes 0.05."""
         conv = self.proj
         whole = conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.dilation == (1, 1)
-        return whole and conv.groups == 1 and untouched(conv)
+        if traced():  # where whoever watches is part of the program
+            return whole and conv.groups == 1 and type(conv) is nn.Conv2d and not conv._forward_hooks
+        return whole and conv.groups == 1 and untouched(conv, past_modes=False)
 
     def _patches(self, pixel_values: Tensor) -> Tensor:
         """The pixels of each patch, in the order of the convolution's weights: (B, P, 3 * patch_size ** 2)."""

@@ -71,6 +71,14 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def unmeasured(monkeypatch) -> None:
+    """No architecture was measured: the tables of `tuning` count."""
+    from dinov3_lite.kernels import tuning
+
+    monkeypatch.setattr(tuning, "MEASURED", {})
+
+
+@pytest.fixture
 def strategy(request, monkeypatch) -> str:
     """Attention with the rotation "fused" or "separate", whatever the number of tokens."""
     from dinov3_lite.kernels import tuning

@@ -169,6 +169,7 @@ def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):
 
 
 @pytest.mark.parametrize("N, D, expected", [(450, 64, False), (600, 64, False), (601, 64, True), (451, 128, True)])
+@pytest.mark.usefixtures("unmeasured")
 def test_where_pytorch_takes_over(N, D, expected):
     assert tuning.prefers_sdpa(N, D, torch.device("cpu")) == expected
 

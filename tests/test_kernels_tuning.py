@@ -21,6 +21,7 @@ pytest.importorskip("triton")
         *(((10, 0), 100), ((10, 3), 100), ((12, 0), 120), ((12, 1), 120)),
     ],
 )
+@pytest.mark.usefixtures("unmeasured")
 def test_a_gpu_takes_the_newest_table_that_it_can_run(monkeypatch, capability, arch):
     major, minor = capability
     properties = SimpleNamespace(major=major, minor=minor)
@@ -46,6 +47,7 @@ def test_a_gpu_takes_the_newest_table_that_it_can_run(monkeypatch, capability, a
         (80, 112, 4, "float32", 128),
     ],
 )
+@pytest.mark.usefixtures("unmeasured")
 def test_tiles_are_those_of_the_next_head_dim(arch, D, itemsize, cores, entry):
     for kernel, table in tuning.TABLES.items():
         launch = tuning.attention_launch(kernel, arch, D, itemsize)
@@ -61,6 +63,7 @@ def test_widths_are_powers_of_two_that_tensor_cores_take(D, half, width):
 
 
 @pytest.mark.parametrize("C, block, warps", [(128, 128, 1), (384, 512, 2), (1280, 2048, 8), (4096, 4096, 16)])
+@pytest.mark.usefixtures("unmeasured")
 def test_a_row_is_a_program_of_8_channels_a_thread(C, block, warps):
     launch = tuning.layer_norm_launch(90, C)
     assert (launch["C"], launch["BLOCK_C"], launch["num_warps"]) == (C, block, warps)
@@ -116,6 +119,7 @@ def device(monkeypatch) -> torch.device:
     return torch.device("cuda", 0)
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_pytorchs_attention_takes_over_beyond_a_number_of_tokens(device, monkeypatch):
     for head_dim, most in ((16, 600), (64, 600), (80, 450), (128, 450)):
         assert [tuning.prefers_sdpa(most + i, head_dim, device) for i in (0, 1)] == [False, True]

@@ -82,18 +82,18 @@ def test_a_replay_gives_what_the_model_gives(prepared, hidden):
 def test_a_replay_follows_the_weights(prepared, name, way):
     model, fast = prepared
     images = torch.randn(1, 3, 40, 24, device="cuda")
-    before = fast(images).last_hidden_state
+    before, change = fast(images).last_hidden_state, torch.randn_like(model.get_parameter(name))
     owner, _, last = name.rpartition(".")
     for each in (model, fast):
         module = each.get_submodule(owner)
         weight = getattr(module, last)
         with torch.no_grad():
             if way == "in place":
-                weight.add_(0.5 if each is model else 0)  # which they share
+                weight.add_(change if each is model else 0)  # which they share
             elif way == "data":
-                weight.data = weight + 0.5
+                weight.data = weight + change
             else:
-                setattr(module, last, torch.nn.Parameter(weight + 0.5))
+                setattr(module, last, torch.nn.Parameter(weight + change))
     after, expected = fast(images).last_hidden_state, model(images).last_hidden_state
     assert relative_error(after, expected) < 1e-5 and relative_error(after, before) > 1e-3
     assert len(made(fast)) == 1

@@ -20,7 +20,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -43,7 +43,7 @@ LENGTHS = (37, 69, 133, 201, 325, 453, 581, 789, 1029, 1605)  # what thresholds 
 CHANNELS = (384, 768, 1024, 1280, 4096)
 HIDDEN = 5120
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # which is for rehearsals in the interpreter
-FILL = ROWS = 32 * 201  # tokens that fill a GPU
+FILL = ROWS = 64 * 201  # tokens that fill a GPU
 KERNELS_FILE = Path(measured.__file__)
 
 
@@ -119,8 +119,11 @@ def unlaunchable(candidate: Candidate) -> str | None:
 
 
 def processes() -> ProcessPoolExecutor:
-    """Processes that compile, of this script's own, since a forked one can't use a GPU."""
-    return ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), mp_context=multiprocessing.get_context("spawn"))
+    """As many as compile at once, started; of this script's own, since a forked one can't use a GPU."""
+    count = max(1, (os.cpu_count() or 1) - 1)
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    wait([pool.submit(time.sleep, 0.1) for _ in range(count)])
+    return pool
 
 
 def without(
@@ -135,21 +138,24 @@ def without(
         except TimeoutError:
             future.cancel()
             continue
-        name = f"{candidate.kernel}, D {candidate.D}, {tuple(candidate.tiles)}"
-        print(f"{name}: {found if found else 'passes'}", flush=True)
+        print(f"{candidate.kernel}, D {candidate.D}, {tuple(candidate.tiles)}: {found or 'passes'}", flush=True)
         passed += [] if found else [candidate]
     return passed
 
 
 def milliseconds(call: Callable[[], object], rounds: int = 7, calls: int = 10) -> float:
-    """The median of the rounds, by the GPU's clock."""
-    times = []
+    """The median of the rounds, by the GPU's clock. They are replayed: launched one by one, they wait for the host."""
+    times, graph = [], torch.cuda.CUDAGraph()
     call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
     for _ in range(rounds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(calls):
-            call()
+        graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / calls)
@@ -157,7 +163,7 @@ def milliseconds(call: Callable[[], object], rounds: int = 7, calls: int = 10) -
 
 
 def attention_calls(N: int, D: int) -> dict[str, Callable[[], object]]:
-    """Each kernel of attention by itself, and the strategies of a forward, on as many images as make 6,432 tokens."""
+    """Each kernel of attention by itself, and the strategies of a forward, on as many images as make FILL tokens."""
     B, heads = max(1, FILL // N), HEADS[D]
     qkv = torch.randn(B, N, 3, heads, D, device=DEVICE, dtype=torch.bfloat16)
     q, k, v = qkv.unbind(2)
