@@ -61,8 +61,7 @@ def of_module(load: Callable[..., Any], features: Callable[[Any, Tensor], Tensor
 
     def build(folder: Path, dtype: torch.dtype, device: torch.device) -> Features:
         model = load(folder, dtype).to(device).eval()
-        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs: at its best
-        call = torch.compile(model, dynamic=False, mode=mode) if compiled else model
+        call = torch.compile(model, dynamic=False) if compiled else model
         return lambda images: features(call, images)
 
     return build

@@ -63,7 +63,7 @@ def strategy(name: str) -> Iterator[None]:
     """Have every number of tokens go one way: the rotation inside, apart, or apart and then PyTorch's attention."""
     before = tuning.fused_up_to, tuning.prefers_sdpa
     tuning.fused_up_to = lambda device: sys.maxsize if name == "fused" else 0
-    tuning.prefers_sdpa = lambda tokens, head_dim, device: name == "rotation, then sdpa"
+    tuning.prefers_sdpa = lambda tokens, head_dim, device, training: name == "rotation, then sdpa"
     try:
         yield
     finally:

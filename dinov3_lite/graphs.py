@@ -61,7 +61,7 @@ class Graphs:
         x = tensors[0]
         shape = x.shape[:1] == (1,) if self.dynamic else x.shape
         kinds = tuple((t.ndim, t.dtype) for t in tensors)
-        kind = (blocks, taps, attention, shape, kinds, x.device, global_state(x.device.type))
+        kind = (blocks, taps, attention, shape, kinds, x.device, _global_state(x.device.type))
         if kind not in self.made:
             with self.lock:
                 if kind not in self.made:
@@ -122,7 +122,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return error.item() if expected.isfinite().all() else 0.0
 
 
-def global_state(device: str) -> tuple[Any, ...]:
+def _global_state(device: str) -> tuple[Any, ...]:
     """What else torch compiles a graph for."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     return _autocast(device), deterministic, torch.get_default_dtype(), torch.get_num_threads()

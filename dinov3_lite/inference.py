@@ -19,8 +19,7 @@ from .choices import Choices
 from .convnext import DINOv3ConvNeXt
 from .image import ImageProcessor
 from .model import DINOv3ViT
-from .prepared import Prepared, PreparedBackbone, PreparedViT, become
-from .prepared_convnext import PreparedConvNeXt
+from .prepared import Prepared, PreparedBackbone, PreparedConvNeXt, PreparedViT, become
 from .pretrained import sharded_parameters
 
 BACKBONES = (DINOv3ViT, DINOv3ConvNeXt)

@@ -15,21 +15,18 @@ from torch import Tensor, nn
 from .attention import resolve_attention
 from .checks import BATCH, check_count
 from .choices import Answer, Choices
-from .convnext import ConvNeXtBlock, Stem
+from .convnext import ConvNeXtBlock, DINOv3ConvNeXt, Downsample, Stem, run_units
 from .folding import fold, for_pixels
-from .graphs import Graphs, Tensors, global_state
+from .graphs import Graphs, Tensors
 from .image import ImageProcessor
 from .layers import Block, PatchEmbed, untouched
 from .lent import Lent
-from .model import DINOv3Output, DINOv3ViT, attention_of, run_stack
+from .model import DINOv3ViT, attention_of, run_stack
 from .packing import Tokens
 from .prepacked import available
-from .replays import Replays, State
 from .stand_ins import FastBlock, PreparedAttention, stand_in
 from .tracing import traced
 from .twin import Twin, settings_of
-
-UNSAVED = ("_graphs", "_replays", "_twins", "_lock")  # which a copy makes anew
 
 
 def become(module: nn.Module, mixin: type[Prepared]) -> None:
@@ -136,7 +133,6 @@ class PreparedBackbone(Prepared):
         for module in itertools.chain(*(block.modules() for block in self._blocks())):
             Lent.undo(module)
         self._graphs = self._new_graphs() if self._backend == "inductor" or not takes else None
-        self._replays = Replays()
         self._twins: dict[int, Twin] = {}
         self._packed_for: int | None = 0  # rows; None: any
         self._lock = threading.RLock()
@@ -186,15 +182,16 @@ class PreparedBackbone(Prepared):
         return module if autocast and keeps_dtype else twin.stand_in
 
     def _make_stand_in(self, module: nn.Module, before: Twin | None) -> nn.Module:
-        if isinstance(module, (PatchEmbed, Stem)):
+        if is_first := isinstance(module, (PatchEmbed, Stem)):
             module = module if self._processor is None else for_pixels(module, self._processor)
         if self._graphs is None:
             # of each layer, since one may be of another dtype; what is lent stays away
             held = (weight for part in module.modules() for weight in dict.values(part._parameters))
             takes = all(available(weight) for weight in held if weight is not None)
             return stand_in(module, self._choices, self._dynamic) if takes else module
-        if not isinstance(module, (Block, ConvNeXtBlock)):
+        if is_first:
             return module
+        assert isinstance(module, (Block, ConvNeXtBlock))
         folded = fold(module)
         modules = tuple(module.modules())
         if before is not None and (before.modules, before.settings) == (modules, settings_of(modules)):
@@ -210,7 +207,7 @@ class PreparedBackbone(Prepared):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in UNSAVED}
+        return {name: value for name, value in vars(self).items() if name not in ("_graphs", "_twins", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -222,49 +219,6 @@ class PreparedViT(PreparedBackbone, DINOv3ViT):
 
     def _new_graphs(self) -> Graphs:
         return Graphs(_run_tokens, _example_tokens, self._dynamic)
-
-    @torch.no_grad()
-    def forward(
-        self,
-        pixel_values: Tensor,
-        bool_masked_pos: Tensor | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
-        keep_indices: Tensor | None = None,
-    ) -> DINOv3Output | tuple[Tensor, ...]:
-        whole = return_dict and bool_masked_pos is None and keep_indices is None
-        if whole and (outputs := self._replayed(pixel_values, output_hidden_states)) is not None:
-            last, *hidden = outputs
-            grid = self.check_images(pixel_values)
-            return DINOv3Output(last, last[:, 0], tuple(hidden) or None, grid, self.num_prefix_tokens)
-        return super().forward(pixel_values, bool_masked_pos, output_hidden_states, return_dict, keep_indices)
-
-    def _replayed(self, images: Tensor, hidden: bool) -> list[Tensor] | None:
-        """The last hidden state, and all if asked for, from a CUDA graph of this shape; None where there is none."""
-        wanted = self._graphs is not None and not self._dynamic and images.is_cuda and images.device == self.device
-        if not wanted or not images.numel() or self._runs_as_loaded():
-            return None
-        self.check_images(images)
-        state = self._replay_state()
-        kind = (hidden, self.attention, self.residual_dtype, global_state("cuda"))
-
-        def forward(images: Tensor) -> list[Tensor]:
-            out = DINOv3ViT.forward(self, images, output_hidden_states=hidden)
-            assert isinstance(out, DINOv3Output)
-            return [out.last_hidden_state, *(out.hidden_states or ())]
-
-        return None if state is None else self._replays(kind, state, forward, images)
-
-    def _replay_state(self) -> State | None:
-        """What stays the same while nobody changes a weight; None where a module is not ours, or is observed."""
-        stacked: list[nn.Module] = [self.patch_embed, *self.blocks, self.norm]
-        as_they_are = [self._stand_in(module) is module for module in stacked]
-        plain = type(self).__bases__ == (PreparedViT, DINOv3ViT)
-        plain = plain and untouched(self.rope_embed, self.norm, *self.patch_embed.modules())
-        if not plain or any(as_they_are[1:-1]):
-            return None
-        tensors = [*self._parameters.values(), self.rope_embed.periods]
-        return State([*(self._twins[id(module)] for module in stacked), *tensors], tensors)
 
     @torch.no_grad()
     def embed(
@@ -329,10 +283,54 @@ def _example_tokens(tensors: Tensors, dynamic: bool) -> Tensors:
         B, N = (1 if B == 1 else 3), 229  # like no width, near the usual 201
     generator = torch.Generator().manual_seed(0)
     table = (B, N, cos.shape[-1])[3 - cos.ndim :]
-    angles = normal(table, generator).to(cos)
-    return normal((B, N, C), generator).to(x), angles.cos(), angles.sin()
+    angles = _normal(table, generator).to(cos)
+    return _normal((B, N, C), generator).to(x), angles.cos(), angles.sin()
 
 
-def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """In float32 on the CPU, whatever the caller's defaults are."""
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+class PreparedConvNeXt(PreparedBackbone, DINOv3ConvNeXt):
+    """A prepared DINOv3ConvNeXt."""
+
+    def _new_graphs(self) -> Graphs:
+        return Graphs(_run_map, _example_map, self._dynamic)
+
+    @torch.no_grad()
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        return super().embed(pixel_values)
+
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        return self._embedded(self.stem, pixel_values, super().embed_patches)
+
+    @torch.no_grad()
+    def run_stages(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
+        if self._runs_as_loaded() or not untouched(*self.stages):
+            return super().run_stages(x, taps)
+        units: list[nn.Module] = []
+        ends, stands_in = [], True
+        stages: Any = self.stages
+        for stage in stages:
+            blocks = [self._stand_in(block) for block in stage.blocks]
+            stands_in = stands_in and not any(map(operator.is_, blocks, stage.blocks))
+            stands_in = stands_in and untouched(*stage.downsample.modules())
+            is_prepacked = self._graphs is None and isinstance(stage.downsample, Downsample)
+            units += [self._stand_in(stage.downsample) if is_prepacked else stage.downsample, *blocks]
+            ends.append(len(units) - 1)
+        unit_taps = tuple(ends[i] for i in taps)
+        if self._graphs is None or not stands_in:
+            return run_units(units, x, unit_taps)
+        return self._graphs(tuple(units), (x,), unit_taps)
+
+
+def _run_map(units: Sequence[nn.Module], tensors: Tensors, taps: Sequence[int], _: str) -> list[Tensor]:
+    return run_units(units, tensors[0], taps)
+
+
+def _example_map(tensors: Tensors, dynamic: bool) -> Tensors:
+    B, h, w, C = tensors[0].shape
+    if dynamic:
+        B, h, w = (1 if B == 1 else 3), 50, 70  # unequal sides, like no width, near the usual 56
+    return (_normal((B, h, w, C), torch.Generator().manual_seed(0)).to(tensors[0]),)

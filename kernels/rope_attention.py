@@ -35,7 +35,7 @@ def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sc
     """
     training = _needs_gradients(q, k, v)
     own = not training or q.ndim != 4 or torch.are_deterministic_algorithms_enabled()
-    if not own and tuning.prefers_sdpa(q.shape[1], q.shape[3], q.device):
+    if not own and tuning.prefers_sdpa(q.shape[1], q.shape[3], q.device, training):
         check_like_q("v", v, q, q.shape[1])
         _check_scale(_scale(scale, q))
         return _sdpa(torch.ops.dinov3_lite.rotate.default(q, k, cos, sin), v, _scale(scale, q))
@@ -87,7 +87,7 @@ def _attention(
     """
     _check_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)
     _, N, _, D = q.shape
-    if cu_seqlens is None and not training and tuning.prefers_sdpa(N, D, q.device):
+    if cu_seqlens is None and not training and tuning.prefers_sdpa(N, D, q.device, training):
         return _sdpa(rotated(q, k, cos, sin), v, scale).contiguous(), *outputs(q, training)[1:]
     fused = (N if max_seqlen is None else max_seqlen) <= tuning.fused_up_to(q.device)
     if not fused:

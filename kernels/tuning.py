@@ -49,15 +49,18 @@ TABLES: dict[str, dict[str, dict[int, Tiles]]] = {
 }
 
 
-def prefers_sdpa(tokens: int, head_dim: int, device: torch.device) -> bool:
+def prefers_sdpa(tokens: int, head_dim: int, device: torch.device, training: bool) -> bool:
     """Whether PyTorch's attention takes over after the rotation pass.
 
     Where nothing was measured: the 16-wide tail saves 19 % of the work at 201 tokens, 7.5 % at 581 and 4.4 % at 1029;
-    beyond head dim 64, published kernels are a third faster than Triton's.
+    beyond head dim 64, published kernels are a third faster than Triton's. On an H200, where PyTorch takes cuDNN's, the
+    forward was measured with these tables (README.md, "On an H200"), and no backward.
     """
     measured = _measured(capability(device))
     if measured is not None and head_dim in measured.sdpa_beyond:
         return tokens > measured.sdpa_beyond[head_dim]
+    if not training and device.type == "cuda" and capability(device) == 90:
+        return head_dim > 64 or tokens <= FUSED_UP_TO[90]
     return tokens > (600 if head_dim <= 64 else 450)
 
 

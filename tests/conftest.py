@@ -85,5 +85,5 @@ def strategy(request, monkeypatch) -> str:
 
     limit = {"fused": 10**9, "separate": 0}[request.param]
     monkeypatch.setattr(tuning, "fused_up_to", lambda device: limit)
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: False)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device, training: False)
     return request.param

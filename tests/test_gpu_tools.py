@@ -117,7 +117,7 @@ def test_a_sweep_in_the_interpreter(monkeypatch):
         pytest.skip("a rehearsal: here is a GPU")
     made_up = iter(range(10**6, 0, -1))  # each call is faster than the one before
     monkeypatch.setattr(tune, "milliseconds", lambda call: (call(), next(made_up))[1])
-    monkeypatch.setattr(tune, "without", lambda fault, tried, pool, deadline: tried[:2])
+    monkeypatch.setattr(tune, "without", lambda fault, tried, *_: tried[:2])
     for name, value in {"TOKENS": (6, 9), "LENGTHS": (6, 9), "CHANNELS": (128, 384), "ROWS": 2, "HIDDEN": 64}.items():
         monkeypatch.setattr(tune, name, value)
     monkeypatch.setattr(tune, "FILL", 6)
@@ -142,8 +142,8 @@ def test_what_is_written_is_what_tuning_reads(tmp_path, monkeypatch):
     assert tuning.tiles("forward", 90, 80, 2) == tuning.TABLES["forward"]["wgmma"][128]
     assert tuning.tiles("forward", 80, 64, 2) == tuning.TABLES["forward"]["mma"][64]
     assert tuning.fused_up_to(device) == 325
-    assert not tuning.prefers_sdpa(1029, 64, device) and tuning.prefers_sdpa(1030, 64, device)
-    assert tuning.prefers_sdpa(202, 128, device) and tuning.prefers_sdpa(601, 32, device)
+    assert not tuning.prefers_sdpa(1029, 64, device, False) and tuning.prefers_sdpa(1030, 64, device, False)
+    assert tuning.prefers_sdpa(202, 128, device, False) and tuning.prefers_sdpa(601, 32, device, False)
     assert tuning.layer_norm_launch(90, 384)["num_warps"] == 4 and tuning.layer_norm_launch(90, 768)["num_warps"] == 4
     assert tuning.layer_norm_launch(90, 1024)["num_warps"] == 1 and tuning.layer_norm_launch(80, 1024)["num_warps"] == 4
     assert {**tuning.swiglu_launch(90, 64)} == {**tuning.swiglu_launch(80, 64), "BLOCK_F": 2048, "num_warps": 8}

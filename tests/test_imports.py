@@ -140,20 +140,10 @@ EDGES = {
     "dinov3_lite/graphs.py": set(),
     "dinov3_lite/prepared.py": {
         *("attention", "checks", "choices", "convnext", "folding", "graphs", "image", "layers", "lent", "model"),
-        *("packing", "prepacked", "replays", "stand_ins", "tracing", "twin"),
+        *("packing", "prepacked", "stand_ins", "tracing", "twin"),
     },
-    "dinov3_lite/prepared_convnext.py": {"convnext", "graphs", "layers", "prepared"},
-    "dinov3_lite/replays.py": {"pretrained"},
     "dinov3_lite/twin.py": {"convnext", "layers", "lent", "pretrained"},
-    "dinov3_lite/inference.py": {
-        "choices",
-        "convnext",
-        "image",
-        "model",
-        "prepared",
-        "prepared_convnext",
-        "pretrained",
-    },
+    "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared", "pretrained"},
     "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {
         *("checkpoint.containers", "checkpoint.files", "checkpoint.layouts", "checkpoint.layouts.cards"),

@@ -102,7 +102,7 @@ def test_another_device_is_one_sentence(name):
 
 def test_training_through_pytorch_refuses_the_same(monkeypatch):
     """Where PyTorch's attention takes over, before any kernel of ours, a shape that it would broadcast is still wrong."""
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: True)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device, training: True)
     arguments = changed(v=lambda v: v[:1])
     arguments["q"].requires_grad_()
     with pytest.raises(ValueError, match=re.escape("v has shape (1, 6, 2, 32): expected q's, (2, 6, 2, 32)")):

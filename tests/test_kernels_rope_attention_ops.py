@@ -75,7 +75,7 @@ def test_strategies(monkeypatch, launches, limit, training, deterministic, expec
     """The rotation inside, up to a number of tokens; beyond, a pass of its own and PyTorch's attention where it may."""
     torch.use_deterministic_algorithms(deterministic)
     monkeypatch.setattr(tuning, "fused_up_to", lambda device: limit)
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: tokens > limit)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device, training: tokens > limit)
     qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
     truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double())
     for _ in range(2):  # a kernel's first use is checked: launches of its own
@@ -120,7 +120,7 @@ def test_each_kernel_is_launched_with_tiles_of_its_own(monkeypatch):
 
 def test_a_scale_reaches_pytorchs_attention(monkeypatch):
     torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: True)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device, training: True)
     qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
     truth = attention_with_gradients(rope_attention_reference, qkv.double(), cos.double(), sin.double(), 0.4)
     ours = attention_with_gradients(rope_attention, qkv, cos, sin, 0.4)
@@ -143,7 +143,7 @@ def test_gradient_of_a_strided_gradient_of_the_rotation():
 
 def test_pytorchs_attention_lies_in_memory_as_it_was_traced(monkeypatch):
     """A compiled program goes by the strides that the op promises, whichever of PyTorch's kernels it takes."""
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: True)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device, training: True)
     qkv, cos, sin = attention_inputs(2, 9, 2, 32, 4, torch.float32)
     for backends in ([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH]):
         with sdpa_kernel(backends):
@@ -154,7 +154,7 @@ def test_pytorchs_attention_lies_in_memory_as_it_was_traced(monkeypatch):
 def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):
     """Many short sequences are rotated inside, and never given to PyTorch's attention, however many tokens they are."""
     monkeypatch.setattr(tuning, "fused_up_to", lambda device: 8)
-    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device: tokens > 8)
+    monkeypatch.setattr(tuning, "prefers_sdpa", lambda tokens, head_dim, device, training: tokens > 8)
     qkv, cos, sin = (x.squeeze(0) for x in attention_inputs(1, 24, 2, 32, 24, torch.float32))
     for borders, longest, expected in [
         ((0, 8, 16, 24), 8, ["rope_attention_forward"]),
@@ -171,7 +171,7 @@ def test_a_pack_is_as_long_as_its_longest_sequence(monkeypatch, launches):
 @pytest.mark.parametrize("N, D, expected", [(450, 64, False), (600, 64, False), (601, 64, True), (451, 128, True)])
 @pytest.mark.usefixtures("unmeasured")
 def test_where_pytorch_takes_over(N, D, expected):
-    assert tuning.prefers_sdpa(N, D, torch.device("cpu")) == expected
+    assert tuning.prefers_sdpa(N, D, torch.device("cpu"), training=False) == expected
 
 
 def test_opcheck():

@@ -122,10 +122,22 @@ def device(monkeypatch) -> torch.device:
 @pytest.mark.usefixtures("unmeasured")
 def test_pytorchs_attention_takes_over_beyond_a_number_of_tokens(device, monkeypatch):
     for head_dim, most in ((16, 600), (64, 600), (80, 450), (128, 450)):
-        assert [tuning.prefers_sdpa(most + i, head_dim, device) for i in (0, 1)] == [False, True]
+        assert [tuning.prefers_sdpa(most + i, head_dim, device, training=True) for i in (0, 1)] == [False, True]
     monkeypatch.setattr(tuning, "MEASURED", {90: ENTRY})
     for head_dim, most in ((64, 700), (128, 450)):  # of the other head dim nothing was measured
-        assert [tuning.prefers_sdpa(most + i, head_dim, device) for i in (0, 1)] == [False, True]
+        assert [tuning.prefers_sdpa(most + i, head_dim, device, training=True) for i in (0, 1)] == [False, True]
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_where_pytorchs_attention_is_cudnns_it_takes_few_tokens_and_wide_heads(monkeypatch):
+    """On sm_90, as timed there; a training step, whose backward was not timed, goes as elsewhere."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(tuning, "capability", lambda device: 90)
+    for training, expected in ((False, [True, False, False, True, True]), (True, [False, False, True, False, True])):
+        shapes = ((450, 64), (451, 64), (1029, 64), (201, 128), (1029, 128))
+        assert [tuning.prefers_sdpa(*shape, gpu, training) for shape in shapes] == expected
+    monkeypatch.setattr(tuning, "capability", lambda device: 80)
+    assert not tuning.prefers_sdpa(450, 64, gpu, False) and tuning.prefers_sdpa(601, 64, gpu, False)
 
 
 def test_what_was_measured_comes_first(device, monkeypatch):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -32,7 +33,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
+WORKERS = ("-n", str(min(8, (os.cpu_count() or 1) // 2))) if importlib.util.find_spec("xdist") else ()  # they compile
 KERNEL_TESTS = tuple(str(file) for file in sorted((ROOT / "tests").glob("test_kernels_*.py")))
+ON_GPU = (*PYTEST, *WORKERS, *KERNEL_TESTS)
 FIRST_TESTS = (
     "released_models or packed or strides or thousands or graph or add_layer_norm_and or swiglu_and or replaced"
 )
@@ -64,7 +67,12 @@ SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", sys.executable, *scri
 # in the order of their value
 STEPS = [
     Step("environment", 60, script("tools/gpu.py", "--environment"), script("tools/gpu.py", "--environment")),
-    Step("first tests", 240, (*PYTEST, *KERNEL_TESTS, "-k", FIRST_TESTS), (*PYTEST, *DRY_FILES, "-k", DRY_TESTS)),
+    Step(
+        "first tests",
+        240,
+        (*ON_GPU, "-k", FIRST_TESTS),
+        (*PYTEST, *DRY_FILES, "-k", DRY_TESTS),
+    ),
     Step(
         "tuning", 420, script(*TUNING), script("tools/tune.py", "--dry-run", "--candidates", "1", "--head-dims", "64")
     ),
@@ -81,7 +89,7 @@ STEPS = [
     Step("sanitizer", 150, SANITIZER, needs="compute-sanitizer"),
     Step("peers", 300, script(*PEERS, "--again")),
     Step("peers' memory", 240, script(*PEERS, "--memory")),
-    Step("all tests", 600, (*PYTEST, *KERNEL_TESTS)),
+    Step("all tests", 600, ON_GPU),
 ]
 
 

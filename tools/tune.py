@@ -20,7 +20,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -118,29 +118,26 @@ def unlaunchable(candidate: Candidate) -> str | None:
     return None
 
 
-def processes() -> ProcessPoolExecutor:
-    """As many as compile at once, started; of this script's own, since a forked one can't use a GPU."""
-    count = max(1, (os.cpu_count() or 1) - 1)
+def processes() -> Executor:
+    """As many as compile at once, started anew, since a forked one can't use a GPU."""
+    count = os.cpu_count() or 1
     pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
     wait([pool.submit(time.sleep, 0.1) for _ in range(count)])
     return pool
 
 
 def without(
-    fault: Callable[[Candidate], object], tried: list[Candidate], pool: ProcessPoolExecutor, deadline: float
+    fault: Callable[[Candidate], object], tried: list[Candidate], pool: Executor, seconds: float = 600
 ) -> list[Candidate]:
-    """Those of which `fault` finds nothing, of as many as it can be asked of until then."""
-    passed = []
+    """Those of which `fault` finds nothing, of as many as it can be asked of in that time."""
     futures = {pool.submit(fault, candidate): candidate for candidate in tried}
-    for future, candidate in futures.items():
-        try:
-            found = future.result(max(deadline - time.monotonic(), 0))
-        except TimeoutError:
-            future.cancel()
-            continue
-        print(f"{candidate.kernel}, D {candidate.D}, {tuple(candidate.tiles)}: {found or 'passes'}", flush=True)
-        passed += [] if found else [candidate]
-    return passed
+    done, late = wait(futures, seconds)
+    for future in late:
+        future.cancel()
+    found = {candidate: future.result() for future, candidate in futures.items() if future in done}
+    for candidate, words in found.items():
+        print(f"{candidate.kernel}, D {candidate.D}, {tuple(candidate.tiles)}: {words or 'passes'}", flush=True)
+    return [candidate for candidate, words in found.items() if not words]
 
 
 def milliseconds(call: Callable[[], object], rounds: int = 7, calls: int = 10) -> float:
@@ -280,7 +277,7 @@ def render(entries: dict[int, Measured]) -> str:
     return head + "\n".join([*lines, "}"]) + "\n"
 
 
-def sweep(head_dims: list[int], minutes: float, pool: ProcessPoolExecutor) -> tuple[Measured, list[dict[str, Any]]]:
+def sweep(head_dims: list[int], minutes: float, pool: Executor) -> tuple[Measured, list[dict[str, Any]]]:
     """The entry for this GPU, and every time that was taken."""
     arch, rows = tuning.capability(torch.device(DEVICE)), []
     share = 60 * minutes / (3 * len(head_dims) + 1)  # a kernel and head dim; the thresholds and rows take the last
@@ -289,12 +286,12 @@ def sweep(head_dims: list[int], minutes: float, pool: ProcessPoolExecutor) -> tu
     for D in head_dims:
         for kernel in GRID:
             start, tried = time.monotonic(), candidates(kernel, arch, D)
-            launched = without(unlaunchable, tried, pool, start + 0.5 * share)
+            launched = without(unlaunchable, tried, pool, 0.5 * share)
             if tried[0] not in launched:
                 raise RuntimeError(f"the present launch of {kernel} at head dim {D} fails on sm_{arch}: see above")
             found = timed(launched, start + 0.7 * share)
             best = [Candidate(kernel, arch, D, chosen) for chosen in ranked(found)[:GATED]]
-            passed = without(problems, list(dict.fromkeys((*best, tried[0]))), pool, start + share)
+            passed = without(problems, list(dict.fromkeys((*best, tried[0]))), pool)
             if not passed:
                 raise RuntimeError(f"no launch of {kernel} at head dim {D} passes on sm_{arch}: see above")
             tiles[kernel][D] = passed[0].tiles
@@ -315,10 +312,10 @@ def sweep(head_dims: list[int], minutes: float, pool: ProcessPoolExecutor) -> tu
 
 
 def dry_run(arch: int, head_dims: list[int], limit: int) -> int:
-    """The first candidates of each kernel through the gate, and an entry written and read back; nothing is timed."""
+    """The first candidates of each kernel through the gate; nothing is timed."""
     tried = [c for D in head_dims for kernel in GRID for c in candidates(kernel, arch, D)[:limit]]
     with processes() as pool:
-        passed = without(problems, tried, pool, time.monotonic() + 600)
+        passed = without(problems, tried, pool)
     print(f"{len(passed)} of {len(tried)} candidates pass on sm_{arch}; no GPU: nothing is timed")
     return int(not passed)
 
