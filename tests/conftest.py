@@ -70,6 +70,15 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def own_attention(request, monkeypatch) -> None:
+    """On a GPU, tests of the kernels are of our own attention, also where inference prefers cuDNN's."""
+    if torch.cuda.is_available() and request.node.path.name.startswith("test_kernels"):
+        from dinov3_lite.kernels import tuning
+
+        monkeypatch.setattr(tuning, "CUDNN_LEADS", ())
+
+
 @pytest.fixture
 def unmeasured(monkeypatch) -> None:
     """No architecture was measured: the tables of `tuning` count."""
