@@ -31,31 +31,28 @@ class PatchEmbed(nn.Module):
             beside = F.pad(pixel_values, (0, pixel_values.shape[-1]))
             return self.proj(beside)[..., :1].flatten(2).transpose(1, 2)
         if pixel_values.is_cuda and self._is_product():
-            return F.linear(self._patches(pixel_values), self.proj.weight.flatten(1), self.proj.bias)
+            patches = patches_of(pixel_values, *self.proj.stride).flatten(3).flatten(1, 2)
+            return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
         return self.proj(pixel_values).flatten(2).transpose(1, 2)
 
     def _is_product(self) -> bool:
         """Whether one matrix product computes the convolution: cuDNN's takes ten times as long on an H200."""
         conv = self.proj
         if traced():  # by what can't follow `untouched`
-            plain = type(conv) is nn.Conv2d and not (conv._forward_hooks or conv._forward_pre_hooks)
+            unobserved = not (conv._forward_hooks or conv._forward_pre_hooks)
         else:
-            plain = untouched(conv, past_modes=False)
-        whole = plain and conv.stride == conv.kernel_size and conv.padding == (0, 0)
-        return whole and conv.dilation == (1, 1) and conv.groups == 1
+            unobserved = untouched(conv, past_modes=False)
+        return unobserved and self._takes_patches() and conv.dilation == (1, 1) and conv.groups == 1
 
-    def _patches(self, pixel_values: Tensor) -> Tensor:
-        """The pixels of each patch, in the order of the convolution's weights: (B, P, 3 * patch_size ** 2)."""
-        down, across = self.proj.stride
-        h, w = pixel_values.shape[-2] // down, pixel_values.shape[-1] // across  # what is left over is left out
-        patches = pixel_values[..., : h * down, : w * across].unflatten(-1, (w, across)).unflatten(-3, (h, down))
-        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    def _takes_patches(self) -> bool:
+        """Whether this is a convolution that neither pads nor overlaps."""
+        conv = self.proj
+        return type(conv) is nn.Conv2d and conv.stride == conv.kernel_size and conv.padding == (0, 0)
 
     def _makes_one_column(self, pixel_values: Tensor) -> bool:
         """Whether one column of patches is asked of a CPU: of five, in bfloat16 with AMX, oneDNN gives noise or NaN."""
-        conv = self.proj
-        of_patches = type(conv) is nn.Conv2d and conv.stride == conv.kernel_size and conv.padding == (0, 0)
-        return of_patches and pixel_values.is_cpu and not traced() and pixel_values.shape[-1] < 2 * conv.stride[1]
+        narrow = self._takes_patches() and pixel_values.shape[-1] < 2 * self.proj.stride[1]
+        return narrow and pixel_values.is_cpu and not traced()
 
     @property
     def patch_size(self) -> int:
@@ -66,6 +63,13 @@ class PatchEmbed(nn.Module):
     def num_channels(self) -> int:
         """The channels of the images."""
         return self.proj.in_channels
+
+
+def patches_of(images: Tensor, down: int, across: int) -> Tensor:
+    """Patches in the order of a convolution's weights: (B, 3, H, W) -> (B, h, w, 3, down, across), a view."""
+    h, w = images.shape[-2] // down, images.shape[-1] // across  # what is left over is left out
+    patches = images[..., : h * down, : w * across].unflatten(3, (w, across)).unflatten(2, (h, down))
+    return patches.permute(0, 2, 4, 1, 3, 5)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -21,7 +21,7 @@ from .attention_ways import ATTENTIONS, Attend, sdpa, sdpa_of_sixteens, sixteens
 from .choices import Choices
 from .convnext import ConvNeXtBlock, Downsample
 from .folding import PixelConv, copy_sharing_weights
-from .layers import Block, GatedMlp, LayerNorm, Mlp, PatchEmbed
+from .layers import Block, GatedMlp, LayerNorm, Mlp, PatchEmbed, patches_of
 from .packing import Tokens, unpack
 from .projection import Projection
 from .rope import apply_rope
@@ -239,11 +239,8 @@ class FastPatchEmbed(nn.Module):
         self.product = Projection(as_linear(conv, weight), choices, dynamic)
 
     def forward(self, x: Tensor) -> Tensor:
-        (p, q), (H, W) = self.sides, x.shape[-2:]
-        h, w = H // p, W // q
-        patches = x[..., : h * p, : w * q].unflatten(3, (w, q)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)
         # (B, h, w, 3, p, q); a copy whatever x is, since it is written to
-        together = patches.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        together = patches_of(x, *self.sides).to(self.dtype, copy=True, memory_format=torch.contiguous_format)
         if self.centre is not None:
             together -= self.centre
         return self.product(together.flatten(3).flatten(1, 2))

@@ -23,7 +23,7 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 # against the bytes of the pass.
 FUSED_UP_TO = {80: 64, 86: 64, 90: 450, 100: 450, 120: 64}
 
-# Where PyTorch's attention is cuDNN's, which was faster there up to that many tokens.
+# Architectures where PyTorch's attention is cuDNN's, which was faster than ours there up to FUSED_UP_TO tokens.
 CUDNN_LEADS = (90,)
 
 # Pairs that a program of the rotation pass turns, in q and in k: 16 a thread of 4 warps, two 16-byte accesses a half.
@@ -59,11 +59,12 @@ def prefers_sdpa(tokens: int, head_dim: int, device: torch.device, training: boo
     beyond head dim 64, published kernels are a third faster than Triton's. On an H200, where PyTorch takes cuDNN's, the
     forward was measured with these tables (README.md, "On an H200"), and no backward.
     """
-    measured = _measured(capability(device))
+    arch = capability(device)
+    measured = _measured(arch)
     if measured is not None and head_dim in measured.sdpa_beyond:
         return tokens > measured.sdpa_beyond[head_dim]
-    if not training and device.type == "cuda" and capability(device) in CUDNN_LEADS:
-        return head_dim > 64 or tokens <= FUSED_UP_TO[capability(device)]
+    if not training and device.type == "cuda" and arch in CUDNN_LEADS:
+        return head_dim > 64 or tokens <= FUSED_UP_TO[arch]
     return tokens > (600 if head_dim <= 64 else 450)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import TINY, relative_error
 
-from dinov3_lite.layers import PatchEmbed
+from dinov3_lite.layers import PatchEmbed, patches_of
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -17,7 +17,10 @@ def test_patches_times_weights_is_the_convolution(channels, size):
     embed = PatchEmbed(replace(TINY, num_channels=channels)).double()
     images = torch.randn(2, channels, *size, dtype=torch.float64)
     assert embed._is_product()
-    product = embed._patches(images) @ embed.proj.weight.flatten(1).mT + embed.proj.bias
+    product = (
+        patches_of(images, *embed.proj.stride).flatten(3).flatten(1, 2) @ embed.proj.weight.flatten(1).mT
+        + embed.proj.bias
+    )
     torch.testing.assert_close(product, embed(images), rtol=1e-12, atol=1e-12)
 
 
@@ -37,7 +40,10 @@ def test_a_traced_product_is_one_whole_program():
     @torch.compile(fullgraph=True, backend="eager")
     def project(images: torch.Tensor) -> torch.Tensor:
         assert embed._is_product()
-        return embed._patches(images) @ embed.proj.weight.flatten(1).mT + embed.proj.bias
+        return (
+            patches_of(images, *embed.proj.stride).flatten(3).flatten(1, 2) @ embed.proj.weight.flatten(1).mT
+            + embed.proj.bias
+        )
 
     assert relative_error(project(images), embed(images)) < 1e-6
 

@@ -67,12 +67,7 @@ SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", sys.executable, *scri
 # in the order of their value
 STEPS = [
     Step("environment", 60, script("tools/gpu.py", "--environment"), script("tools/gpu.py", "--environment")),
-    Step(
-        "first tests",
-        240,
-        (*ON_GPU, "-k", FIRST_TESTS),
-        (*PYTEST, *DRY_FILES, "-k", DRY_TESTS),
-    ),
+    Step("first tests", 240, (*ON_GPU, "-k", FIRST_TESTS), (*PYTEST, *DRY_FILES, "-k", DRY_TESTS)),
     Step(
         "tuning", 420, script(*TUNING), script("tools/tune.py", "--dry-run", "--candidates", "1", "--head-dims", "64")
     ),
