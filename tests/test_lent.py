@@ -248,8 +248,12 @@ def test_a_process_with_a_model_keeps_what_its_blocks_free(monkeypatch):
 @linux
 @pytest.mark.parametrize(("layout", "dtype"), [("transformers", "bfloat16"), ("lite", "float32")])
 def test_weights_are_held_once_while_preparing_too(layout, dtype, tmp_path):
-    """A process's peak, in units of the weights; the choices are known from a first process."""
-    config = replace(TINY, hidden_size=768, num_attention_heads=12, intermediate_size=3072, num_hidden_layers=6)
+    """A process's peak, in units of the weights; the choices are known from a first process.
+
+    Beside the weights there are one matrix in the file's float32, or one unpacked, and a few MiB that depend on the
+    processor: of as many blocks as a ViT-B has they are less than a tenth.
+    """
+    config = replace(TINY, hidden_size=768, num_attention_heads=12, intermediate_size=3072, num_hidden_layers=12)
     folder = write_checkpoint(tmp_path / "model", config)
     source = folder if layout == "transformers" else convert(folder, tmp_path / "model.safetensors")
     code = f"""
@@ -274,7 +278,7 @@ print(peak / (sum(p.nbytes for p in DINOv3ViT(fast.config).to(torch.{dtype}).par
     for _ in range(2):
         done = run_python(code, env=env)
         assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.15
+    assert float(done.stdout) < 1.1
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
