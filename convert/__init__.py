@@ -13,7 +13,7 @@ import torch
 from dinov3_lite.checkpoint import open_checkpoint
 from dinov3_lite.checkpoint.hub import locate
 
-from .plan import MAX_SHARD_SIZE, check, make_plan, parse_dtype, parse_layout, parse_size
+from .plan import MAX_SHARD_SIZE, check, check_prefix, make_plan, parse_dtype, parse_layout, parse_size
 from .writer import write
 
 __all__ = ["convert"]
@@ -38,7 +38,7 @@ def convert(
     """Convert one model and return the path written: a file (lite, meta) or a folder (transformers, timm).
 
     source: a checkpoint folder, a .safetensors or .pth file, or a hub id, in any layout.
-    output: a folder to write into, or the file's name; None writes beside the source.
+    output: a folder to write into, or the file's name; None writes beside the source, but not with a `prefix`.
     to: lite, transformers, meta or timm.
     dtype: of the weights, as torch.bfloat16 or "bfloat16"; None keeps the source's.
     force: replace existing output, and remove what readers would mix with the new one: of a folder that is written,
@@ -52,6 +52,7 @@ def convert(
     the source is damaged or ambiguous or the layout can't hold it.
     """
     parse_layout(to), parse_dtype(dtype), parse_size(max_shard_size)  # refused before anything is downloaded
+    check_prefix(prefix, output)
     path = locate(
         source, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )

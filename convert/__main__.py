@@ -15,10 +15,10 @@ from dinov3_lite.checkpoint import DTYPES, open_checkpoint, weights_in
 from dinov3_lite.checkpoint.hub import locate
 from dinov3_lite.checkpoint.layouts import LAYOUTS
 from dinov3_lite.checkpoint.words import short
-from dinov3_lite.console import HelpFormatter, called_as, complain, exit_status, flush, say
+from dinov3_lite.console import HelpFormatter, called_as, complain, exit_status, flush, say, sentence
 
 from .describe import describe, describe_as_text, describe_plan, plan_as_text, summary, summary_as_text
-from .plan import MAX_SHARD_SIZE, Plan, check, check_values, make_plan, parse_size
+from .plan import MAX_SHARD_SIZE, Plan, check, check_prefix, check_values, make_plan, parse_size
 from .verify import verify
 from .writer import write
 
@@ -57,7 +57,7 @@ def _run_all(args: argparse.Namespace) -> int:
                 complain(f"convert: warning: {warning.message}")
         except (OSError, ValueError) as error:
             failed.append(source)
-            complain(f"convert: {error}")
+            complain(f"convert: {sentence(error)}")
     if failed and len(sources) > 1:
         complain(f"convert: {len(failed)} of {len(sources)} failed: {', '.join(map(str, failed))}")
     return 1 if failed else 0
@@ -71,6 +71,7 @@ def _run(source: Path, output: Path | None, args: argparse.Namespace) -> None:
     if args.inspect:
         _say(describe(plan), describe_as_text, args)
         return
+    check_prefix(args.prefix, output)
     check(plan, force=args.force, allow_loss=args.allow_loss)
     if args.dry_run:
         check_values(plan)

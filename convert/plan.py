@@ -13,12 +13,19 @@ import torch
 from dinov3_lite.checkpoint import DTYPES, Checkpoint
 from dinov3_lite.checkpoint.folders import license_files
 from dinov3_lite.checkpoint.layouts import LAYOUTS
-from dinov3_lite.checkpoint.layouts.table import README, README_MARK, Layout
-from dinov3_lite.checkpoint.saving import MAX_SHARD_SIZE, Files, WeightsFile, carried_into, files_of, losses
+from dinov3_lite.checkpoint.layouts.table import README, Layout
+from dinov3_lite.checkpoint.saving import (
+    MAX_SHARD_SIZE,
+    Files,
+    WeightsFile,
+    carried_into,
+    destination,
+    files_of,
+    is_somebodys,
+    losses,
+    obsolete,
+)
 from dinov3_lite.checkpoint.words import short
-
-# What readers of folders look for: the one file of weights, shards and their index.
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,8 @@ class Plan:
 
     @property
     def obsolete(self) -> list[Path]:
-        """Files of an earlier output that readers would take for part of this one: weights, indexes and preprocessing
-        by the names that transformers' and our own saving give them. They go when the new files appear.
-        """
-        if not self.layout.is_folder or not self.folder.is_dir():
-            return []
-        of_weights = [p for p in self.folder.iterdir() if WEIGHTS.fullmatch(p.name)]
-        others = [] if self._is_beside_source else [self.folder / name for name in self.layout.side_files]
-        return [p for p in sorted(of_weights) + others if p.name not in self.files and p.is_file()]
+        """Files of an earlier output that readers would mix with this one, beside the source weights alone."""
+        return obsolete(self.folder, self.files, self.layout, side_files=not self._is_beside_source)
 
     @property
     def _is_beside_source(self) -> bool:
@@ -90,7 +91,7 @@ def make_plan(
     folder, name = _destination(source, layout, None if output is None else Path(output))
     kept = {name.removeprefix(layout.carries) for name in carried_into(source, layout)}
     files = files_of(source, layout, dtype=dtype, name=name, max_shard_size=max_shard_size)
-    if _is_somebodys(folder / README):
+    if is_somebodys(folder / README):
         files.pop(README, None)
     return Plan(
         source=source,
@@ -98,9 +99,17 @@ def make_plan(
         dtype=dtype,
         folder=folder,
         files=files,
-        lost=losses(source, layout),
+        lost=losses(source, layout, dtype),
         left_out={name: reason for name, reason in source.left_out.items() if name not in kept},
     )
+
+
+def check_prefix(prefix: str | None, output: str | os.PathLike[str] | None) -> None:
+    """Raise ValueError for one of several backbones without an output of its own: a folder of several does not say
+    which of them the copy in it is of.
+    """
+    if prefix is not None and output is None:
+        raise ValueError(f"prefix is {short(prefix)} and no output is named: name one with --output")
 
 
 def parse_layout(to: str) -> Layout:
@@ -136,14 +145,7 @@ def _destination(source: Checkpoint, layout: Layout, output: Path | None) -> tup
     """The folder to write into, and the name of the file of weights if it is given."""
     if output is None:
         return (source.path if source.path.is_dir() else source.path.parent), None
-    if not layout.is_folder and output.suffix == layout.container:
-        return output.parent, output.name
-    return output, None
-
-
-def _is_somebodys(readme: Path) -> bool:
-    """Whether a model card is there that was not written here: it stays."""
-    return readme.is_file() and README_MARK not in readme.read_text(encoding="utf-8", errors="replace")
+    return destination(output, layout)
 
 
 def check(plan: Plan, *, force: bool = False, allow_loss: bool = False) -> None:

@@ -53,27 +53,33 @@ def verify(plan: Plan) -> Verified:
     Raises ValueError that names the tensor if one differs or is not finite.
     """
     source, written = plan.source, open_checkpoint(plan.path, original=plan.layout.is_folder)
-    weights_dtype = plan.dtype or source.dtype
     compared = 0
     for name, spans in source.spans.items():
         if name not in written.spans or pattern(name) in plan.lost:
             continue
-        target = torch.float32 if name == "rope_embed.periods" else weights_dtype
-        expected, found = _joined(spans, target), _joined(written.spans[name], target)
+        asked = None if name == "rope_embed.periods" else plan.dtype
+        expected, found = _joined(spans, asked), _joined(written.spans[name], asked)
         if not expected.isfinite().all():
             raise ValueError(f"{source.path}: tensor {name!r} holds NaN or infinity")
-        if not torch.equal(expected, found):
+        if not _equal(expected, found):
             raise ValueError(f"{plan.path}: tensor {name!r} differs from its source: convert again")
         compared += 1
     for name in source.carried.keys() & written.carried.keys():
-        a, b = (_joined([c.carried[name].span()], plan.dtype or c.carried[name].dtype) for c in (source, written))
-        if not torch.equal(a, b):
+        a, b = (_joined([c.carried[name].span()], plan.dtype) for c in (source, written))
+        if not _equal(a, b):
             raise ValueError(f"{plan.path}: tensor {name!r} differs from its source: convert again")
     return Verified(compared, _forward_errors(source, written))
 
 
-def _joined(spans: list[Span], dtype: torch.dtype) -> Tensor:
-    return torch.cat([span.load().to(dtype) for span in spans]) if spans else torch.empty(0)
+def _joined(spans: list[Span], asked: torch.dtype | None) -> Tensor:
+    """The elements, flat, as cast to the dtype that was asked for or as they are stored."""
+    return torch.cat([span.load().to(asked) for span in spans]) if spans else torch.empty(0)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether these are the same numbers, in whatever dtypes."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return torch.equal(a.to(dtype), b.to(dtype))
 
 
 def _forward_errors(source: Checkpoint, written: Checkpoint) -> list[float] | None:
@@ -83,7 +89,7 @@ def _forward_errors(source: Checkpoint, written: Checkpoint) -> list[float] | No
     with tempfile.TemporaryDirectory() as scratch, transformers_module() as transformers:
         folder = source.path
         if not opens(source.layout, folder):
-            folder = write(make_plan(source, scratch, to="transformers"))
+            folder = write(make_plan(source, scratch, to="transformers", dtype=torch.float32))
         name, stride = REFERENCES[type(source.config)](source.config)
         theirs = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
         ours = load(written.path, dtype=torch.float32)

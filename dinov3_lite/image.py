@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import read_preprocessing
 from .checkpoint.channels import check_rule, statistics
 from .checkpoint.hub import locate
+from .checkpoint.preprocessing import read_preprocessing
 from .pixels import Picture, opened
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -148,7 +148,8 @@ class Pretrained(nn.Module):
         """Write the weights as a checkpoint that `from_pretrained` and the converter read, and return its path.
 
         path: a folder, made if it is missing, or for a layout of one file its name. What lies there by the names of
-            that layout is replaced. layout: lite, transformers, meta or timm. dtype: of the weights; None keeps theirs.
+            that layout is replaced; a folder of other weights, which loading it would take or refuse, is an error.
+        layout: lite, transformers, meta or timm. dtype: of the weights; None keeps theirs.
 
         The config follows from the modules; preprocessing, licence and note are those of the checkpoint that the model
         was loaded from. Of a sharded model, all processes call this: tensor by tensor is gathered, and the first one of
@@ -263,11 +264,11 @@ def _here(model: nn.Module) -> dict[str, Tensor]:
 
 def _has(flat: Tensor, samples: list[Tensor | None]) -> bool:
     """Whether these are the numbers in each part of a tensor, in its dtype."""
-    from .checkpoint.spans import sample
+    from .checkpoint.spans import same, sample
 
     parts = flat.chunk(max(1, len(samples))) if flat.numel() else ()
     return len(parts) == len(samples) and all(
-        wanted is None or torch.equal(wanted.to(part.dtype), sample(part).cpu())
+        wanted is None or same(wanted.to(part.dtype), sample(part).cpu())
         for wanted, part in zip(samples, parts, strict=True)
     )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .checkpoint import CONVERTED
 from .checkpoint.containers import CONTAINERS, OutputTensor
 from .checkpoint.files import whole_files
 from .checkpoint.layouts import TRANSFORMERS, rename
@@ -33,7 +34,7 @@ def write_sample(folder: Path, variant: str = "vits16") -> None:
     of one that can't be written.
     """
     config = config_from_name(variant)
-    for name in ("config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json"):
+    for name in (*TRANSFORMERS.side_files, "model.safetensors", "model.safetensors.index.json", CONVERTED):
         if (folder / name).exists():
             raise FileExistsError(f"{folder}: holds a {name} already: choose another folder")
     theirs = {name: t.contiguous() for name, t in rename(made_weights(config), TRANSFORMERS, config).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +182,9 @@ def test_an_empty_folder(tmp_path):
 def test_no_such_source(source):
     with pytest.raises(FileNotFoundError, match=f"{source}: no such file or folder, and no hub id"):
         DINOv3ViT.from_pretrained(source)
+    if source.startswith("/"):
+        with pytest.raises(FileNotFoundError, match=f"^{source}: no such file or folder"):
+            DINOv3ViT.from_pretrained(Path(source))
 
 
 def test_a_file_of_another_kind(tmp_path):

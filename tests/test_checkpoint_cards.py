@@ -124,4 +124,4 @@ def test_timm_is_told_only_what_its_readers_do():
         {"image_std": [1.0, 0.0, 1.0]},
         {"image_std": [1.0, float("nan"), 1.0]},
     ):
-        assert told(**change) is None, change
+        assert told(**change) == {}, change  # without the key, timm takes the whole file for it

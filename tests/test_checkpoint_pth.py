@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import struct
 import sys
@@ -270,3 +271,11 @@ def test_a_damaged_file_gives_its_tensors_or_a_sentence(legacy, tmp_path, data):
     for tensor in tensors:
         if not tensor.problem:
             assert tensor.read().numel() * tensor.read().element_size() <= 64
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_the_class_of_an_object_is_named(protocol, tmp_path):
+    state = {"model": nn.Linear(4, 3).state_dict(), "args": argparse.Namespace(lr=0.1)}
+    torch.save(state, tmp_path / "run.pth", pickle_protocol=protocol)
+    with pytest.raises(ValueError, match=r"run.pth: .*argparse.Namespace"):
+        list(open_pth(tmp_path / "run.pth"))

@@ -223,6 +223,9 @@ def test_a_prefix_names_the_backbone(prefix, tmp_path, capsys):
     other = "depth." if prefix.startswith("rgb") else "rgb."
     assert len(left_out) == 1 and left_out[0].startswith(f"{len(trained_like(TIMMS))} tensors of '{other}'")
     assert torch.equal(open_checkpoint(tmp_path / "out" / CONVERTED).tensor("norm.bias"), expected)
+    assert main([str(folder), "--prefix", prefix]) == 1
+    assert "and no output is named: name one with --output" in capsys.readouterr().err
+    assert not (folder / CONVERTED).exists() and main([str(folder), "--prefix", prefix, "--inspect", "--quiet"]) == 0
     again = convert(folder, tmp_path / "again", prefix=prefix)
     assert again.read_bytes() == (tmp_path / "out" / CONVERTED).read_bytes()
 

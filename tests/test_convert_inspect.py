@@ -195,3 +195,25 @@ def test_inspect_tells_periods_that_the_config_does_not_give(folder, tmp_path, c
     torch.save(tensors, meta)
     assert main([str(meta), "--inspect"]) == 0
     assert "stored, others than the config gives" in capsys.readouterr().out
+
+
+def test_weights_of_several_dtypes_are_shown_and_verified(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    weights = {name: w.half() if "mlp.up" in name else w for name, w in trained_like(TINY).items()}
+    folder = write_checkpoint(tmp_path / "mixed", TINY, weights)
+    assert main([str(folder), "--inspect", "--json", "--dtype", "float32"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "float32, float16"
+    out = tmp_path / "out.safetensors"
+    assert main([str(folder), "--output", str(out)]) == 1
+    assert "say which dtype you want (dtype=, --dtype)" in capsys.readouterr().err
+    assert main([str(folder), "--output", str(out), "--dtype", "float32", "--verify"]) == 0
+    assert "verified: " in capsys.readouterr().out
+
+
+def test_verify_tells_what_was_rounded(tmp_path, monkeypatch):
+    half = convert(write_checkpoint(tmp_path / "source", TINY), tmp_path / "half.safetensors", dtype="float16")
+    plan = make_plan(open_checkpoint(half), tmp_path / "out", to="transformers")
+    plan.lost.clear()
+    write(plan)
+    with pytest.raises(ValueError, match="tensor 'cls_token' differs from its source"):
+        verify(plan)

@@ -100,9 +100,11 @@ EDGES = {
         *("checkpoint.saving", "checkpoint.spans", "config", "layers"),
     },
     "dinov3_lite/checkpoint/channels.py": {"checkpoint", "checkpoint.spans"},
+    "dinov3_lite/checkpoint/preprocessing.py": {"checkpoint", "checkpoint.json_files"},
     "dinov3_lite/checkpoint/saving.py": {
-        *("checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.matching", "console"),
+        *("checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.folders", "checkpoint.matching"),
         *("checkpoint.layouts", "checkpoint.layouts.table", "checkpoint.layouts.vit", "checkpoint.spans"),
+        *("config", "console"),
     },
     "dinov3_lite/packing.py": {"attention", "kernels"},
     "dinov3_lite/features.py": {"checks", "config"},
@@ -110,7 +112,7 @@ EDGES = {
     "dinov3_lite/model.py": {
         *("attention", "checks", "config", "features", "layers", "packing", "pages", "pretrained", "rope", "tracing")
     },
-    "dinov3_lite/image.py": {"checkpoint", "checkpoint.channels", "checkpoint.hub", "pixels"},
+    "dinov3_lite/image.py": {"checkpoint.channels", "checkpoint.hub", "checkpoint.preprocessing", "pixels"},
     "dinov3_lite/convnext.py": {
         *("checks", "config", "convnext_features", "features", "layers", "model", "pages", "pretrained", "tracing")
     },
@@ -146,7 +148,7 @@ EDGES = {
     "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared", "pretrained"},
     "dinov3_lite/visualize.py": set(),
     "dinov3_lite/sample.py": {
-        *("checkpoint.containers", "checkpoint.files", "checkpoint.layouts", "checkpoint.layouts.cards"),
+        *("checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.layouts", "checkpoint.layouts.cards"),
         *("config", "convnext", "image", "model"),
     },
     "dinov3_lite/__init__.py": {
@@ -163,7 +165,19 @@ EDGES = {
     "dinov3_lite/__main__.py": {"console"},
     "dinov3_lite/commands/*": {
         *("dinov3_lite/commands/*", "checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.hub"),
-        *("console", "convnext", "explore", "export", "image", "loading", "pixels", "sample", "tasks", "visualize"),
+        *(
+            "checkpoint.preprocessing",
+            "console",
+            "convnext",
+            "explore",
+            "export",
+            "image",
+            "loading",
+            "pixels",
+            "sample",
+            "tasks",
+            "visualize",
+        ),
         *(f"tasks.{name}" for name in ("data", "drawing", "matching", "measures", "predicting", "probing", "tracking")),
     },
     **{  # reading features stands on folder alone, writing them on the model; engines on all
@@ -187,7 +201,7 @@ EDGES = {
             (
                 "job",
                 ("commit", "compute", "decode", "folder", "plan", "sources"),
-                {"checkpoint", "checkpoint.hub", "checkpoint.layouts", "image", "loading"},
+                {"checkpoint", "checkpoint.hub", "checkpoint.layouts", "checkpoint.layouts.vit", "image", "loading"},
             ),
             (
                 "shard",

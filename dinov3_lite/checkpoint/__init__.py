@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from .layouts import LAYOUTS, LITE, carried_names, detect, joined, model_tensors
 from .layouts.table import Beside, Card, Equation, Layout, Shape, Table, numel
 from .layouts.vit import storage_dtype
 from .matching import backbone, match
-from .spans import Span, StoredTensor, cut, samples
+from .spans import Span, StoredTensor, cut, same, samples
 from .words import few
 
 # What --dtype of the command lines offers.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONVERTED = LITE.files[0]
 """The converted copy that may lie beside the weights it was made of."""
+NOT_IN_EVERY_LAYOUT = "rope_embed.periods", "mask_token"
 
 
 @dataclass(eq=False, repr=False)
@@ -122,17 +123,20 @@ class Checkpoint:
 
         Raises ValueError if they have several, apart from the tensors that are kept in float32 on purpose.
         """
-        first, assumed = self._first, self.table.assumed
+        for stored in self.of_other_dtypes():
+            raise ValueError(
+                f"{stored.file}: tensor {stored.name!r} is {stored.dtype} "
+                f"but {self._first.name!r} is {self._first.dtype}: say which dtype you want (dtype=, --dtype)"
+            )
+        return self._first.dtype
+
+    def of_other_dtypes(self) -> Iterator[StoredTensor]:
+        """What stores weights in another dtype than the first's, and than a model of that would."""
+        first, assumed = self._first.dtype, self.table.assumed
         for name, spans in self.spans.items():
-            if name in assumed or name == "rope_embed.periods":  # Meta's are bfloat16 under float32 weights
-                continue
-            for stored in (span.stored for span in spans):
-                if stored.dtype not in (first.dtype, storage_dtype(name, first.dtype)):
-                    raise ValueError(
-                        f"{stored.file}: tensor {stored.name!r} is {stored.dtype} "
-                        f"but {first.name!r} is {first.dtype}: say which dtype you want"
-                    )
-        return first.dtype
+            if name not in assumed and name != "rope_embed.periods":  # Meta's are bfloat16 under float32 weights
+                kept = first, storage_dtype(name, first)
+                yield from (span.stored for span in spans if span.stored.dtype not in kept)
 
     @property
     def _first(self) -> StoredTensor:
@@ -147,15 +151,16 @@ class Checkpoint:
         return self.card.rope or ("computed" if "rope_embed.periods" in self.table.assumed else "stored")
 
     def digest(self, dtype: torch.dtype | None = None) -> str:
-        """A SHA-256 over samples of every tensor, as cast to `dtype`: the same for the same weights in any layout.
+        """A SHA-256 over samples of every tensor, as a model in `dtype` holds it: the same for the same weights in any
+        layout. None: each in its own dtype.
 
         Loading stays instant and most pages stay on disk. Training changes every number and so the digest; a change of
         a few by hand may go unseen.
         """
         found = [
-            sample if dtype is None else sample.to(storage_dtype(name, dtype))
+            sample.to(storage_dtype(name, dtype or sample.dtype))
             for name, parts in self.samples.items()
-            if name not in ("rope_embed.periods", "mask_token")  # not stored in every layout
+            if name not in NOT_IN_EVERY_LAYOUT
             for sample in parts
         ]
         sha = hashlib.sha256()
@@ -308,22 +313,19 @@ def _with_config(card: Card, path: Path, layout: Layout, table: Table, stored: d
     return card if said == seen else card._replace(config=shown, preprocessing=None, note="")
 
 
-def _check_current(converted: Checkpoint, source: Checkpoint) -> None:
+def _check_current(copy: Checkpoint, source: Checkpoint) -> None:
     """A converted file beside its source must come from it: stale weights would be loaded silently."""
-    if converted.card.source_digest != source.digest() or converted.config != source.config:
-        raise ValueError(
-            f"{converted.path}: was converted from other weights, or another config, than those beside it: "
-            "run `python -m convert --force` on the folder, or load the file by its own path"
-        )
-
-
-def read_preprocessing(path: Path) -> dict[str, Any] | None:
-    """The parsed preprocessor_config.json of a checkpoint folder, or the copy of it in a converted file."""
-    if (file := path / "preprocessor_config.json").is_file():
-        return read_json(file)
-    if path.is_file() or (path.is_dir() and any(weights_in(path))):
-        return open_checkpoint(path).card.preprocessing
-    return None
+    beside = [name for name in NOT_IN_EVERY_LAYOUT if name in source.spans and name not in source.table.assumed]
+    pairs = [pair for name in beside for pair in zip(copy.samples[name], source.samples[name], strict=True)]
+    same_beside = all(same(ours, theirs.to(ours.dtype)) for ours, theirs in pairs)
+    if copy.config == source.config and copy.card.source_digest == source.digest() and same_beside:
+        return
+    if copy.card.source_layout == LITE.name:
+        raise ValueError(f"{copy.path}: a model was saved here, beside other weights: load one of them by its own path")
+    raise ValueError(
+        f"{copy.path}: was converted from other weights, or another config, than those beside it: "
+        "run `python -m convert --force` on the folder, or load the file by its own path"
+    )
 
 
 def assign(

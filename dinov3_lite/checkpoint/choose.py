@@ -61,7 +61,7 @@ def choose(found: Collection[str], wanted: str | None = None) -> str:
     if len(first) > 1 or (best == _NEVER and wanted is None):
         raise ValueError(
             f"holds {len(found)} backbone{'s' * (len(found) > 1)}, under {_listed(found)}: "
-            "name the one that is meant with prefix= (--prefix)"
+            "name the one that is meant with prefix=, or make a file of it by `python -m convert --prefix`"
         )
     return first[0]
 

@@ -49,7 +49,8 @@ def locate(
         return download(
             repo_id, subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
-    raise FileNotFoundError(f"{short(source)[1:-1]}: no such file or folder, and no hub id (owner/name) either")
+    told = short(os.fspath(source))[1:-1]
+    raise FileNotFoundError(f"{told}: no such file or folder, and no hub id (owner/name) either")
 
 
 def _checked(subfolder: str | None) -> str:

@@ -137,6 +137,8 @@ def read_pickle(stream: Any) -> tuple[Any, dict[str, Storage]]:
                 storage = _storage(stack.pop())
                 storages[storage.key] = storage
                 stack.append(storage)
+            case "NEWOBJ" | "NEWOBJ_EX" as name:
+                raise UnpicklingError(_expect(stack[-2 if name == "NEWOBJ" else -3], _Global).path)
             case name:
                 raise UnpicklingError(f"the instruction {name}")
     return stack.pop(), storages
@@ -156,6 +158,11 @@ class _Global:
     name: str
 
     @property
+    def path(self) -> str:
+        """As in an import."""
+        return f"{self.module}.{self.name}"
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype that is meant by `torch.FloatStorage` or `torch.float32`; uint8 for an untyped storage."""
         name = _STORAGES.get(self.name, self.name)
@@ -163,9 +170,9 @@ class _Global:
         return dtype if isinstance(dtype, torch.dtype) else None
 
     def call(self, arguments: tuple[Any, ...]) -> Any:
-        meaning = _MEANINGS.get(f"{self.module}.{self.name}")
+        meaning = _MEANINGS.get(self.path)
         if meaning is None:
-            raise UnpicklingError(f"{self.module}.{self.name}")
+            raise UnpicklingError(self.path)
         return meaning(*arguments)
 
 

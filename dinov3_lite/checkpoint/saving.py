@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,17 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import FLOAT32_UNDER_HALF
 from ..console import naming
-from . import Checkpoint
+from . import CONVERTED, Checkpoint, open_checkpoint
 from .containers import CONTAINERS, OnBytes, OutputTensor
 from .files import whole_files
+from .folders import weight_files
 from .layouts import LAYOUTS, STATE_DICT, reader_config
-from .layouts.table import README, Card, Layout, numel, pattern
+from .layouts.table import README, README_MARK, Card, Layout, numel, pattern
 from .layouts.vit import storage_dtype
 from .matching import match
-from .spans import StoredTensor, cut
+from .spans import StoredTensor, cut, same
 
 MAX_SHARD_SIZE = 5_000_000_000  # bytes in one file, of a layout that has shards
+# what readers of folders look for: the one file of weights, shards and their index
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -133,10 +138,11 @@ def _shards(tensors: list[OutputTensor], max_size: int) -> list[list[OutputTenso
     return shards
 
 
-def losses(opened: Checkpoint, layout: Layout) -> dict[str, str]:
+def losses(opened: Checkpoint, layout: Layout, dtype: torch.dtype | None) -> dict[str, str]:
     """What of this checkpoint the layout can't hold, because its readers would take another value: a sentence by name.
 
-    Names are those of the model's tensors, with # for the block's number, and of config fields.
+    dtype: of the weights; None keeps the source's, and then each of its numbers. Names are those of the model's
+    tensors, with # for the block's number, and of config fields.
     """
     table = layout.table(opened.config)
     theirs = {name: equation for equation in table.equations(opened.config) for name, _ in equation.theirs}
@@ -155,6 +161,8 @@ def losses(opened: Checkpoint, layout: Layout) -> dict[str, str]:
     except ValueError as error:
         taken = opened.config
         lost["config"] = f"the config: its files don't say it, and readers can't tell it from the tensors ({error})"
+    if dtype is None and not layout.keeps_float32:
+        lost |= _rounded(opened)
     lost |= {
         field: f"{field!r} {getattr(opened.config, field)!r}: its files don't say it, and its readers take "
         f"{getattr(taken, field)!r}"
@@ -173,6 +181,17 @@ def losses(opened: Checkpoint, layout: Layout) -> dict[str, str]:
     return lost
 
 
+def _rounded(opened: Checkpoint) -> dict[str, str]:
+    """The tensors that readers of one dtype would have rounded: see `Layout.keeps_float32`."""
+    narrow = opened.dtype
+    wide = {name: opened.tensor(name) for name in FLOAT32_UNDER_HALF if opened.spans.get(name)}
+    return {
+        name: f"{name!r}: it is {tensor.dtype} among weights of {narrow}, and its readers expect one dtype: say which"
+        for name, tensor in wide.items()
+        if not same(tensor.to(narrow).to(tensor.dtype), tensor)
+    }
+
+
 def save_model(model: nn.Module, path: Path, layout_name: str, dtype: torch.dtype | None) -> Path:
     """Write a model's own weights in that layout and return the path of the checkpoint; see `save_pretrained`."""
     state = {name: _here(name, tensor) for name, tensor in model.state_dict().items()}
@@ -189,14 +208,61 @@ def save_tensors(
     if layout_name not in LAYOUTS:
         raise ValueError(f"layout is {layout_name!r}: expected one of {', '.join(LAYOUTS)}")
     layout = LAYOUTS[layout_name]
+    folder, name = destination(path, layout)
     opened = checkpoint_of(model, stored)
-    if lost := losses(opened, layout):
+    if lost := losses(opened, layout, dtype):
         raise ValueError(f"the {layout.name} layout can't hold {'; '.join(lost.values())}")
-    one_file = not layout.is_folder and path.suffix == layout.container
-    folder, name = (path.parent, path.name) if one_file else (path, None)
     files = files_of(opened, layout, dtype=dtype, name=name, max_shard_size=MAX_SHARD_SIZE)
-    save(folder, files)
+    if is_somebodys(folder / README):
+        files.pop(README, None)
+    if layout.is_folder or not name:
+        _check_alone(folder, layout, opened.digest(None if layout.mark else dtype or opened.dtype))
+    save(folder, files, obsolete=obsolete(folder, files, layout))
     return folder if layout.is_folder else folder / next(iter(files))
+
+
+def destination(path: Path, layout: Layout) -> tuple[Path, str | None]:
+    """The folder that is written into, and the name of the file of weights if the path gives it.
+
+    Raises ValueError for a layout of one file if the path is called as files of other layouts are.
+    """
+    if layout.is_folder or path.suffix not in CONTAINERS or path.is_dir():
+        return path, None
+    if path.suffix != layout.container:
+        raise ValueError(
+            f"{path}: a file of the {layout.name} layout ends in {layout.container}, not {path.suffix}: rename it, or "
+            "name the layout that is meant"
+        )
+    return path.parent, path.name
+
+
+def is_somebodys(readme: Path) -> bool:
+    """Whether a model card is there that was not written here: it stays."""
+    return readme.is_file() and README_MARK not in readme.read_text(encoding="utf-8", errors="replace")
+
+
+def obsolete(folder: Path, files: Files, layout: Layout, *, side_files: bool = True) -> list[Path]:
+    """Files of an earlier output that readers would take for part of this one: weights, indexes and, if asked for,
+    preprocessing by the names that transformers' and our own saving give them. They go when the new files appear.
+    """
+    if not layout.is_folder or not folder.is_dir():
+        return []
+    of_weights = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)]
+    others = [folder / name for name in layout.side_files if side_files]
+    return [path for path in sorted(of_weights) + others if path.name not in files and path.is_file()]
+
+
+def _check_alone(folder: Path, layout: Layout, digest: str) -> None:
+    """Raise ValueError if a folder that is saved into holds other weights, which loading it would take or stumble over.
+
+    digest: of the weights to be saved.
+    """
+    of_folders = [file for each in LAYOUTS.values() if each.is_folder for file in each.files]
+    names = [CONVERTED] if layout.is_folder else of_folders
+    if others := weight_files(folder, names):
+        there = open_checkpoint(others[0]) if layout.is_folder else open_checkpoint(folder, original=True)
+        if digest != (there.card.source_digest or there.digest()):
+            raise ValueError(f"{others[0]}: other weights lie where the model is to be saved: give another folder")
 
 
 def checkpoint_of(model: Any, stored: dict[str, StoredTensor]) -> Checkpoint:

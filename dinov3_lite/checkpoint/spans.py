@@ -107,6 +107,11 @@ def sample(flat: Tensor) -> Tensor:
     return flat.index_select(0, _indices(flat.numel()).to(flat.device))
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether they hold the same numbers, or NaN, in the same places."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def places(size: int) -> list[tuple[int, int]]:
     """Which of `size` elements tell weights apart: start and stop of five runs of 64, from the first to the last."""
     return [(start, min(start + 64, size)) for start in (0, size // 4, size // 2, size * 3 // 4, max(0, size - 64))]

@@ -146,8 +146,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _processor(args: argparse.Namespace) -> ImageProcessor:
-    from ..checkpoint import read_preprocessing
     from ..checkpoint.hub import locate
+    from ..checkpoint.preprocessing import read_preprocessing
     from ..image import ImageProcessor, is_satellite
 
     path = locate(args.model)

@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoint import DTYPES, Checkpoint, open_checkpoint
 from ..checkpoint.hub import locate
 from ..checkpoint.layouts import tensors_of
+from ..checkpoint.layouts.vit import storage_dtype
 from ..image import ImageProcessor
 from ..loading import Backbone, skeleton
 from .commit import GRID
@@ -168,7 +169,10 @@ def describe(request: Request) -> dict[str, Any]:
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
     """`weights_digest` of a checkpoint."""
-    return weights_digest((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names()))
+    return weights_digest(
+        (name, tensor.to(storage_dtype(name, tensor.dtype)))  # as a model of it holds them
+        for name, tensor in ((name, checkpoint.tensor(name)) for name in sorted(checkpoint.names()))
+    )
 
 
 def _dtype(model: Backbone | Checkpoint) -> str:

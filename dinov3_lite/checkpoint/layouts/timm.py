@@ -189,6 +189,7 @@ def write_card(card: Card) -> Beside:
         content["architecture"] = architecture
     if arguments:
         content["model_args"] = arguments
+    content["pretrained_cfg"] = {}  # without one, timm takes the whole file for it
     if images := _write_images(card.preprocessing):
         height, width, mean, std = images
         content["pretrained_cfg"] = {
