@@ -149,7 +149,11 @@ def test_what_a_row_of_parquet_holds(photos, names):
         (names[0], data),
     ):
         assert reading._parquet_item("key", value, str(photos)).read() == expected
-    for value, reason in ((None, "nothing in this row"), (3, "a int, not bytes or a path")):
+    for value, reason in (
+        (None, "nothing in this row"),
+        (3, "a int, not bytes or a path"),
+        ("s7://bucket/a.jpg", r"fsspec serves no such URL \(Protocol not known: s7\)"),
+    ):
         with pytest.raises(reading.Rejected, match=reason):
             reading._parquet_item("key", value, str(photos)).read()
 
@@ -168,6 +172,40 @@ def test_urls_of_fsspec(checkpoint, photos, names, complete, tmp_path):
     assert same_rows(tars, complete, names)
     with pytest.raises(ValueError, match="s7://bucket"):
         dinov3_lite.extract("s7://bucket", checkpoint, tmp_path / "c")
+
+
+def test_names_with_colons_are_no_urls_wherever_they_stand(checkpoint, photos, names, complete, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    odd = ["cat::1.jpg", "memory::2.jpg"]
+    for name, file in zip(odd, names[:2], strict=True):
+        (tmp_path / name).write_bytes((photos / file).read_bytes())
+        fsspec.filesystem("memory").pipe(f"/odd/{name}", (photos / file).read_bytes())
+    (tmp_path / "list.txt").write_text("\n".join(odd))
+    monkeypatch.chdir(tmp_path)
+    for i, inputs in enumerate((tmp_path, "list.txt", odd, "memory://odd", "simplecache::memory://odd/")):
+        store = dinov3_lite.extract(inputs, checkpoint, tmp_path / str(i), **FLOAT32)
+        assert list(store.keys) == odd and same_rows(store, complete, names[:2]), inputs
+
+
+def test_a_line_whose_scheme_nobody_serves_is_a_reject(checkpoint, photos, names, complete, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    lines, bad = [str(photos / name) for name in names[:3]], ["s7://bucket/a.jpg", "simplecache::s7://b.jpg"]
+    (tmp_path / "list.txt").write_text("\n".join([*lines, *bad, "github://c.jpg"]))
+    store = dinov3_lite.extract(tmp_path / "list.txt", checkpoint, tmp_path / "out", **FLOAT32)
+    assert list(store.keys) == lines and same_rows(store, complete, names[:3])
+    assert [reject["key"] for reject in store.rejects] == [*bad, "github://c.jpg"]
+    assert all(reject["reason"].startswith("fsspec serves no such URL (") for reject in store.rejects)
+    (tmp_path / "list.txt").write_text("\n".join(bad))
+    with pytest.raises(ShardsFailed, match=r"none of 2 pictures can be read \(fsspec serves no such URL"):
+        dinov3_lite.extract(tmp_path / "list.txt", checkpoint, tmp_path / "none", **FLOAT32)
+
+    def without_its_package(url):
+        raise ImportError("Please install it")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", without_its_package)  # then the shard waits for it
+    (tmp_path / "list.txt").write_text("\n".join([*lines, "gs://bucket/a.jpg"]))
+    with pytest.raises(ShardsFailed, match="1 of 1 shards failed; shard 0: gs://bucket/a.jpg: Please install it"):
+        dinov3_lite.extract(tmp_path / "list.txt", checkpoint, tmp_path / "late", **FLOAT32)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 from . import tars
 from .parquet import open_parquet
 from .plan import Plan
-from .sources import filesystem, is_picture, is_url, naming
+from .sources import NotServed, filesystem, is_picture, is_url, naming
 
 PAUSES = (0.5, 2.0)  # seconds between three tries
 LARGEST = 1 << 30  # bytes of one picture's file
@@ -53,22 +53,20 @@ def _items(plan: Plan, shard: dict[str, Any]) -> Iterator[Item]:
     if shard["kind"] == "files":
         for item in plan.items(shard):
             key = f"{shard['name']}/{item}" if shard["name"] else item
-            yield Item(key, partial(read_file, _join(shard["root"], item)))
+            yield Item(key, partial(read_file, shard["root"], item))
         return
     archive = _read_tar(shard) if shard["kind"] == "tar" else _read_parquet(shard)
     with naming(shard["path"], OSError, ValueError) if is_url(shard["path"]) else nullcontext():
         yield from archive
 
 
-def _join(root: str, item: str) -> str:
-    if is_url(item) or not root:
-        return item
-    return f"{root.rstrip('/')}/{item}" if is_url(root) else os.path.join(root, item)
+def read_file(root: str, name: str) -> bytes:
+    """The bytes of a URL, or of a file in a folder that may lie behind one, tried three times.
 
-
-def read_file(path: str) -> bytes:
-    """The bytes of a file or URL, tried three times. Raises Rejected if it is none, is gone, or is huge."""
-    return retried(lambda: _read_url(path) if is_url(path) else _read_local(path))
+    Raises Rejected if it is none, is gone, or is huge.
+    """
+    root, name = (name, "") if is_url(name) else (root, name)
+    return retried(lambda: _read_url(root, name) if is_url(root) else _read_local(os.path.join(root, name)))
 
 
 def retried(call: Callable[[], T]) -> T:
@@ -112,15 +110,23 @@ def _read_local(path: str) -> bytes:
         raise NotThere("no such file") from error
 
 
-def _read_url(url: str) -> bytes:
-    fs, path = filesystem(url)
+def _read_url(root: str, name: str) -> bytes:
+    """Of a file in a folder by the folder's file system, where no part of its name means a scheme."""
     try:
-        with naming(url):
-            return fs.cat_file(path)
+        with naming(root, ValueError):
+            fs, path = filesystem(root)
+        with naming(_below(root, name)):
+            return fs.cat_file(_below(path, name))
+    except NotServed as error:
+        raise NotThere(f"fsspec serves no such URL ({error.__cause__})") from error
     except FileNotFoundError as error:
         raise NotThere(_NOT_THERE[errno.ENOENT]) from error
     except PermissionError as error:
         raise NotThere(_NOT_THERE[errno.EACCES]) from error
+
+
+def _below(root: str, name: str) -> str:
+    return f"{root.rstrip('/')}/{name}" if name else root
 
 
 def _open(shard: dict[str, Any]) -> IO[bytes]:
@@ -188,5 +194,5 @@ def _parquet_item(key: str, value: Any, root: str) -> Item:
     if isinstance(value, bytes):
         return Item(key, lambda: value)
     if isinstance(value, str):
-        return Item(key, lambda: read_file(_join(root, value)))
+        return Item(key, lambda: read_file(root, value))
     return _rejected(key, "nothing in this row" if value is None else f"a {type(value).__name__}, not bytes or a path")

@@ -49,20 +49,30 @@ class Source:
 
 
 def is_url(path: str) -> bool:
-    return re.match(r"[a-z][a-z0-9+.-]+://|[a-z][a-z0-9+.-]+::", path) is not None
+    """Whether it begins with a scheme and ://, or with caches before it: a file may well be called `a::b.jpg`."""
+    return re.match(r"([a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://", path) is not None
 
 
 def is_picture(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in SUFFIXES and not PurePosixPath(name).name.startswith(".")
 
 
+class NotServed(ValueError):
+    """A URL of a scheme that fsspec does not know, or that needs to be told more than a URL."""
+
+
 def filesystem(url: str, **options: Any) -> tuple[Any, str]:
-    """The file system of a URL, by fsspec, and the path in it. Raises ValueError for a scheme that it can't serve."""
+    """The file system of a URL, by fsspec, and the path in it.
+
+    Raises NotServed for a scheme that can't be served, another ValueError where a package for it is missing.
+    """
     import fsspec
 
     try:
         return fsspec.core.url_to_fs(url, **options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError) as error:
+        raise NotServed(f"{url}: {error}") from error
+    except ImportError as error:
         raise ValueError(f"{url}: {error}") from error
 
 
