@@ -14,7 +14,7 @@ from extracted import FLOAT32, same_rows
 from pictures import write_tar
 
 import dinov3_lite
-from dinov3_lite.extraction import doubled, reading, tars
+from dinov3_lite.extraction import doubled, plan, reading, tars
 from dinov3_lite.extraction.engines import ShardsFailed
 
 pytest.importorskip("PIL")
@@ -269,6 +269,35 @@ def test_several_folders_and_pictures_by_name(checkpoint, photos, names, complet
     assert sorted(store.keys) == names and same_rows(store, complete, list(store.keys))
     with pytest.raises(ValueError, match="inner: given twice"):
         dinov3_lite.extract(["inner", photos / "inner"], checkpoint, tmp_path / "no")
+
+
+def test_inputs_that_overlap_give_each_key_one_row(checkpoint, photos, names, complete, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    inner, options = [name for name in names if name.startswith("inner/")], {"shard_size": 4, "max_rejects": 0}
+    inputs = [f"{photos.name}/{names[0]}", photos.name, f"{photos.name}/inner"]
+    store = dinov3_lite.extract(inputs, checkpoint, tmp_path / "out", **options, **FLOAT32)
+    assert list(store.keys) == [f"{photos.name}/{name}" for name in names] and same_rows(store, complete, names)
+    assert [reject["key"] for reject in store.rejects] == [f"{photos.name}/{name}" for name in (*inner, names[0])]
+    assert {reject["reason"] for reject in store.rejects} == {"its key is that of an earlier picture"}
+    (tmp_path / "list.txt").write_text("gone.jpg\ngone.jpg\n")
+    with pytest.raises(ShardsFailed, match="none of 1 pictures can be read"):
+        dinov3_lite.extract(tmp_path / "list.txt", checkpoint, tmp_path / "gone", **options)
+    # of a folder alone no keys are kept, and in a tar the second of a name may be another picture
+    alone = dinov3_lite.extract(photos, checkpoint, tmp_path / "alone", **options)
+    assert "keyed" in plan.Plan(store.folder)[0] and "keyed" not in plan.Plan(alone.folder)[0]
+    write_tar(tmp_path / "a.tar", members(photos, [*names[:2], names[0]]))
+    with pytest.raises(ShardsFailed, match="1 of 3 pictures were rejected, more than 0"):
+        dinov3_lite.extract(tmp_path / "a.tar", checkpoint, tmp_path / "tar", **options)
+
+
+def test_a_tar_that_is_called_as_a_folder_has_keys_of_its_own(checkpoint, photos, names, tmp_path, monkeypatch):
+    (tmp_path / "a.tar").mkdir()
+    (tmp_path / "a.tar" / "0.jpg").write_bytes((photos / names[0]).read_bytes())
+    (tmp_path / "old").mkdir()
+    write_tar(tmp_path / "old" / "a.tar", [("0.jpg", (photos / names[1]).read_bytes())])
+    monkeypatch.chdir(tmp_path)
+    store = dinov3_lite.extract(["a.tar", "old/a.tar"], checkpoint, tmp_path / "out", **FLOAT32)
+    assert list(store.keys) == ["a.tar/0.jpg", "old/a.tar/0.jpg"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -72,19 +72,23 @@ class ShardFiles:
         self.pictures += len(batch.keys)
         self.kept += len(good)
 
-    def check(self, max_rejects: str) -> None:
-        """Raises ShardFailed if more pictures than this ("N", or "P%" of the shard) are rejected, or none is there."""
-        count = len(self.rejects)
+    def check(self, max_rejects: str, again: Collection[int] = ()) -> None:
+        """Raises ShardFailed if more pictures than this ("N", or "P%" of the shard) are rejected, or none is there.
+
+        again: pictures that don't count, as they are files that the plan has before.
+        """
+        rejects = [reject for reject in self.rejects if reject["picture"] not in again]
+        count, pictures = len(rejects), self.pictures - len(again)
         if self.planned is not None and self.pictures != self.planned:
             raise ReadFailed(f"{self.pictures} pictures were read, and {self.planned} are planned")
-        if self.pictures and self.missing == self.pictures:
-            raise ShardFailed(f"none of {count} pictures can be read ({self.rejects[0]['reason']}): is it mounted?")
+        if pictures and self.missing == pictures:
+            raise ShardFailed(f"none of {count} pictures can be read ({rejects[0]['reason']}): is it mounted?")
         number = float(max_rejects.rstrip("%"))
-        most = max(number * self.pictures / 100, FEW) if max_rejects.endswith("%") else number
+        most = max(number * pictures / 100, FEW) if max_rejects.endswith("%") else number
         if count > most:
-            first = self.rejects[0]
+            first = rejects[0]
             raise ShardFailed(
-                f"{count} of {self.pictures} pictures were rejected, more than {max_rejects}: "
+                f"{count} of {pictures} pictures were rejected, more than {max_rejects}: "
                 f"the first, {first['key']!r}: {first['reason']}"
             )
 

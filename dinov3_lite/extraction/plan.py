@@ -23,6 +23,11 @@ from .sources import Listing, Source, filesystem, is_picture, is_url, naming, pi
 ITEMS, SHARDS = "items.txt", "shards.jsonl"
 
 
+def key_of(name: str, item: str) -> str:
+    """What a picture of a folder, of a list or by name is called in the output: `name` is its source's."""
+    return f"{name}/{item}" if name else item
+
+
 class Plan:
     """The shards of a plan: `plan[i]` says what shard i is to read, and of how many pictures, if that is known."""
 
@@ -148,7 +153,7 @@ class _Listed:
 
     items: _Counted
     keys: Keys
-    """Of what may come twice: the lines of lists, and members of a tar that is cut."""
+    """Of what may come twice: lines of lists, files of several inputs, and members of a tar that is cut."""
     listing: Listing
 
 
@@ -166,25 +171,26 @@ class _Counted:
 def _shards(
     sources: list[Source], shard_size: int, cut: bool, column: str | None, listed: _Listed
 ) -> Iterator[dict[str, Any]]:
+    several = sum(source.kind not in ("tar", "parquet") for source in sources) > 1  # which may overlap
     for source in sources:
         if source.kind == "tar":
             yield from _tar_shards(source, shard_size, cut, listed.keys)
         elif source.kind == "parquet":
             yield from _parquet_shards(source, shard_size, column)
         else:
-            yield from _file_shards(source, shard_size, listed)
+            yield from _file_shards(source, shard_size, listed, may_double=several or source.kind == "list")
 
 
-def _file_shards(source: Source, shard_size: int, listed: _Listed) -> Iterator[dict[str, Any]]:
+def _file_shards(source: Source, shard_size: int, listed: _Listed, *, may_double: bool) -> Iterator[dict[str, Any]]:
     root = os.path.dirname(source.path) if source.kind == "list" else source.path
     shard = {"kind": "files", "root": root, "name": source.name}
-    items, may_double = pictures(source, listed.listing), source.kind == "list"
+    items = pictures(source, listed.listing)
     while group := list(itertools.islice(items, shard_size)):
         start = listed.items.position
         for item in group:
             listed.items.write(to_line(item))
             if may_double:
-                listed.keys.add(f"{source.name}/{item}")
+                listed.keys.add(key_of(source.name, item))
         count = {"count": len(group), **({"keyed": len(group)} if may_double else {})}
         yield {**shard, "offset": start, **count}
 

@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from . import tars
 from .parquet import open_parquet
-from .plan import Plan
+from .plan import Plan, key_of
 from .sources import NotServed, filesystem, is_picture, is_url, naming
 
 PAUSES = (0.5, 2.0)  # seconds between three tries
@@ -52,8 +52,7 @@ def read_items(plan: Plan, shard: dict[str, Any]) -> Iterator[Item]:
 def _items(plan: Plan, shard: dict[str, Any]) -> Iterator[Item]:
     if shard["kind"] == "files":
         for item in plan.items(shard):
-            key = f"{shard['name']}/{item}" if shard["name"] else item
-            yield Item(key, partial(read_file, shard["root"], item))
+            yield Item(key_of(shard["name"], item), partial(read_file, shard["root"], item))
         return
     archive = _read_tar(shard) if shard["kind"] == "tar" else _read_parquet(shard)
     with naming(shard["path"], OSError, ValueError) if is_url(shard["path"]) else nullcontext():

@@ -222,7 +222,8 @@ def _write_shard(worker: Worker, shard: int) -> None:
             worker.on_pictures(len(batch.keys))
         for batch, features in under_way:
             _keep(files, seconds, batch, features)
-        files.check(worker.setup.max_rejects)
+        again = planned.get("doubled", ()) if planned["kind"] == "files" else ()  # in a tar they may be other pictures
+        files.check(worker.setup.max_rejects, set(again))
         with seconds.of("write"):
             marker = files.publish()
     _log(worker, marker, seconds, time.perf_counter() - start)

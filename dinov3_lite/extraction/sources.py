@@ -110,7 +110,8 @@ def find_sources(inputs: list[str]) -> list[Source]:
         raise ValueError(f"{doubled[0]}: given twice: each picture may have one row")
     kinds = [(_kind(path), path) for path in paths]
     archives = [os.path.basename(path.rstrip("/")) for kind, path in kinds if kind in ("tar", "parquet")]
-    same_names = len(set(archives)) < len(archives)
+    others = {path.split("/")[0] for kind, path in kinds if kind not in ("tar", "parquet")}  # what keys begin with
+    same_names = len(set(archives)) < len(archives) or not others.isdisjoint(archives)
     sources = []
     for kind, path in kinds:
         if kind in ("tar", "parquet"):
