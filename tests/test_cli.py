@@ -165,7 +165,7 @@ def test_many_photos_in_one_file(sample, photo, tmp_path, capsys):
         (["PHOTO", "--size", "50"], "image height 50 and width 50 must be multiples of the patch size 16"),
         (["PHOTO", "--model", "/nowhere"], "/nowhere: no such file or folder"),
         (["PHOTO", "--output", "/nowhere/f.safetensors"], "/nowhere/f.safetensors: there is no folder /nowhere"),
-        (["PHOTO", "--output", "PHOTO"], "photo.png: is one of the photos"),
+        (["PHOTO", "--output", "PHOTO"], "photo.png: is one of the inputs and would be overwritten"),
         (["PHOTO", "--picture", "pca.nonsense"], "pca.nonsense: unknown type of picture"),
         (["PHOTO", "--device", "nonsense"], "nonsense"),
     ],
@@ -377,11 +377,21 @@ def test_weights_without_preprocessing(name, whose, processor, photo, tmp_path, 
 
 def test_nothing_that_is_read_is_written_to(sample, photo, tmp_path, capsys):
     converted = convert(sample, tmp_path / "converted.safetensors")
-    for model, output in ((converted, converted), (sample, sample / "model.safetensors")):
+    weights, link = sample / "model.safetensors", tmp_path / "link"
+    link.symlink_to(sample)
+    for model, output in (
+        (converted, converted),
+        (sample, weights),
+        (sample, link / "config.json"),
+        (weights, sample / "config.json"),
+        (link / "model.safetensors", weights),
+    ):
         before = output.read_bytes()
         encode(photo, "--model", model, "--output", output, code=1)
-        assert "is one of the model's files: give another name" in capsys.readouterr().err
+        assert f"{output}: is one of the model's files and would be overwritten" in capsys.readouterr().err
         assert output.read_bytes() == before
+    for _ in range(2):  # beside a model's file an earlier output makes place
+        encode(photo, "--model", converted, "--output", tmp_path / "f.safetensors")
     same = tmp_path / "same.png"
     encode(photo, "--model", converted, "--output", same, "--picture", same, code=1)
     assert "same.png: is the file for the features too" in capsys.readouterr().err and not same.exists()

@@ -385,7 +385,8 @@ def test_what_a_browser_would_not_open_is_said_before(folder, capsys):
         grid_of(np.zeros((30, 60, 3), np.uint8), 100, 16)
     command = ["explore", str(folder / "first.png"), "--model", str(folder / "checkpoint"), "--output"]
     for extra, message in (
-        ([str(folder / "first.png")], "first.png: is one of the pictures"),
+        ([str(folder / "first.png")], "first.png: is one of the inputs"),
+        ([str(folder / "checkpoint" / "model.safetensors")], "model.safetensors: is one of the model's files"),
         ([str(folder / "no" / "page.html")], "there is no folder"),
         ([str(folder / "p.html"), "--blocks", "1,9"], "--blocks 1,9: expected indices from 0 to 2"),
         ([str(folder / "p.html"), "--blocks", "x"], "--blocks x: expected indices from 0 to 2"),

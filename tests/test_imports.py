@@ -158,8 +158,8 @@ EDGES = {
     },
     "dinov3_lite/explore/*": {"image", "loading"},
     "dinov3_lite/tasks/*": {
-        *("dinov3_lite/tasks/*", "checkpoint.containers", "checkpoint.files", "checkpoint.spans", "finetune", "image"),
-        *("inference", "loading", "pixels", "window"),
+        *("dinov3_lite/tasks/*", "checkpoint.containers", "checkpoint.files", "checkpoint.hub", "checkpoint.spans"),
+        *("finetune", "image", "inference", "loading", "pixels", "window"),
     },
     "dinov3_lite/console.py": set(),
     "dinov3_lite/__main__.py": {"console"},

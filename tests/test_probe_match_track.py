@@ -212,8 +212,11 @@ def test_the_match_command(checkpoint, tmp_path, capsys):
     matches = json.loads(output.read_text())["matches"]
     assert len(matches) == 96 and all(m["first"] == m["second"] for m in matches)  # a picture matches itself
     assert matches[0]["first"][0] % 8 == 4 and Image.open(drawing).height == 480
-    assert main([*command, "--output", str(first)]) == 1
-    assert "a.png: is one of the pictures" in capsys.readouterr().err
+    for written, said in ((first, "inputs"), (checkpoint / "config.json", "model's files")):
+        before = written.read_bytes()
+        assert main([*command, "--output", str(output), "--picture", str(written)]) == 1
+        assert main([*command, "--output", str(written)]) == 1 and written.read_bytes() == before
+        assert capsys.readouterr().err.count(f"{written.name}: is one of the {said}") == 2
 
 
 # ---- track
@@ -353,7 +356,8 @@ def test_the_track_command(checkpoint, tmp_path, capsys):
     last = Image.open(written[-1])
     assert last.mode == "P" and last.getpalette()[9:12] == [200, 0, 0] and last.size == (80, 64)
     assert np.array_equal(np.array(Image.open(written[0])), masks[0])
-    for truth, jaccards in ([], None), (["--truth", str(tmp_path / "out")], 1.0):
+    (tmp_path / "out").rename(tmp_path / "same")
+    for truth, jaccards in ([], None), (["--truth", str(tmp_path / "same")], 1.0):  # the second time over the first
         assert main([*command, *output, *truth, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         assert told["frames"] == [f"{i:05d}" for i in range(4)] and told["output"] == str(tmp_path / "out")

@@ -551,10 +551,28 @@ def test_predictions_never_lie_over_pictures(checkpoint, head, tmp_path, capsys)
     save(tmp_path, "a.png", np.zeros((64, 64, 3), np.uint8))
     before = (tmp_path / "a.png").read_bytes()
     arguments = ["predict", str(tmp_path), "--model", str(checkpoint), "--head", str(head), "--output", str(tmp_path)]
-    assert main(arguments) == 1 and "a.png: a prediction would be written over this picture" in capsys.readouterr().err
+    assert main(arguments) == 1 and "a.png: is one of the inputs and would be overwritten" in capsys.readouterr().err
     assert (tmp_path / "a.png").read_bytes() == before
     save(tmp_path, "a.jpg", np.zeros((64, 64, 3), np.uint8))
     assert main(arguments) == 1 and "a.jpg and a.png have one stem" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["made", "made/Imgs", "made/Imgs/0.png", "."])
+def test_predictions_never_lie_over_masks(given, checkpoint, head, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "made" / "Imgs", "0.png", np.zeros((64, 64, 3), np.uint8))
+    save(tmp_path / "made" / "GT", "0.png", np.zeros((64, 64), np.uint8))
+    before = (tmp_path / "made" / "GT" / "0.png").read_bytes()
+    (tmp_path / "made" / "predicted").mkdir()
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "made").symlink_to(tmp_path / "made" / "GT")
+    monkeypatch.chdir(tmp_path / "made" / "Imgs" if given == "made/Imgs" else tmp_path)
+    arguments = ["predict", "." if given == "made/Imgs" else given, "--model", str(checkpoint), "--head", str(head)]
+    output = tmp_path / "link" if given == "." else tmp_path / "made" / "GT"  # of data sets, a folder for each
+    assert main([*arguments, "--output", str(output)]) == 1
+    assert "0.png: is one of the inputs and would be overwritten" in capsys.readouterr().err
+    assert (tmp_path / "made" / "GT" / "0.png").read_bytes() == before
+    for _ in range(2):  # earlier predictions make place
+        assert main([*arguments, "--output", str(tmp_path / "made" / "predicted")]) == 0
 
 
 def test_logits_as_bytes():

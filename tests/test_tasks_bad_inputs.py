@@ -137,7 +137,7 @@ def test_where_nothing_can_be_written_is_said_before_the_work(checkpoint, tmp_pa
             fit(folder, model, "/proc/self/h", recipe=QUICK)
     with pytest.raises(IsADirectoryError, match="d: is a folder: name a file in it"):
         fit(folder, model, folder, recipe=QUICK)
-    with pytest.raises(ValueError, match="is one of the pictures"):
+    with pytest.raises(ValueError, match="is one of the inputs"):
         check_output(folder / "Image" / "0.png", [folder / "GT" / ".." / "Image" / "0.png"])
 
 
@@ -333,6 +333,44 @@ def test_truth_that_does_not_fit_is_said_before_anything_is_followed(checkpoint,
         j_and_f([half()] * 3, [half()] + [half(size=(20, 32))] * 2)
     with pytest.raises(ValueError, match="expected at least 3 frames"):
         j_and_f([half()] * 2, [half()] * 2)
+
+
+@pytest.mark.parametrize("way", ["mask", "truth", "link", "overlay"])
+def test_masks_never_lie_over_what_is_read(way, checkpoint, tmp_path, capsys):
+    for i in range(3):
+        save(tmp_path / "frames" / f"{i}.png", np.random.default_rng(i).integers(0, 256, (32, 48, 3), np.uint8))
+        save(tmp_path / "true" / "overlay" / f"{i}.png", half(0, 2, (32, 48)))
+    truth = tmp_path / "true" / "overlay"
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in truth.iterdir():
+        (linked / file.name).symlink_to(file)
+    mask, output, more = {
+        "mask": (truth / "0.png", truth, []),
+        "truth": (tmp_path / "true.png", truth, ["--truth", str(truth)]),
+        "link": (tmp_path / "true.png", truth, ["--truth", str(linked)]),
+        "overlay": (truth / "0.png", tmp_path / "true", ["--overlay"]),
+    }[way]
+    save(tmp_path / "true.png", half(0, 2, (32, 48)))
+    before = {file: file.read_bytes() for file in truth.iterdir()}
+    command = ["track", str(tmp_path / "frames"), "--mask", str(mask), "--model", str(checkpoint), "--size", "32"]
+    assert main([*command, "--output", str(output), *more]) == 1
+    said = "the folder of frames or true masks" if way == "truth" else "0.png: is one of the inputs"
+    assert said in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in truth.iterdir()} == before
+
+
+def test_a_video_has_numbers_that_may_lie_over_what_is_read(checkpoint, tmp_path, capsys):
+    mask = save(tmp_path / "masks" / "00000.png", half(0, 2, (32, 48)))
+    (tmp_path / "v.mp4").write_bytes(b"")
+    command = ["track", str(tmp_path / "v.mp4"), "--mask", str(mask), "--model", str(checkpoint)]
+    assert main([*command, "--output", str(tmp_path / "masks")]) == 1
+    assert "00000.png: is one of the inputs" in capsys.readouterr().err
+    pytest.importorskip("cv2")
+    first = mask.rename(tmp_path / "masks" / "first.png")  # no frame's name: the folder will do
+    command[3] = str(first)
+    assert main([*command, "--output", str(tmp_path / "masks")]) == 1
+    assert "v.mp4: can't be read as a video" in capsys.readouterr().err
 
 
 # ---- disks that are full

@@ -21,6 +21,7 @@ KINDS = (
 )
 WEIGHTS = {".safetensors", ".pth", ".pt", ".ckpt", ".bin"}
 LICENCES = ("LICENSE*", "LICENCE*")
+NAMES = {"README.md", "*.index.json", *SIDE_FILES, *LICENCES, *(n for layout in LAYOUTS.values() for n in layout.files)}
 TIMM_NAME = re.compile(r"hf[-_]hub:(?://)?")  # how timm writes that a model is on the hub
 UNGATED_LICENCE = "their LICENSE says Apache-2.0, lightly's documentation says that the DINOv3 licence applies too"
 
@@ -59,6 +60,16 @@ def _checked(subfolder: str | None) -> str:
     if inside.is_absolute() or ".." in inside.parts or "\\" in str(inside):
         raise ValueError(f"subfolder is {short(subfolder)}: expected a folder within the source, such as 'backbone'")
     return str(inside)
+
+
+def own_files(source: str | os.PathLike[str]) -> list[Path]:
+    """The local files that are a checkpoint's: all in its folder or, where its file is named, that one and those beside
+    it that are called as a checkpoint's are. None of a hub id.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return list(path.iterdir())
+    return [path, *(f for f in path.parent.iterdir() if _matching([f.name], NAMES))] if path.is_file() else []
 
 
 def is_hub_id(source: str) -> bool:

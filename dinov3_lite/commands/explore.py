@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks.data import check_output, read_picture
     from .loading import load_model_and_processor
 
-    check_output(args.output, args.photos)
+    check_output(args.output, args.photos, args.model)
     pictures = [(photo.name, read_picture(photo)) for photo in args.photos]
     model, processor = load_model_and_processor(args)
     side = model.patch_size or SHOWN

@@ -125,18 +125,10 @@ def _encode(
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """What would otherwise fail after all the work, or overwrite what is read."""
-    read = {photo.resolve() for photo in args.photos}
-    model = Path(args.model).resolve()
+    from ..tasks.data import check_output
+
     for output in filter(None, (args.output, args.picture)):
-        place = output.resolve()
-        if not output.parent.is_dir():
-            raise FileNotFoundError(f"{output}: there is no folder {output.parent}: make it first")
-        if output.is_dir():
-            raise IsADirectoryError(f"{output}: is a folder: name a file in it")
-        if place in read:
-            raise ValueError(f"{output}: is one of the photos: give another name")
-        if place == model or (output.exists() and place.parent == model):
-            raise ValueError(f"{output}: is one of the model's files: give another name")
+        check_output(output, args.photos, args.model)
     if args.picture:
         from ..tasks.drawing import picture_format
 

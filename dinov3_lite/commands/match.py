@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from .loading import feature_map, load_model_and_processor
 
     for output in filter(None, (args.output, args.picture)):
-        check_output(output, (args.first, args.second))
+        check_output(output, (args.first, args.second), args.model)
     if args.picture:
         if args.picture.resolve() == args.output.resolve():
             raise ValueError(f"{args.picture}: is the file for the matches too: give another name")

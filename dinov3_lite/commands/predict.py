@@ -82,10 +82,11 @@ def _outputs(args: argparse.Namespace, name: str) -> list[Path]:
 
 
 def _check_outputs(args: argparse.Namespace, pictures: dict[str, Path]) -> None:
+    """Refuse a file in the folder's place, and predictions in the place of what is read or of the pictures' masks."""
+    from ..tasks.data import check_overwriting, masks_beside
+
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"{args.output}: is a file: expected a folder for the predictions")
-    read = {file.resolve() for file in pictures.values()}
-    for name in pictures:
-        for output in _outputs(args, name):
-            if output.resolve() in read:
-                raise ValueError(f"{output}: a prediction would be written over this picture: give another --output")
+    masks = masks_beside({file.parent for file in pictures.values()})
+    outputs = (output for name in pictures for output in _outputs(args, name))
+    check_overwriting(outputs, [args.head, *pictures.values(), *masks], args.model)

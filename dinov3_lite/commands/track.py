@@ -45,9 +45,8 @@ def run(args: argparse.Namespace) -> None:
     from .loading import feature_map, load_model_and_processor
 
     mask, palette = read_mask(args.mask), _palette(args.mask)
-    if args.output.exists() and (not args.output.is_dir() or args.output.resolve() == args.video.resolve()):
-        raise ValueError(f"{args.output}: is a file or the folder of frames: give another folder for the masks")
     truth = pictures_in(args.truth) if args.truth else {}
+    _check_output(args, truth)
     model, processor = load_model_and_processor(args)
     names: list[str] = []
     shown: list[np.ndarray] = []  # the frame at hand, kept for drawing
@@ -85,6 +84,22 @@ def run(args: argparse.Namespace) -> None:
     say(f"{args.output}: {len(names)} masks")
     if measures:
         say("  ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+
+
+def _check_output(args: argparse.Namespace, truth: dict[str, Path]) -> None:
+    """Refuse a file in the folder's place, a folder that is read, and masks in the place of single files that are."""
+    from ..tasks.data import check_overwriting, pictures_in
+
+    folders = {folder.resolve() for folder in (args.video, args.truth) if folder}
+    if args.output.exists() and (not args.output.is_dir() or args.output.resolve() in folders):
+        raise ValueError(
+            f"{args.output}: is a file, or the folder of frames or true masks: give another folder for the masks"
+        )
+    frames = pictures_in(args.video) if args.video.is_dir() else {}
+    read = [args.video, args.mask, *frames.values(), *truth.values()]
+    names = frames or {stem for file in read if (stem := file.resolve().stem).isdecimal()}  # a video's are numbers
+    places = [args.output, args.output / "overlay"] if args.overlay else [args.output]
+    check_overwriting((place / f"{name}.png" for place in places for name in names), read, args.model)
 
 
 def _palette(file: Path) -> list[int] | None:

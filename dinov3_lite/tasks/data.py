@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..checkpoint.hub import own_files
 from ..pixels import ORIENTATION_TAG, TURNS, open_file, opened, orientation
 
 if TYPE_CHECKING:
@@ -256,21 +257,43 @@ def check_pairs(pairs: Sequence[Pair], classes: int) -> tuple[Reading, list[Path
     return reading, [pair.mask for pair, most in zip(pairs, maxima, strict=True) if most <= low]
 
 
-def check_output(file: Path, inputs: Iterable[Path] = ()) -> None:
-    """Say before the work what would fail after it: raise OSError where `file` can't be written, ValueError where it is
-    one of the inputs.
+def masks_beside(folders: Iterable[Path]) -> list[Path]:
+    """The masks of the data sets whose pictures these folders hold."""
+    places = (Path(os.path.abspath(folder)) for folder in folders)
+    data_sets = {place.parent for place in places if place.name.lower() in PICTURE_FOLDERS}
+    below = (folder for data in data_sets for folder in data.iterdir() if folder.name.lower() in MASK_FOLDERS)
+    return [file for folder in below if folder.is_dir() for file in folder.iterdir()]
+
+
+def check_output(file: Path, inputs: Iterable[Path] = (), model: str | os.PathLike[str] | None = None) -> None:
+    """Say before the work what would fail after it: raise OSError where `file` can't be written, ValueError as
+    `check_overwriting` does.
     """
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file}: there is no folder {file.parent}: make it first")
     if file.is_dir():
         raise IsADirectoryError(f"{file}: is a folder: name a file in it")
-    if file.resolve() in {path.resolve() for path in inputs}:
-        raise ValueError(f"{file}: is one of the pictures: give another name")
+    check_overwriting([file], inputs, model)
     try:
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
         raise OSError(f"{file}: can't be written: {error.strerror or error}") from error
+
+
+def check_overwriting(
+    outputs: Iterable[Path], inputs: Iterable[Path], model: str | os.PathLike[str] | None = None
+) -> None:
+    """Raise ValueError for an output that is, by whatever path, one of the inputs or one of the model's files. Others,
+    such as those of an earlier run, may be overwritten.
+
+    model: its folder, its file or its hub id, as commands are given it.
+    """
+    kept = {file.resolve(): "model's files" for file in (own_files(model) if model is not None else ())}
+    kept |= {file.resolve(): "inputs" for file in inputs}
+    for output in outputs:
+        if kind := kept.get(output.resolve()):
+            raise ValueError(f"{output}: is one of the {kind} and would be overwritten: give another name or folder")
 
 
 def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
