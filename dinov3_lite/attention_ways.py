@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .prepacked import linear_by_onednn, packed_by_onednn, parts_of_sums, works
+from .prepacked import error_of_sums, linear_by_onednn, packed_by_onednn, works
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SCORES = 1 << 21  # that are held at a time: what comes next finds them in a cache
 
 LONGEST = 1024  # terms that oneDNN adds up one after the other: longer sums err little more
+EXACT_ENOUGH = 1.8  # times the error of PyTorch's own sums of `LONGEST`: of what is weighed, hidden states show little
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -65,7 +66,8 @@ def sdpa_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def products(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T) v as two products, of as many images, heads and queries at a time as `SCORES` allows.
 
-    The softmax is computed in float32, in half precision of scores that were rounded once.
+    The softmax is computed in float32. In bfloat16 scores are computed twice, the second time less the greatest of a
+    query's before they are rounded, which then changes those least that weigh most.
     """
     B, N, H, D = q.shape
     scale = D**-0.5 if scale is None else scale
@@ -80,6 +82,9 @@ def products(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Ten
             for rows in slices(N, queries):
                 held = scores[: len(some), : some[:, rows].shape[1]]
                 torch.baddbmm(held, some[:, rows], keys, beta=0.0, alpha=scale, out=held)
+                if q.dtype == torch.bfloat16:
+                    held.copy_(held.amax(dim=-1, keepdim=True).neg_().expand_as(held))
+                    torch.baddbmm(held, some[:, rows], keys, alpha=scale, out=held)
                 results[h : h + heads, rows] = torch.bmm(_softmax(held), values)
         out[b : b + images] = results.unflatten(0, (-1, H)).transpose(1, 2)
     return out
@@ -174,7 +179,7 @@ def ways_of_attention(dtype: torch.dtype) -> list[str]:
     """The names of those ways that differ for this dtype, and err little more than PyTorch's own; the first wins where
     they are level.
     """
-    if dtype != torch.float32:
-        return list(HALF_PRECISION)
-    exact = works("onednn", dtype) and parts_of_sums(LONGEST) == 1
+    if dtype != torch.float32:  # float16 can't hold every score
+        return [way for way in HALF_PRECISION if dtype == torch.bfloat16 or way != "products"]
+    exact = works("onednn", dtype) and error_of_sums(LONGEST) <= EXACT_ENOUGH
     return [way for way in FLOAT32 if exact or "oneDNN" not in way]

@@ -156,6 +156,24 @@ def test_masked_positions(config, attention, tmp_path):
         assert relative_error(a, t) <= 1.5 * relative_error(b, t)
 
 
+@torch.no_grad()
+def test_sharp_attention_in_bfloat16(tmp_path):
+    """As loaded and prepared, with scores of some tens, where rounding them to bfloat16 shows in every state."""
+    config = replace(DINOv3Config.from_name("vits16"), num_hidden_layers=2)
+    weights = trained_like(config)
+    for name in weights:
+        if "q_proj.weight" in name or "k_proj.weight" in name:
+            weights[name] *= 8**0.5
+    folder, images = write_checkpoint(tmp_path, config, weights), torch.randn(1, 3, 224, 224)
+    truth = reference.states(reference.truth_model(folder), images.double())
+    theirs = reference.states(reference.load(folder, torch.bfloat16), images.bfloat16())
+    model = DINOv3ViT.from_pretrained(folder, dtype=torch.bfloat16)
+    for ours in (model, optimize_for_inference(model)):
+        states = reference.states(ours, images.bfloat16())
+        for a, b, t in list(zip(states, theirs, truth, strict=True))[1:]:  # the first has seen no attention
+            assert relative_error(a, t) <= relative_error(b, t)
+
+
 @pytest.mark.parametrize("name", ["vits16", "vits16plus"])
 def test_gradients_of_input_and_weights(name, tmp_path):
     """In float64 both are exact but for the float32 RoPE angles; in float32 ours may err 1.5 times as much as theirs."""

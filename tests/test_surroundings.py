@@ -85,6 +85,7 @@ def test_what_the_caller_set_changes_no_features(setting, model, images, pixels,
     from_pixels = features(model, (pixels / 255 - column(PROCESSOR.mean)) / column(PROCESSOR.std))
     prepacked.works.cache_clear()
     prepacked.parts_of_sums.cache_clear()
+    prepacked.error_of_sums.cache_clear()
     with setting():
         fast, of_pixels = optimize_for_inference(model), optimize_for_inference(model, PROCESSOR)
         found = [features(fast, images), features(fast, images), features(of_pixels, pixels)]
