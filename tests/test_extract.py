@@ -65,6 +65,20 @@ def test_rows_are_taken_like_those_of_an_array(complete):
     assert complete.keys[3:5] == list(complete.keys)[3:5]
     with pytest.raises(IndexError, match="row 16: there are 16"):
         rows[16]
+    for bad, message in [
+        (np.array([False, True]), "mask of 2 values for 16 rows: expected one value a row"),
+        (np.r_[np.ones(3, bool), np.zeros(50, bool)], "mask of 53 values for 16 rows"),
+        (1.7, "row 1.7: expected a whole number, a slice, a list of numbers or a mask"),
+        (np.array([1.7, 2.2]), "row 1.7: expected a whole number"),
+        ("000.jpg", r"row '000.jpg': expected .*; that of a key is store.keys.index\(key\)"),
+        (None, "row None: expected a whole number"),
+        (True, "row True: expected a whole number"),
+        (np.zeros((2, 3), int), r"rows of shape \(2, 3\): expected a whole number"),
+    ]:
+        for sequence in (rows, complete.keys):
+            with pytest.raises(IndexError, match=message):
+                sequence[bad]
+    assert rows[[]].shape == (0, 32) and complete.keys[[]] == []
     for several in ((3, 5), (0, slice(5))):
         with pytest.raises(TypeError, match="take rows first"):
             rows[several]

@@ -133,14 +133,35 @@ class _ByShard(Sequence[Any]):
             return self._several(range(*i.indices(len(self))))
         if isinstance(i, tuple):
             raise TypeError(f"{i} is a tuple, and rows lie in many files: take rows first, as x[3][:5] or x[[0, 2]]")
-        if np.ndim(i):
-            index = np.asarray(i)
-            return self._several((np.flatnonzero(index) if index.dtype == bool else index).tolist())
+        index = np.asarray(i)
+        if index.ndim == 1:
+            return self._several(self._numbers(index).tolist())
+        if index.ndim:
+            raise self._no_rows(f"rows of shape {index.shape}")
+        if index.dtype.kind not in "iu":
+            raise self._no_rows(f"row {i!r:.60}")
         if not -len(self) <= i < len(self):
             raise IndexError(f"row {i}: there are {len(self)}")
         row = int(i) % len(self)
         number = bisect_right(self.store.offsets, row) - 1
         return self._one(self._of_shard(number), row - int(self.store.offsets[number]))
+
+    def _numbers(self, index: np.ndarray) -> np.ndarray:
+        """The rows that a list of numbers, or a mask with a value for each row, stands for."""
+        if index.dtype == bool:
+            if len(index) != len(self):
+                raise IndexError(f"mask of {len(index)} values for {len(self)} rows: expected one value a row")
+            return np.flatnonzero(index)
+        if index.size and index.dtype.kind not in "iu":
+            raise self._no_rows(f"row {index.tolist()[0]!r:.60}")
+        return index
+
+    @staticmethod
+    def _no_rows(what: str) -> IndexError:
+        return IndexError(
+            f"{what}: expected a whole number, a slice, a list of numbers or a mask; that of a key is "
+            "store.keys.index(key)"
+        )
 
     def _of_shard(self, number: int) -> Any:
         """What belongs to the shard at this place among those that are done."""
