@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .extras import needed
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -80,10 +82,8 @@ def opened(image: Any, channels: int, exif: bool = True, name: str = "image") ->
 @contextmanager
 def open_file(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """The PIL image of a file. Whatever Pillow raises while it is open becomes a ValueError that names the file."""
-    try:
+    with needed(f"{path}: opening pictures", "Pillow", "'dinov3-lite[images]'"):
         from PIL import Image
-    except ImportError as error:
-        raise ImportError(f"{path}: opening pictures needs Pillow: pip install 'dinov3-lite[images]'") from error
     with _errors_named(path), Image.open(path) as image:
         yield image
 
@@ -117,6 +117,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def _of_pil(image: Image.Image, channels: int, exif: bool, name: str) -> Picture:
+    if not image.width or not image.height:
+        raise ValueError(f"{name} is a picture of {image.width} x {image.height} pixels: expected at least one")
     turn = TURNS.get(orientation(image)) if exif else None
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode in ("I", "F") and not sixteen_bits:

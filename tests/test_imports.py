@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, run_python
 from packaging.version import Version
 
 import dinov3_lite
+from dinov3_lite import visualize
 from dinov3_lite.checkpoint.layouts import LAYOUTS
+from dinov3_lite.extraction.decode import decoders
+from dinov3_lite.extraction.parquet import open_parquet
+from dinov3_lite.extraction.sources import Listing, filesystem, find_sources, pictures
+from dinov3_lite.extras import needed
+from dinov3_lite.pixels import open_file
+from dinov3_lite.tasks.data import read_mask
+from dinov3_lite.tasks.drawing import draw_matches, save_picture
 
 # The rooms of the library that know files, for those who may use any of them.
 CHECKPOINT = {
@@ -112,12 +122,12 @@ EDGES = {
     "dinov3_lite/model.py": {
         *("attention", "checks", "config", "features", "layers", "packing", "pages", "pretrained", "rope", "tracing")
     },
-    "dinov3_lite/image.py": {"checkpoint.channels", "checkpoint.hub", "checkpoint.preprocessing", "pixels"},
+    "dinov3_lite/image.py": {"checkpoint.channels", "checkpoint.hub", "checkpoint.preprocessing", "checks", "pixels"},
     "dinov3_lite/convnext.py": {
         *("checks", "config", "convnext_features", "features", "layers", "model", "pages", "pretrained", "tracing")
     },
     "dinov3_lite/convnext_features.py": {"checks", "config", "features"},
-    "dinov3_lite/pixels.py": set(),
+    "dinov3_lite/pixels.py": {"extras"},
     "dinov3_lite/encoder.py": {"loading"},
     "dinov3_lite/interfaces.py": {
         *("checkpoint", "checkpoint.words", "checkpoint.json_files", "checks", "convnext", "convnext_features"),
@@ -125,8 +135,8 @@ EDGES = {
     },
     "dinov3_lite/loading.py": {"attention", "checks", "convnext", "model", "pretrained"},
     "dinov3_lite/finetune.py": {"pretrained"},
-    "dinov3_lite/window.py": {"checks", "loading"},
-    "dinov3_lite/export.py": {"loading", "model"},
+    "dinov3_lite/window.py": {"checks", "features", "loading"},
+    "dinov3_lite/export.py": {"checks", "loading", "model"},
     "dinov3_lite/pages.py": set(),
     "dinov3_lite/lent.py": {"pages", "pretrained", "tracing"},
     "dinov3_lite/prepacked.py": {"pages"},
@@ -146,7 +156,8 @@ EDGES = {
     },
     "dinov3_lite/twin.py": {"convnext", "layers", "lent", "pretrained"},
     "dinov3_lite/inference.py": {"choices", "convnext", "image", "model", "prepared", "pretrained"},
-    "dinov3_lite/visualize.py": set(),
+    "dinov3_lite/visualize.py": {"extras"},
+    "dinov3_lite/extras.py": set(),
     "dinov3_lite/sample.py": {
         *("checkpoint", "checkpoint.containers", "checkpoint.files", "checkpoint.layouts", "checkpoint.layouts.cards"),
         *("config", "convnext", "image", "model"),
@@ -156,10 +167,10 @@ EDGES = {
         *("model", "sharding.loading", "window"),
         *("extraction.engines", "extraction.store"),
     },
-    "dinov3_lite/explore/*": {"image", "loading"},
+    "dinov3_lite/explore/*": {"extras", "image", "loading"},
     "dinov3_lite/tasks/*": {
         *("dinov3_lite/tasks/*", "checkpoint.containers", "checkpoint.files", "checkpoint.hub", "checkpoint.spans"),
-        *("finetune", "image", "inference", "loading", "pixels", "window"),
+        *("extras", "finetune", "image", "inference", "loading", "pixels", "visualize", "window"),
     },
     "dinov3_lite/console.py": set(),
     "dinov3_lite/__main__.py": {"console"},
@@ -188,13 +199,13 @@ EDGES = {
             ("store", ("dataset", "folder", "remote"), set()),
             ("dataset", (), set()),
             ("writer", (), {"checkpoint.files"}),
-            ("sources", (), set()),
-            ("parquet", ("sources",), set()),
+            ("sources", (), {"extras"}),
+            ("parquet", ("sources",), {"extras"}),
             ("tars", (), set()),
             ("doubled", (), set()),
             ("plan", ("doubled", "folder", "parquet", "sources", "tars"), set()),
             ("reading", ("parquet", "plan", "sources", "tars"), set()),
-            ("decode", ("reading",), {"image", "pixels"}),
+            ("decode", ("reading",), {"extras", "image", "pixels"}),
             ("pipeline", ("decode", "reading"), set()),
             ("commit", ("folder", "pipeline", "writer"), {"checkpoint.files"}),
             ("compute", (), {"features", "image", "inference", "loading", "model"}),
@@ -218,9 +229,9 @@ EDGES = {
                     *("commit", "compute", "folder", "job", "mesh", "parts", "plan", "progress", "remote", "shard"),
                     "store",
                 ),
-                {"console", "image", "loading"},
+                {"console", "extras", "image", "loading"},
             ),
-            ("formats", ("store",), {"checkpoint.files"}),
+            ("formats", ("store",), {"checkpoint.files", "extras"}),
             ("command", ("check", "engines", "formats", "remote"), {"commands.arguments", "console"}),
             ("__init__", ("engines", "store"), {"extraction"}),
         )
@@ -392,6 +403,44 @@ for source in ({str(folder)!r}, {str(file)!r}):
     }
     others = {name.split(".")[0] for name in first.split()} - {"dinov3_lite"}
     assert others <= {"safetensors", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("package", "use", "message"),
+    [
+        ("PIL", lambda folder: decoders(), "^opening pictures needs Pillow: pip install 'dinov3-lite.images.'$"),
+        ("PIL", lambda folder: open_file(folder / "a.png").__enter__(), "a.png: opening pictures needs P"),
+        ("PIL", lambda folder: read_mask(folder / "a.png"), "a.png: opening pictures needs Pillow"),
+        ("PIL", lambda folder: visualize.draw([]), "^drawing pictures needs Pillow: pip install"),
+        ("PIL", lambda folder: save_picture(np.zeros((2, 2), np.uint8), folder / "a.png"), "^drawing pictures needs P"),
+        ("PIL", lambda folder: draw_matches(*np.zeros((2, 4, 4, 3), np.uint8), []), "^drawing pictures needs Pillow"),
+        (
+            "fsspec",
+            lambda folder: filesystem("s3://a/b.txt"),
+            "^s3://a/b.txt: opening URLs needs fsspec: pip install f",
+        ),
+        ("fsspec", lambda folder: list(pictures(find_sources(["s3://a/b.txt"])[0], Listing())), "^s3://a/b.txt: open"),
+        ("pyarrow", lambda folder: open_parquet("a.parquet"), "^a.parquet: reading parquet needs pyarrow: pip install"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(package, use, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=message):
+        use(tmp_path)
+
+
+def test_a_list_of_files_is_read_without_fsspec(tmp_path, monkeypatch):
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    assert list(pictures(find_sources([str(tmp_path / "list.txt")])[0], Listing())) == ["a.jpg"]
+
+
+def test_why_an_installed_package_is_not_imported_is_told():
+    with (
+        pytest.raises(ImportError, match=r"^reading videos needs opencv \(libGL.so.1\): pip install it$"),
+        needed("reading videos", "opencv", "it"),
+    ):
+        raise ImportError("libGL.so.1")
 
 
 def test_the_kernels_folder_is_harmless_under_its_own_name():

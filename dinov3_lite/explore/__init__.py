@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..extras import needed
 from ..image import ImageProcessor
 from ..loading import Backbone
 
@@ -197,7 +198,8 @@ def _base64(tensor: Tensor) -> str:
 
 def _photo(pixels: np.ndarray) -> str:
     """A JPEG of the picture as a data URL, its longer side at most PHOTO_SIDE pixels."""
-    from PIL import Image
+    with needed("writing photos into the page", "Pillow", "'dinov3-lite[images]'"):
+        from PIL import Image
 
     picture = Image.fromarray(pixels)
     picture.thumbnail((PHOTO_SIDE, PHOTO_SIDE))

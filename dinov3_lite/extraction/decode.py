@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..extras import needed
 from ..image import ImageProcessor
 from ..pixels import ORIENTATION_TAG, opened
 from .reading import Rejected
@@ -24,8 +25,9 @@ MOST_PIXELS = 178_956_970  # what Pillow refuses as a decompression bomb
 
 def decoders() -> dict[str, str]:
     """What decides the pixels: Pillow's release and that of its JPEG library."""
-    import PIL
-    from PIL import features
+    with needed("opening pictures", "Pillow", "'dinov3-lite[images]'"):
+        import PIL
+        from PIL import features
 
     return {"pillow": PIL.__version__, "libjpeg_turbo": features.version("libjpeg_turbo") or "none"}
 

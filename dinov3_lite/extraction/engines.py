@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..console import sentence
+from ..extras import needed
 from ..image import ImageProcessor
 from ..loading import Backbone
 from .commit import complete
@@ -264,11 +265,9 @@ def run_ray(setup: Setup, shards: list[int], bar: Bar, workers: int | None) -> d
     Ray replaces actors that die and gives their shards to others; what a shard's files hold it does not know.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
+    with needed("engine 'ray'", "Ray Data", "'dinov3-lite[ray]'"):
         import ray
         import ray.data
-    except ImportError as error:
-        raise ImportError("engine 'ray' needs Ray Data: pip install 'dinov3-lite[ray]'") from error
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

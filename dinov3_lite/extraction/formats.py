@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.files import whole_files
+from ..extras import needed
 from .store import FeatureStore, open_features
 
 READERS = "float32"  # in tables: neither Spark nor polars reads halves from both formats
@@ -50,10 +51,8 @@ def _to_parquet(store: FeatureStore, destination: Path) -> None:
 
 def _to_lance(store: FeatureStore, destination: Path) -> None:
     _pyarrow("lance")
-    try:
+    with needed("writing lance", "pylance", "pylance"):
         import lance
-    except ImportError as error:
-        raise ImportError("writing lance needs pylance: pip install pylance") from error
     tables = _tables(store)
     _, first = next(tables)
 
@@ -92,10 +91,8 @@ FORMATS: dict[str, Callable[[FeatureStore, Path], None]] = {
 
 
 def _pyarrow(format: str) -> Any:
-    try:
+    with needed(f"writing {format}", "pyarrow", "'dinov3-lite[arrow]'"):
         import pyarrow
-    except ImportError as error:
-        raise ImportError(f"writing {format} needs pyarrow: pip install 'dinov3-lite[arrow]'") from error
     return pyarrow
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..extras import needed
 from .sources import filesystem, is_url, naming
 
 
 def open_parquet(path: str) -> Any:
     """The file, opened by pyarrow. Raises ImportError without pyarrow, ValueError for another file."""
-    try:
+    with needed(f"{path}: reading parquet", "pyarrow", "'dinov3-lite[arrow]'"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"{path}: reading parquet needs pyarrow: pip install 'dinov3-lite[arrow]'") from error
     try:
         if is_url(path):
             fs, inner = filesystem(path)

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO, Any
+
+from ..extras import needed
 
 # What a file in a folder, or in a tar, is taken for a picture by: the formats that Pillow reads and people keep.
 SUFFIXES = frozenset(
@@ -66,7 +68,8 @@ def filesystem(url: str, **options: Any) -> tuple[Any, str]:
 
     Raises NotServed for a scheme that can't be served, another ValueError where a package for it is missing.
     """
-    import fsspec
+    with needed(f"{url}: opening URLs", "fsspec", "fsspec"):
+        import fsspec
 
     try:
         return fsspec.core.url_to_fs(url, **options)
@@ -195,23 +198,26 @@ def pictures(source: Source, listing: Listing) -> Iterator[str]:
     if source.kind == "pictures":
         yield from source.members
     elif is_url(source.path):
+        fs, path = filesystem(source.path)
         with naming(source.path):
-            yield from _lines(source.path) if source.kind == "list" else _walk_url(source.path, listing)
+            if source.kind == "list":
+                with fs.open(path, "rb") as file:
+                    yield from _lines(file)
+            else:
+                yield from _walk_url(fs, path, listing)
     elif source.kind == "list":
-        yield from _lines(source.path)
+        with open(source.path, "rb") as file:
+            yield from _lines(file)
     else:
         yield from _walk(source.path, "", (), listing)
 
 
-def _lines(path: str) -> Iterator[str]:
-    import fsspec
-
-    with fsspec.open(path, "rb") if is_url(path) else open(path, "rb") as file:
-        for i, line in enumerate(file):
-            if i == 0:
-                line = line.removeprefix(codecs.BOM_UTF8)  # which editors on Windows put there
-            if text := line.rstrip(b"\r\n").decode("utf-8", "surrogateescape"):
-                yield text
+def _lines(file: IO[bytes]) -> Iterator[str]:
+    for i, line in enumerate(file):
+        if i == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)  # which editors on Windows put there
+        if text := line.rstrip(b"\r\n").decode("utf-8", "surrogateescape"):
+            yield text
 
 
 def _walk(root: str, inside: str, above: tuple[tuple[int, int], ...], listing: Listing) -> Iterator[str]:
@@ -255,8 +261,7 @@ def _identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _walk_url(url: str, listing: Listing) -> Iterator[str]:
-    fs, root = filesystem(url)
+def _walk_url(fs: Any, root: str, listing: Listing) -> Iterator[str]:
     root = root.rstrip("/")
     for folder, folders, files in fs.walk(root):
         folders.sort()  # in place: the walk goes on in this order

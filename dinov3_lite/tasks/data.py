@@ -126,9 +126,9 @@ def read_mask(file: Path, levels: bool = False) -> np.ndarray:
 
     Raises ValueError for a mask that is not 8-bit, for one in colours or in the alpha channel and for a damaged file.
     """
-    from PIL.Image import Transpose
-
     with open_file(file) as image:
+        from PIL.Image import Transpose
+
         _check_one_frame(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             raise ValueError(f"is a mask of more than 8 bits ({image.mode}): save it with values 0 to 255")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..extras import needed
 from .data import IGNORE
 
 FOREGROUND = ("S", "wF", "meanE", "F", "MAE", "IoU")
@@ -76,14 +77,9 @@ class Measures:
 
 
 def _meters(wanted: Sequence[str]) -> dict[str, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import py_sod_metrics as sod
-    except ImportError as error:
-        raise ImportError(
-            f"the measures need pysodmetrics ({error}): pip install 'dinov3-lite[tasks]'", name=error.name
-        ) from error
+    with needed("measuring", "pysodmetrics", "'dinov3-lite[tasks]'"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import py_sod_metrics as sod
     make = {
         "S": sod.Smeasure,
         "wF": sod.WeightedFmeasure,

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..extras import needed
 from ..image import ImageProcessor
 from ..inference import optimize_for_inference
 from ..loading import Backbone
@@ -179,14 +180,10 @@ def logistic(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, held_out: tuple[np.ndarray, np.ndarray] | None, seed: int
 ) -> tuple[np.ndarray, float]:
     """Classes by logistic regression, fitted to all of `train`, and the C that did best on what was held out."""
-    try:
+    with needed("logistic regression", "scikit-learn", "'dinov3-lite[tasks]'"):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError(
-            f"logistic regression needs scikit-learn ({error}): pip install 'dinov3-lite[tasks]'", name=error.name
-        ) from error
     part, part_labels, best = train, labels, 1.0
     if held_out is None:
         classes, counts = np.unique(labels, return_counts=True)

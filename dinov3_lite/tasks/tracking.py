@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..extras import needed
 from .data import pictures_in, read_picture
 
 CONTEXT, RADIUS, TOP, TEMPERATURE = 7, 12, 5, 0.2
@@ -119,14 +120,8 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 
 def _read_video(source: Path) -> Iterator[tuple[str, np.ndarray]]:
-    try:
+    with needed(f"{source}: reading videos", "opencv", "'dinov3-lite[tasks]', or give a folder of frames"):
         import cv2
-    except ImportError as error:
-        raise ImportError(
-            f"{source}: reading videos needs opencv ({error}): pip install 'dinov3-lite[tasks]', or give a folder of "
-            "frames",
-            name=error.name,
-        ) from error
     video = cv2.VideoCapture(str(source))
     try:
         announced = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
