@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .extras import needed
+
 if TYPE_CHECKING:
     from PIL import Image
 
 PANEL_HEIGHT, MARGIN, CAPTION_HEIGHT = 448, 8, 24  # pixels
+PANEL_WIDTH = 4 * PANEL_HEIGHT  # at most: a panorama's panel is lower instead
 NEAREST = 0  # Pillow's number for it
 
 
@@ -20,7 +23,7 @@ def pca_colours(feature_maps: Tensor) -> Tensor:
 
     (B, C, h, w) -> (B, h, w, 3). One basis serves the whole batch: a colour means the same in all of its pictures.
     """
-    tokens = feature_maps.float().permute(0, 2, 3, 1)  # (B, h, w, C)
+    tokens = _tokens(feature_maps)
     flat = tokens.flatten(0, 2)
     centred = flat - flat.mean(dim=0)
     eigenvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(-1)[:, :3]  # (C, 3), largest first
@@ -34,9 +37,9 @@ def foreground_pca(feature_maps: Tensor) -> Tensor:
 
     The recipe behind the paper's pictures: three components fitted to the foreground's patches, whitened, times two,
     through a sigmoid. The foreground is found without labels: Otsu's threshold on the first component of all patches
-    makes two parts, and the one that touches the pictures' borders less is the foreground.
+    makes two parts, and the one that touches the pictures' borders less is the foreground. Without one, all is black.
     """
-    tokens = feature_maps.float().permute(0, 2, 3, 1)  # (B, h, w, C)
+    tokens = _tokens(feature_maps)
     B, h, w, _ = tokens.shape
     flat = tokens.flatten(0, 2)
     first = _components(flat, 1)[:, 0]
@@ -53,6 +56,17 @@ def foreground_pca(feature_maps: Tensor) -> Tensor:
     return colours.view(B, h, w, 3)
 
 
+def _tokens(feature_maps: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h, w, C), float32. Raises ValueError for another rank."""
+    _check("feature_maps", feature_maps, ("batch", "channels", "rows", "columns"))
+    return feature_maps.float().permute(0, 2, 3, 1)
+
+
+def _check(name: str, found: Tensor, axes: tuple[str, ...]) -> None:
+    if found.ndim != len(axes):
+        raise ValueError(f"{name} has shape {tuple(found.shape)}: expected ({', '.join(axes)})")
+
+
 def _components(vectors: Tensor, count: int) -> Tensor:
     """The first principal components of vectors (n, C): (n, count), the largest weight of each positive."""
     centred = vectors - vectors.mean(0)
@@ -64,6 +78,8 @@ def _components(vectors: Tensor, count: int) -> Tensor:
 def _otsu(values: Tensor) -> Tensor:
     """The threshold that parts values into two with the least variance within each (Otsu, 1979)."""
     ordered = values.sort().values
+    if len(ordered) == 1:
+        return ordered[0]
     n = torch.arange(1, len(ordered), device=values.device)
     low = ordered.cumsum(0)[:-1]
     between = (low / n - (ordered.sum() - low) / (len(ordered) - n)) ** 2 * n * (len(ordered) - n)
@@ -73,23 +89,31 @@ def _otsu(values: Tensor) -> Tensor:
 
 def similarity(feature_map: Tensor, row: int, column: int) -> Tensor:
     """Cosine similarity of every patch token to the one at (row, column): (C, h, w) -> (h, w), in [-1, 1]."""
+    _check("feature_map", feature_map, ("channels", "rows", "columns"))
     directions = F.normalize(feature_map.float(), dim=0)
     return torch.einsum("chw,c->hw", directions, directions[:, row, column])
+
+
+def panel_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width that a picture of this size is drawn with."""
+    scale = min(PANEL_HEIGHT / height, PANEL_WIDTH / width)
+    return max(1, round(scale * height)), max(1, round(scale * width))
 
 
 def draw(rows: list[list[tuple[Tensor, str]]]) -> Image.Image:
     """A sheet of panels with captions: (h, w, 3) colours or (h, w) values, in [0, 1].
 
-    Each row starts with a photo of PANEL_HEIGHT pixels, and its other panels are enlarged to the photo's size.
+    Each row starts with a photo, to whose size its other panels are enlarged.
     """
-    from PIL import Image, ImageDraw
+    with needed("drawing pictures", "Pillow", "'dinov3-lite[images]'"):
+        from PIL import Image, ImageDraw
 
     sheet_rows = []
     for row in rows:
         height, width = row[0][0].shape[:2]
         sheet_rows.append([(_panel(content).resize((width, height), NEAREST), caption) for content, caption in row])
     width = max(sum(panel.width + MARGIN for panel, _ in row) for row in sheet_rows) + MARGIN
-    height = len(rows) * (PANEL_HEIGHT + CAPTION_HEIGHT + MARGIN) + MARGIN
+    height = sum(row[0][0].height + CAPTION_HEIGHT + MARGIN for row in sheet_rows) + MARGIN
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     y = MARGIN
@@ -97,9 +121,9 @@ def draw(rows: list[list[tuple[Tensor, str]]]) -> Image.Image:
         x = MARGIN
         for panel, caption in sheet_row:
             sheet.paste(panel, (x, y))
-            pen.text((x, y + PANEL_HEIGHT + 6), caption, fill="black")
+            pen.text((x, y + panel.height + 6), caption, fill="black")
             x += panel.width + MARGIN
-        y += PANEL_HEIGHT + CAPTION_HEIGHT + MARGIN
+        y += sheet_row[0][0].height + CAPTION_HEIGHT + MARGIN
     return sheet
 
 

@@ -33,6 +33,7 @@ from dinov3_lite.commands import export as export_command
 from dinov3_lite.export import FORMATS
 from dinov3_lite.image import SATELLITE_MEAN, SATELLITE_STD
 from dinov3_lite.sample import made_weights
+from dinov3_lite.tasks.drawing import save_picture
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -251,6 +252,33 @@ def test_principal_components_find_what_varies():
 def test_similarity_is_cosine():
     feature_map = torch.tensor([[[1.0, 2.0, 0.0, -1.0]], [[0.0, 0.0, 3.0, 0.0]]])
     torch.testing.assert_close(visualize.similarity(feature_map, 0, 1), torch.tensor([[1.0, 1.0, 0.0, -1.0]]))
+
+
+@pytest.mark.parametrize("maps", [torch.randn(1, 8, 1, 1), torch.randn(1, 8, 1, 2), torch.ones(2, 8, 3, 3)])
+def test_too_few_patches_or_equal_ones_are_black(maps):
+    assert visualize.foreground_pca(maps).shape == (*maps.shape[:1], *maps.shape[2:], 3)
+    assert not visualize.foreground_pca(maps).any()
+
+
+def test_features_of_another_rank_are_named():
+    message = r"shape \(8, 2, 2\): expected \(batch, channels, rows, columns\)"
+    for function in (visualize.pca_colours, visualize.foreground_pca):
+        with pytest.raises(ValueError, match=f"feature_maps has {message}"):
+            function(torch.zeros(8, 2, 2))
+    with pytest.raises(ValueError, match=r"feature_map has shape \(1, 8, 2, 2\): expected \(channels, rows, columns\)"):
+        visualize.similarity(torch.zeros(1, 8, 2, 2), 0, 0)
+
+
+def test_a_panorama_is_drawn_and_what_is_too_large_is_named(tmp_path):
+    Image.new("RGB", (3000, 2)).save(tmp_path / "wide.png")
+    model = write_checkpoint(tmp_path / "model", TINY)
+    drawing, output = tmp_path / "p.jpg", tmp_path / "f.safetensors"
+    encode(tmp_path / "wide.png", "--model", model, "--size", "8", "--output", output, "--picture", drawing)
+    assert Image.open(drawing).size == (3 * (visualize.PANEL_WIDTH + 8) + 8, 1 + 24 + 2 * 8)
+    assert visualize.panel_size(300, 200) == (448, 299)
+    assert visualize.panel_size(200, 3000) == (119, 1792)
+    with pytest.raises(ValueError, match=r"p.jpg: 66000 x 1 pixels can't be written as JPEG \(.*\): name it .png"):
+        save_picture(Image.new("L", (66000, 1)), drawing)
 
 
 # ---- what people have: several photos, some of them bad; weights alone; disks that are full

@@ -162,6 +162,11 @@ def test_a_transparent_grey_of_sixteen_bits_lies_on_white(tmp_path):
     assert torch.equal(values(tmp_path / "grey.png"), expected.expand(3, 2, 3))
 
 
+def test_a_picture_without_pixels_is_refused():
+    with pytest.raises(ValueError, match="^image: it is a picture of 0 x 5 pixels: expected at least one"):
+        ImageProcessor()(Image.new("RGB", (0, 5)))
+
+
 def test_a_masked_array_says_no_values():
     masked = np.ma.masked_array(np.zeros((4, 4, 3), np.uint8), mask=True)
     with pytest.raises(ValueError, match=r"image is a masked array: give what .* as in image.filled\(0\)"):

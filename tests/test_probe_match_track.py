@@ -27,6 +27,7 @@ from dinov3_lite.tasks.probing import (
     split,
 )
 from dinov3_lite.tasks.tracking import boundary_f, j_and_f, jaccard, neighbourhood, propagate, read_frames, track
+from dinov3_lite.visualize import PANEL_HEIGHT
 
 Image = pytest.importorskip("PIL.Image")
 CONFIG = replace(TINY, patch_size=8, num_hidden_layers=2)
@@ -211,7 +212,7 @@ def test_the_match_command(checkpoint, tmp_path, capsys):
     assert main([*command, "--output", str(output), "--picture", str(drawing), "--count", "500"]) == 0
     matches = json.loads(output.read_text())["matches"]
     assert len(matches) == 96 and all(m["first"] == m["second"] for m in matches)  # a picture matches itself
-    assert matches[0]["first"][0] % 8 == 4 and Image.open(drawing).height == 480
+    assert matches[0]["first"][0] % 8 == 4 and Image.open(drawing).height == PANEL_HEIGHT
     for written, said in ((first, "inputs"), (checkpoint / "config.json", "model's files")):
         before = written.read_bytes()
         assert main([*command, "--output", str(output), "--picture", str(written)]) == 1

@@ -154,7 +154,7 @@ def _processor(args: argparse.Namespace) -> ImageProcessor:
 
 def _read(file: Path, processor: ImageProcessor, args: argparse.Namespace) -> Photo:
     from ..pixels import opened
-    from ..visualize import PANEL_HEIGHT
+    from ..visualize import panel_size
 
     with opened(file, processor.num_channels, processor.exif) as picture:
         height, width = picture.height, picture.width
@@ -164,10 +164,8 @@ def _read(file: Path, processor: ImageProcessor, args: argparse.Namespace) -> Ph
         thumbnail = None
         if args.picture:
             channels = processor.num_channels
-            panel = (PANEL_HEIGHT, max(1, round(PANEL_HEIGHT * width / height)))
-            colours = replace(
-                processor, size=panel, mean=(0.0,) * channels, std=(1.0,) * channels, rescale_factor=1 / 255
-            )
+            size, mean, std = panel_size(height, width), (0.0,) * channels, (1.0,) * channels
+            colours = replace(processor, size=size, mean=mean, std=std, rescale_factor=1 / 255)
             thumbnail = colours.prepare(picture)[:3].expand(3, -1, -1).permute(1, 2, 0)
         return Photo(file, height, width, processor.prepare(picture), thumbnail)
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..checkpoint.files import whole_files
+from ..extras import needed
+from ..visualize import panel_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,8 +23,8 @@ TINTS = np.array(  # of the foreground, or of the classes from 1 in turn
 
 def picture_format(path: Path) -> str:
     """What a picture of this name is written as. Raises ValueError for an ending that Pillow knows no picture by."""
-    from PIL import Image
-
+    with needed("drawing pictures", "Pillow", "'dinov3-lite[images]'"):
+        from PIL import Image
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"{path}: unknown type of picture: name it .png or .jpg")
@@ -33,7 +35,10 @@ def save_picture(picture: np.ndarray | Image.Image, path: Path, palette: Sequenc
     """Write (H, W) or (H, W, 3) uint8 whole or not at all, as the kind of picture that the name's ending says.
 
     palette: the colours of (H, W).
+
+    Raises ValueError for a picture that this kind can't hold.
     """
+    kind = picture_format(path)
     from PIL import Image
 
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
@@ -42,7 +47,11 @@ def save_picture(picture: np.ndarray | Image.Image, path: Path, palette: Sequenc
     encoded = (
         BytesIO()
     )  # as some of Pillow's encoders write to a file by themselves, and don't look whether all of it went
-    image.save(encoded, picture_format(path))
+    try:
+        image.save(encoded, kind)
+    except (OSError, ValueError) as error:
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"{path}: {size} can't be written as {kind} ({error}): name it .png") from error
     with whole_files() as out, out.create(path) as file:
         file.write(encoded.getbuffer())
 
@@ -59,14 +68,12 @@ def draw_matches(
     first: np.ndarray, second: np.ndarray, points: list[tuple[tuple[float, float], tuple[float, float]]]
 ) -> np.ndarray:
     """Two pictures (H, W, 3) uint8 side by side, lines between points ((x, y) in pixels of each)."""
-    from PIL import Image, ImageDraw
-
-    height = 480
-    panels = [
-        Image.fromarray(p).resize((max(1, round(height * p.shape[1] / p.shape[0])), height)) for p in (first, second)
-    ]
+    with needed("drawing pictures", "Pillow", "'dinov3-lite[images]'"):
+        from PIL import Image, ImageDraw
+    sizes = [panel_size(*pixels.shape[:2]) for pixels in (first, second)]
+    panels = [Image.fromarray(p).resize((w, h)) for p, (h, w) in zip((first, second), sizes, strict=True)]
     gap = 12
-    sheet = Image.new("RGB", (panels[0].width + gap + panels[1].width, height), "white")
+    sheet = Image.new("RGB", (panels[0].width + gap + panels[1].width, max(h for h, _ in sizes)), "white")
     sheet.paste(panels[0], (0, 0))
     sheet.paste(panels[1], (panels[0].width + gap, 0))
     pen = ImageDraw.Draw(sheet)
