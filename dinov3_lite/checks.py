@@ -79,11 +79,16 @@ def _nearest_multiples(size: int, p: int) -> str:
 
 def check_mask(bool_masked_pos: Tensor, patches: Tensor) -> None:
     """Raise ValueError unless a mask is bool of shape (B, P), for patches (B, P, C)."""
-    if bool_masked_pos.shape != patches.shape[:2] or bool_masked_pos.dtype != torch.bool:
+    known = isinstance(bool_masked_pos, Tensor) and bool_masked_pos.dtype == torch.bool
+    if not known or bool_masked_pos.shape != patches.shape[:2]:
         raise ValueError(
-            f"bool_masked_pos is {bool_masked_pos.dtype} of shape {tuple(bool_masked_pos.shape)}: "
+            f"bool_masked_pos is {_kind(bool_masked_pos)}: "
             f"expected torch.bool of shape {tuple(patches.shape[:2])}, one value a patch"
         )
+
+
+def _kind(found: Any) -> str:
+    return f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
 
 
 def check_patches(patches: Tensor, grid: tuple[int, int]) -> None:
@@ -104,10 +109,10 @@ def check_keep_indices(keep_indices: Tensor, patches: Tensor) -> None:
     On a GPU values out of range are not looked for, which would wait for it: the gather reports them.
     """
     B, P = patches.shape[:2]
-    if keep_indices.ndim != 2 or keep_indices.shape[0] != B or keep_indices.dtype != torch.int64:
+    known = isinstance(keep_indices, Tensor) and keep_indices.dtype == torch.int64
+    if not known or keep_indices.ndim != 2 or keep_indices.shape[0] != B:
         raise ValueError(
-            f"keep_indices is {keep_indices.dtype} of shape {tuple(keep_indices.shape)}: "
-            f"expected torch.int64 of shape ({B}, number of patches to keep)"
+            f"keep_indices is {_kind(keep_indices)}: expected torch.int64 of shape ({B}, number of patches to keep)"
         )
     if traced() or keep_indices.device.type != "cpu" or not keep_indices.numel():
         return
@@ -122,6 +127,16 @@ def check_dtype(dtype: torch.dtype | None) -> None:
     """Raise ValueError unless this is a dtype that weights may have, or None, the checkpoint's own."""
     if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype is {dtype!r}: expected torch.float32, float16, bfloat16, float64 or None")
+
+
+def check_size(name: str, value: Any) -> tuple[int, int]:
+    """Return `value` as (height, width); one number is a square. Raises ValueError that calls it `name` for another."""
+    found = value.tolist() if hasattr(value, "tolist") else value  # an array, a tensor, or a number out of one
+    found = [found, found] if isinstance(found, int) else found
+    pair = [n.item() if hasattr(n, "item") else n for n in found] if isinstance(found, (list, tuple)) else []
+    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
+        raise ValueError(f"{name} is {value!s:.100}: expected (height, width), two whole numbers of pixels")
+    return pair[0], pair[1]
 
 
 def check_count(name: str, value: Any) -> int:

@@ -146,6 +146,7 @@ def forward_features(model: Any, x: Tensor | list[Tensor], masks: Any = None) ->
     Raises ValueError as `forward` does, for an empty list, and for masks.
     """
     if not isinstance(x, Tensor):
+        x = list(x)
         if not x or (masks is not None and len(masks) != len(x)):
             raise ValueError(f"x is a list of {len(x)} batches: expected at least one, and as many masks")
         return [forward_features(model, *pair) for pair in zip(x, masks or [None] * len(x), strict=True)]
@@ -181,7 +182,7 @@ def forward_intermediates(
     """
     if output_fmt != "NCHW":
         raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW', all that timm's ConvNeXt has")
-    taps = block_indices(model, model.depth if indices is None else indices)
+    taps = block_indices(model, model.depth if indices is None else indices, "indices")
     last = taps[-1] if intermediates_only or stop_early else model.depth - 1
     maps = [to_map(model, state) for state in model.run_stages(model.embed(x), sorted({*taps, last}))]
     return maps[: len(taps)] if intermediates_only else (maps[-1], maps[: len(taps)])

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from .checks import check_size
 from .loading import Backbone
 from .model import DINOv3ViT
 
@@ -38,23 +39,24 @@ Runtime = Callable[[Tensor], dict[str, Tensor]]
 
 
 def export(
-    model: Backbone, path: str | os.PathLike[str], format: str, size: tuple[int, int] | None = None
+    model: Backbone, path: str | os.PathLike[str], format: str, size: int | tuple[int, int] | None = None
 ) -> dict[tuple[int, ...], float]:
     """Export `model` to one file, which appears under its name only after it was run and its outputs compared.
 
     format: "onnx", "pt2" (a torch.export program) or "aoti" (compiled by AOTInductor for the device the model is on).
-    size: a fixed (height, width) in pixels. None leaves both free: multiples of the patch size from two patches on, for
-        a ConvNeXt any from 64 pixels on. The batch is free in any case.
+    size: a fixed (height, width) in pixels, or one number for a square. None leaves both free: multiples of the patch
+        size from two patches on, for a ConvNeXt any from 64 pixels on. The batch is free in any case.
 
     Returns a dict from the shape of each batch tried to the relative error ||file - model|| / ||model||, the larger of
     both outputs'. It is empty, with a UserWarning, where onnxruntime is missing. ONNX above 1.5 GiB keeps its weights
     in a second file, `path` + ".data".
 
-    Raises ValueError for an unknown format, another suffix or size, a model in training mode, and a dtype that
+    Raises ValueError for another model, an unknown format, another suffix or size, training mode, and a dtype that
     onnxruntime can't run on a CPU; FileExistsError if `path` is there; ImportError if onnx or onnxscript is missing;
     RuntimeError if an error is above `BOUNDS`.
     """
     path = Path(path)
+    size = None if size is None else check_size("size", size)
     _check(model, path, format, size)
     write, run = FORMATS[format].write, FORMATS[format].run
     with _whole(path) as temporary:
@@ -188,6 +190,11 @@ UNCHECKED = f"not checked, which needs onnxruntime: {INSTALL}"
 
 def _check(model: Backbone, path: Path, format: str, size: tuple[int, int] | None) -> None:
     """What would otherwise fail after all the work, or not at all."""
+    if not isinstance(model, Backbone):
+        raise ValueError(
+            f"model is a {type(model).__name__}: expected a DINOv3ViT or DINOv3ConvNeXt; of one that torch.compile or "
+            "another module wraps, give the one inside"
+        )
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}: expected one of {', '.join(FORMATS)}")
     suffix = Path(f"model{FORMATS[format].suffix}").suffix

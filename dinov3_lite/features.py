@@ -161,6 +161,7 @@ def forward_features(model: Any, x: Tensor | list[Tensor], masks: Any = None) ->
     """
     if isinstance(x, Tensor):
         return forward_features(model, [x], [masks])[0]
+    x = list(x)
     masks = [None] * len(x) if masks is None else masks
     if not x or len(masks) != len(x):
         raise ValueError(f"x is a list of {len(x)} batches and masks of {len(masks)}: expected as many, at least one")
@@ -204,7 +205,7 @@ def forward_intermediates(
     """
     if output_fmt not in ("NCHW", "NLC"):
         raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW' or 'NLC'")
-    taps = block_indices(model, model.depth if indices is None else indices)
+    taps = block_indices(model, model.depth if indices is None else indices, "indices")
     last = taps[-1] if intermediates_only or stop_early else model.depth - 1
     tokens, grid = model.embed(x)
     states = model.run_blocks(tokens, sorted({*taps, last}))
@@ -221,24 +222,42 @@ def feature_info(model: Any) -> list[dict[str, Any]]:
     return [{"module": f"blocks.{i}", **info} for i in range(model.depth)]
 
 
-def block_indices(model: Any, n: int | str | Sequence[int]) -> list[int]:
+def block_index(model: Any, block: int) -> int:
+    """The index of a block, counted from the end if negative. Raises ValueError for one that there is not."""
+    try:
+        return range(model.depth)[block]
+    except (IndexError, TypeError):
+        raise ValueError(
+            f"block is {block!r}: expected the index of a block, from {-model.depth} to {model.depth - 1}"
+        ) from None
+
+
+def block_indices(model: Any, n: int | str | Sequence[int], name: str = "n") -> list[int]:
     """Return the ascending indices of the blocks that n stands for: see n of `get_intermediate_layers`.
+
+    name: what errors call it.
 
     Raises ValueError for a count, a name or an index that the model does not have.
     """
     depth = model.depth
+    n = n.tolist() if hasattr(n, "tolist") else n  # an array, a tensor, or a number out of one
     if isinstance(n, str):
         if n not in ("quarters", "dpt") or depth < 4:
-            raise ValueError(f"n is {n!r} and the model has {depth} blocks: expected 'quarters' or 'dpt', and 4")
+            raise ValueError(f"{name} is {n!r} and the model has {depth} blocks: expected 'quarters' or 'dpt', and 4")
         quarters = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
         return [4, 11, 17, 23] if n == "dpt" and depth == 24 else quarters
     if isinstance(n, int):
         if not 1 <= n <= depth:
-            raise ValueError(f"n is {n}: expected a count of blocks from 1 to {depth}, or a list of indices")
+            raise ValueError(f"{name} is {n}: expected a count of blocks from 1 to {depth}, or a list of indices")
         return list(range(depth - n, depth))
-    indices = [operator.index(i) for i in n]
+    try:
+        indices = [operator.index(i) for i in n]
+    except TypeError:
+        raise ValueError(
+            f"{name} is {n!r:.100}: expected a count of blocks, a list of their indices, 'quarters' or 'dpt'"
+        ) from None
     if not indices or not all(-depth <= i < depth for i in indices):
-        raise ValueError(f"n is {indices}: expected block indices from {-depth} to {depth - 1}")
+        raise ValueError(f"{name} is {indices}: expected block indices from {-depth} to {depth - 1}")
     return sorted({i % depth for i in indices})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import nn
@@ -23,11 +24,15 @@ def freeze_but_last(model: nn.Module, n: int) -> None:
     """
     for backbone in backbones_inside(model):
         layers = backbone.layers
-        if isinstance(n, bool) or n not in range(len(layers) + 1):
+        try:
+            count = operator.index(n)
+        except TypeError:
+            count = -1
+        if isinstance(n, bool) or not 0 <= count <= len(layers):
             raise ValueError(f"n is {n!r}: expected a number of blocks from 0 to {len(layers)}")
         backbone.requires_grad_(False)
-        trained = [part for layer in layers[len(layers) - n :] for part in layer]
-        for part in (*trained, backbone.norm) if n else ():
+        trained = [part for layer in layers[len(layers) - count :] for part in layer]
+        for part in (*trained, backbone.norm) if count else ():
             part.requires_grad_(True)
 
 

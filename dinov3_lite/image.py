@@ -18,6 +18,7 @@ from torch import Tensor
 from .checkpoint.channels import check_rule, statistics
 from .checkpoint.hub import locate
 from .checkpoint.preprocessing import read_preprocessing
+from .checks import check_size
 from .pixels import Picture, opened
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,7 +49,7 @@ class ImageProcessor:
     exif: bool = True
 
     def __post_init__(self) -> None:
-        size = None if self.size is None else _as_size(self.size)
+        size = None if self.size is None else check_size("size", self.size)
         mean, std = _as_statistics("mean", self.mean), _as_statistics("std", self.std)
         counts = [len(values) for values in (mean, std) if isinstance(values, tuple)] or [3]
         mean, std = (values if isinstance(values, tuple) else (values,) * counts[0] for values in (mean, std))
@@ -208,15 +209,6 @@ def _resize(x: Tensor, height: int, width: int) -> Tensor:
     if x.shape[1:] == (height, width):
         return x
     return F.interpolate(x[None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
-
-
-def _as_size(value: Any) -> tuple[int, int]:
-    found = value.tolist() if hasattr(value, "tolist") else value  # an array, a tensor, or a number out of one
-    found = [found, found] if isinstance(found, int) else found
-    pair = [n.item() if hasattr(n, "item") else n for n in found] if isinstance(found, (list, tuple)) else []
-    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
-        raise ValueError(f"size is {value!s:.100}: expected (height, width), two whole numbers of pixels")
-    return pair[0], pair[1]
 
 
 def _as_statistics(name: str, value: Any) -> float | tuple[float, ...]:

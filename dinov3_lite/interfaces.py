@@ -200,10 +200,7 @@ def stages_of(stage_names: Sequence[str], indices: Sequence[int] | None, names: 
     for name in names or ():
         if name not in stage_names:
             raise ValueError(f"out_features has {name!r}: expected stem or stage1 to {stage_names[-1]}")
-    for i in indices if indices is not None else ():
-        if not -count <= i < count:
-            raise ValueError(f"out_indices has {i}: expected stages from {-count} to {count - 1}, 0 the stem")
-    by_index = sorted({int(i) % count for i in indices}) if indices is not None else None
+    by_index = None if indices is None else sorted({_stage(i, count) for i in indices})
     by_name = sorted({stage_names.index(name) for name in names}) if names is not None else None
     if by_index is not None and by_name is not None and by_index != by_name:
         raise ValueError(f"out_indices are {indices} and out_features {names}: expected the same stages, or only one")
@@ -211,6 +208,13 @@ def stages_of(stage_names: Sequence[str], indices: Sequence[int] | None, names: 
     if not stages:
         raise ValueError("out_indices and out_features name no stage: expected at least one")
     return stages
+
+
+def _stage(i: Any, count: int) -> int:
+    try:
+        return range(count)[i]
+    except (IndexError, TypeError):
+        raise ValueError(f"out_indices has {i!r}: expected stages from {-count} to {count - 1}, 0 the stem") from None
 
 
 # Of which type each option is that a config.json says of a backbone.
@@ -269,7 +273,7 @@ class FeaturesOnly(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.out_indices = model.block_indices(out_indices)
+        self.out_indices = model.block_indices(out_indices, "out_indices")
         self.norm = norm
         self.feature_info = FeatureInfo([model.feature_info[i] for i in self.out_indices])
 

@@ -7,7 +7,7 @@ N = 1 + R + P tokens, C embedding, D head dim.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -226,14 +226,15 @@ class DINOv3ViT(features.Sizes, Pretrained):
         """As `run_blocks`, the CLS and register tokens alone: (B, 1 + R, C). A prepared model saves most of a block."""
         return [state[:, : self.num_prefix_tokens] for state in self.run_blocks(tokens, taps)]
 
-    def forward_packed(self, images: Sequence[Tensor]) -> list[DINOv3Output]:
+    def forward_packed(self, images: Iterable[Tensor]) -> list[DINOv3Output]:
         """Compute the features of images of different sizes as one sequence without padding: one output an image.
 
         images: (3, H_i, W_i) each. The outputs are those of `forward(image.unsqueeze(0))`, one for one.
 
         Raises ValueError for an empty list and for an image that `forward` would refuse, naming it.
         """
-        if not len(images):
+        images = list(images)
+        if not images:
             raise ValueError("images is an empty list: expected at least one image of shape (channels, height, width)")
         members: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(images):
@@ -268,7 +269,7 @@ class DINOv3ViT(features.Sizes, Pretrained):
 
         Raises ValueError for a block that the model does not have.
         """
-        (index,) = features.block_indices(self, [block])
+        index = features.block_index(self, block)
         tokens, grid = self.embed(pixel_values)
         x = self.run_blocks(tokens, (index - 1,))[0] if index else tokens.x
         tapped: Any = self.blocks[index]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .checks import check_count
+from .checks import check_count, check_kind, check_size
+from .features import block_index
 from .loading import Backbone
 
 
@@ -41,13 +42,17 @@ def sliding_window_features(
     Memory is that of the result and of one batch of windows. A patch sees no further than its windows do, and RoPE
     coordinates span each window.
 
-    Raises ValueError for sizes that are no multiples of the model's stride, for a stride beyond the window, and for a
-    batch_size below 1.
+    Raises ValueError for images of another rank or number of channels, for sizes that are no multiples of the model's
+    stride, for a stride beyond the window, for a block that the model does not have, and for a batch_size below 1.
     """
     check_count("batch_size", batch_size)
-    (index,) = model.block_indices([block])
+    check_kind(pixel_values, model.num_channels, pixels=True)
+    index = block_index(model, block)
     s, C = model.strides[index], model.embed_dims[index]
-    sides = [_side(axis, pixel_values, window, stride, model.stride) for axis in (0, 1)]
+    lengths = check_size("window", window)
+    steps = (None, None) if stride is None else check_size("stride", stride)
+    sizes = pixel_values.shape[2:]
+    sides = [_side(axis, sizes[axis], lengths[axis], steps[axis], model.stride) for axis in (0, 1)]
     (h, wh, y_step), (w, ww, x_step) = ([pixels // s for pixels in side] for side in sides)
     (y_starts, y_blends), (x_starts, x_blends) = blend(h, wh, y_step), blend(w, ww, x_step)
 
@@ -66,16 +71,12 @@ def sliding_window_features(
     return out
 
 
-def _side(
-    axis: int, images: Tensor, window: int | tuple[int, int], stride: int | tuple[int, int] | None, p: int
-) -> tuple[int, int, int]:
+def _side(axis: int, size: int, length: int, step: int | None, p: int) -> tuple[int, int, int]:
     """Picture, window and stride along one axis, in pixels: multiples of the model's stride p."""
     name = ("height", "width")[axis]
-    size = images.shape[2 + axis]
-    length = window if isinstance(window, int) else window[axis]
-    step = max(p, length // 2 // p * p) if stride is None else stride if isinstance(stride, int) else stride[axis]
+    step = max(p, length // 2 // p * p) if step is None else step
     for what, pixels in (("image", size), ("window", length), ("stride", step)):
-        if not isinstance(pixels, int) or pixels < p or pixels % p:
+        if pixels < p or pixels % p:
             raise ValueError(f"{what} {name} is {pixels}: expected a multiple of {p}, the pixels of a patch")
     if step > length:
         raise ValueError(

@@ -19,6 +19,7 @@ from helpers import ROOT, TINY, TINY_GATED, relative_error, run_python, trained_
 import dinov3_lite.export
 from dinov3_lite import DINOv3ViT, attention
 from dinov3_lite.__main__ import main
+from dinov3_lite.encoder import PyramidEncoder
 from dinov3_lite.export import FORMATS, OUTPUTS, export
 
 REAL_HEAD_DIM = replace(TINY, patch_size=16, hidden_size=128, num_hidden_layers=1)  # 64, as in the released models
@@ -263,7 +264,9 @@ def test_a_failure_to_write_leaves_nothing(tmp_path, monkeypatch):
         ({"path": "nowhere/model.pt2"}, FileNotFoundError, "there is no folder .*nowhere: make it first"),
         ({"path": "there.pt2"}, FileExistsError, r"there\.pt2: exists already: remove it, or choose another name"),
         ({"size": (24, 41)}, ValueError, "image height 24 and width 41 must be multiples of the patch size 8"),
-        ({"size": (0, 8)}, ValueError, "image height 0 and width 8"),
+        ({"size": (0, 8)}, ValueError, r"size is \(0, 8\): expected \(height, width\), two whole"),
+        ({"size": 12}, ValueError, "image height 12 and width 12 must be multiples"),
+        ({"size": "64x64"}, ValueError, r"size is 64x64: expected \(height, width\), two whole numbers of pixels"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, error, message):
@@ -277,6 +280,14 @@ def test_bad_arguments(tmp_path, arguments, error, message):
 def test_a_model_in_training_mode_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the model is in training mode.*: call model.eval\(\) first"):
         export(DINOv3ViT(TINY).train(), tmp_path / "model.pt2", "pt2")
+
+
+@pytest.mark.parametrize("wrap", [PyramidEncoder, torch.compile])
+def test_what_is_no_model_is_refused(tmp_path, wrap):
+    model = wrap(DINOv3ViT(replace(TINY, num_hidden_layers=4)).eval())
+    message = f"model is a {type(model).__name__}: expected a DINOv3ViT or DINOv3ConvNeXt; of one that torch.compile"
+    with pytest.raises(ValueError, match=message):
+        export(model, tmp_path / "model.pt2", "pt2")
 
 
 def test_onnx_in_bfloat16_is_refused(tmp_path, onnxruntime):

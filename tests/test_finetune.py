@@ -195,7 +195,7 @@ def test_a_head_beside_the_model_trains_at_the_full_rate():
         parameter_groups(model, 1e-3, layer_decay=0)
 
 
-@pytest.mark.parametrize("n", [True, 1.5, "1"])
+@pytest.mark.parametrize("n", [True, 1.5, 2.0, "1"])
 def test_counts_of_blocks_that_are_none(n):
     with pytest.raises(ValueError, match="expected a number of blocks from 0 to 3"):
         freeze_but_last(DINOv3ViT(TINY), n)

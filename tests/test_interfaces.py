@@ -101,6 +101,7 @@ def spell(options: dict) -> str:
     [
         ({"out_indices": [5]}, "out_indices has 5: expected stages from -5 to 4, 0 the stem"),
         ({"out_indices": [-6]}, "out_indices has -6: expected stages from -5 to 4"),
+        ({"out_indices": [1.5]}, "out_indices has 1.5: expected stages from -5 to 4"),
         ({"out_indices": []}, "name no stage: expected at least one"),
         ({"out_features": ["stage9"]}, "out_features has 'stage9': expected stem or stage1 to stage4"),
         ({"out_indices": [1], "out_features": ["stage2"]}, "expected the same stages, or only one"),
@@ -158,7 +159,7 @@ def test_metas_list_of_crops(model, images):
         alone = model.forward_features(crop, mask)
         for name in ("x_norm_clstoken", "x_storage_tokens", "x_norm_patchtokens", "x_prenorm"):
             assert features[name].shape == alone[name].shape and relative_error(features[name], alone[name]) < 1e-6
-    assert [len(f["x_norm_clstoken"]) for f in model.forward_features(crops)] == [2, 3, 1]
+    assert [len(f["x_norm_clstoken"]) for f in model.forward_features(iter(crops))] == [2, 3, 1]
     with pytest.raises(ValueError, match="x is a list of 0 batches and masks of 0: expected as many, at least one"):
         model.forward_features([])
     with pytest.raises(ValueError, match="x is a list of 3 batches and masks of 1"):
@@ -270,7 +271,7 @@ def test_timms_face_stops_where_timm_does_and_earlier(model, images):
 def test_timms_bad_options(model, images):
     with pytest.raises(ValueError, match="output_fmt is 'NHWC': expected 'NCHW' or 'NLC'"):
         model.forward_intermediates(images, output_fmt="NHWC")
-    with pytest.raises(ValueError, match=r"n is \[4\]: expected block indices from -4 to 3"):
+    with pytest.raises(ValueError, match=r"indices is \[4\]: expected block indices from -4 to 3"):
         model.forward_intermediates(images, [4])
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib.util import find_spec as importable
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, TINY_GATED, relative_error, write_checkpoint
 
-from dinov3_lite import DINOv3ViT
+from dinov3_lite import DINOv3ViT, FeaturesOnly
 from dinov3_lite.features import dtype_of
 from dinov3_lite.layers import Block
 
@@ -87,8 +89,9 @@ def test_intermediate_layers_stop_at_the_last_block_asked_for(model, images):
 
 
 def test_block_indices_may_be_numpys(model, images):
-    np = pytest.importorskip("numpy")
     assert len(model.get_intermediate_layers(images, n=np.array([0, -1]))) == 2
+    assert model.block_indices(np.int64(2)) == model.block_indices(torch.tensor(2)) == [1, 2]
+    assert model.block_indices(torch.tensor([1])) == model.block_indices([np.int64(1)]) == [1]
 
 
 @pytest.mark.parametrize("n", [0, 4, -1, [3], [-4], []])
@@ -97,6 +100,19 @@ def test_blocks_that_there_are_not(model, images, n):
         ValueError, match=r"n is .*: expected (a count of blocks from 1 to 3|block indices from -3 to 2)"
     ):
         model.get_intermediate_layers(images, n=n)
+
+
+@pytest.mark.parametrize("n", [None, 1.5, [1.5]])
+def test_what_counts_no_blocks(model, n):
+    with pytest.raises(ValueError, match=rf"n is {re.escape(str(n))}: expected a count of blocks, a list of their ind"):
+        model.block_indices(n)
+
+
+def test_what_counts_no_blocks_is_called_as_the_argument_is(model, images):
+    with pytest.raises(ValueError, match=r"^indices is \[3\]: expected"):
+        model.forward_intermediates(images, indices=[3])
+    with pytest.raises(ValueError, match=r"^out_indices is \[3\]: expected"):
+        FeaturesOnly(model, [3])
 
 
 def test_forward_features(model, images):
@@ -206,7 +222,7 @@ def test_attention_maps_compute_one_query_of_one_block(model, images, monkeypatc
     model.attention_maps(images, 1)
     assert ran == [0]
     assert model.half().attention_maps(images).dtype == torch.float32
-    with pytest.raises(ValueError, match=r"n is \[3\]: expected block indices from -3 to 2"):
+    with pytest.raises(ValueError, match="block is 3: expected the index of a block, from -3 to 2"):
         model.attention_maps(images, 3)
 
 
@@ -271,7 +287,13 @@ def test_images_that_do_not_fit(model, pixel_values, message):
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.zeros(2, 14, dtype=torch.bool), torch.zeros(1, 15, dtype=torch.bool), torch.zeros(2, 15)]
+    "mask",
+    [
+        torch.zeros(2, 14, dtype=torch.bool),
+        torch.zeros(1, 15, dtype=torch.bool),
+        torch.zeros(2, 15),
+        [[True] * 15] * 2,
+    ],
 )
 def test_masks_that_do_not_fit(model, images, mask):
     with pytest.raises(ValueError, match=r"bool_masked_pos is .*: expected torch.bool of shape \(2, 15\)"):

@@ -146,6 +146,12 @@ def test_images_that_do_not_fit(model, images, message):
         model.forward_packed([torch.zeros(shape) for shape in images])
 
 
+def test_images_may_come_one_by_one(model):
+    images = torch.randn(2, 3, 8, 8)
+    first, second = model.forward_packed(image for image in images)
+    assert torch.equal(first.cls_token, model.forward_packed(images)[0].cls_token) and second.grid == (1, 1)
+
+
 def test_integer_images(model):
     with pytest.raises(ValueError, match=r"images\[1\] is torch.uint8: expected normalised floating-point images"):
         model.forward_packed([torch.zeros(3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])

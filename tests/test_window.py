@@ -81,12 +81,29 @@ def test_no_window_sees_more_than_itself(model):
         ((40, 24), 30, None, "window height is 30: expected a multiple of 8, the pixels of a patch"),
         ((40, 24), 32, (8, 4), "stride width is 4: expected a multiple of 8, the pixels of a patch"),
         ((40, 24), 16, 24, "stride height is 24 and the window's 16: patches between windows would be left out"),
-        ((40, 24), 0, 8, "window height is 0"),
+        ((40, 24), 0, 8, "window is 0: expected "),
+        ((40, 24), 64.0, None, "window is 64.0: expected .height, width., two whole numbers of pixels"),
+        ((40, 24), 32, (8, 8, 8), "stride is .8, 8, 8.: expected .height, width."),
     ],
 )
 def test_sizes_that_do_not_fit(model, size, window, stride, message):
     with pytest.raises(ValueError, match=message):
         sliding_window_features(model, torch.zeros(1, 3, *size), window, stride)
+
+
+@pytest.mark.parametrize(
+    ("images", "block", "message"),
+    [
+        (torch.zeros(3, 40, 24), -1, r"pixel_values has shape \(3, 40, 24\): expected \(batch, 3, height, width\)"),
+        (torch.zeros(1, 4, 40, 24), -1, r"pixel_values has shape \(1, 4, 40, 24\): expected \(batch, 3"),
+        ([[0.0]], -1, "pixel_values is a list: expected a tensor"),
+        (torch.zeros(1, 3, 40, 24), 3, "block is 3: expected the index of a block, from -3 to 2"),
+        (torch.zeros(1, 3, 40, 24), 1.5, "block is 1.5: expected the index of a block"),
+    ],
+)
+def test_images_and_blocks_that_do_not_fit(model, images, block, message):
+    with pytest.raises(ValueError, match=message):
+        sliding_window_features(model, images, 16, block=block)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5, True, None])
