@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,9 +56,12 @@ class Choices:
     """
 
     def __init__(self, pinned: Mapping[str, str] | None = None) -> None:
-        self.pinned = {} if pinned is None else pinned
+        self.pinned = {} if pinned is None else _checked(pinned)
         self.answers: dict[str, Answer] = {}
         self.rows = {int(question.split()[1]) for question in self.pinned if question.startswith("rows ")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "answers": dict(self.answers), "rows": set(self.rows)}  # another thread may add to them
 
     def planned_rows(self, rows: int) -> int:
         """`rows`, or some more where many numbers of rows were seen already: of the same number always the same.
@@ -100,6 +103,20 @@ class Choices:
         return known[question]
 
 
+def _checked(pinned: Mapping[str, str]) -> Mapping[str, str]:
+    """Raise ValueError for what no model's `choices` hold."""
+    if not isinstance(pinned, Mapping):
+        raise ValueError(f"choices is {pinned!r}: expected a dict of texts, as the `choices` of a prepared model are")
+    for question, way in pinned.items():
+        texts = isinstance(question, str) and isinstance(way, str)
+        if not texts or (question.startswith("rows ") and not question[5:].isdecimal()):
+            raise ValueError(
+                f"choices has {way!r} for {question!r}: expected texts for texts, of rows a whole number, as the "
+                "`choices` of a prepared model have; leave it out, and it is measured"
+            )
+    return pinned
+
+
 def _measured(ways: list[str], prepare: Callable[[str], Calls]) -> Answer:
     """Each size counts alike: the way with the least mean of its times in units of the best time for that size."""
     seconds = least_seconds({way: prepare(way) for way in ways})
@@ -133,9 +150,16 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.partition(":")[0].strip() not in changing)
 
 
+def _folder() -> Path:
+    """The user's cache folder; what is none, so that nothing is kept, of a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    except RuntimeError:
+        return Path(os.devnull)
+
+
 def _file(machine: str) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    return folder / "dinov3_lite" / f"choices-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+    return _folder() / "dinov3_lite" / f"choices-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
 def _known(file: Path) -> dict[str, Answer]:

@@ -50,7 +50,8 @@ class Graphs:
                 try:
                     return graph(*tensors)
                 except Exception as error:  # torch names no class that all of its compiler's errors are of
-                    self.made = {kind: None if made is graph else made for kind, made in self.made.items()}
+                    with self.lock:  # under which others add to them
+                        self.made = {kind: None if made is graph else made for kind, made in self.made.items()}
                     self._warn(f"a compiled call failed; calls of its kind run eagerly from now on: {error}"[:500])
             return self.run(blocks, tensors, taps, attention)
 

@@ -132,19 +132,23 @@ class PackedByMKL(Product):
         self.rows = rows
         self.packed = [torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)]
         self.shape = weight.new_zeros(()).expand(weight.shape)  # of the weight, which MKL asks for and does not read
+        self.odd = weight.sum(dim=1).isfinite().logical_not().nonzero().flatten()  # rows with what 0 times is not 0
+        self.rows_as_they_are = weight[self.odd]
 
     def forward(self, x: Tensor) -> Tensor:
         return activated(self.act, torch.ops.mkl._mkl_linear(x, *self.packed, self.shape, self.bias, self.rows))
 
     def unpack(self) -> Tensor:
-        """W = (I W^T)^T, `rows` rows of the identity at a time: each sum has one term that is not zero."""
+        """W = (I W^T)^T, `rows` rows of the identity at a time: each sum has one term that is not zero. Rows of W with
+        infinities or NaN, whose sums have others, were kept.
+        """
         weight = self.shape.new_empty(self.shape.shape)
         for start in range(0, self.in_features, self.rows):
             identity = weight.new_zeros(self.rows, self.in_features)
             identity.diagonal(start).fill_(1.0)
             columns = torch.ops.mkl._mkl_linear(identity, *self.packed, self.shape, None, self.rows)
             weight[:, start : start + self.rows] = columns[: self.in_features - start].t()
-        return weight
+        return weight.index_copy_(0, self.odd, self.rows_as_they_are)
 
 
 PRODUCTS: dict[str, type[Product]] = {"onednn": PackedByOneDNN, "mkl": PackedByMKL, "plain": Plain}

@@ -6,6 +6,7 @@ import itertools
 import operator
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ from .model import DINOv3ViT, attention_of, run_stack
 from .packing import Tokens
 from .prepacked import available
 from .stand_ins import FastBlock, PreparedAttention, stand_in
-from .tracing import traced
-from .twin import Twin, settings_of
+from .tracing import modes_watch, traced
+from .twin import Twin
 
 
 def become(module: nn.Module, mixin: type[Prepared]) -> None:
@@ -92,7 +93,7 @@ class Prepared(nn.Module):
 
     def _all_choices(self) -> dict[str, Answer]:
         inside = (module for module in self.modules() if isinstance(module, PreparedBackbone))
-        return {question: answer for module in inside for question, answer in module._choices.answers.items()}
+        return {question: answer for module in inside for question, answer in dict(module._choices.answers).items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -133,7 +134,7 @@ class PreparedBackbone(Prepared):
         for module in itertools.chain(*(block.modules() for block in self._blocks())):
             Lent.undo(module)
         self._graphs = self._new_graphs() if self._backend == "inductor" or not takes else None
-        self._twins: dict[int, Twin] = {}
+        self._twins: weakref.WeakKeyDictionary[nn.Module, Twin] = weakref.WeakKeyDictionary()
         self._packed_for: int | None = 0  # rows; None: any
         self._lock = threading.RLock()
 
@@ -169,17 +170,25 @@ class PreparedBackbone(Prepared):
 
     def _stand_in(self, module: nn.Module) -> nn.Module:
         """What computes the same as this block or first layer, faster; the module itself where there is none."""
-        twin = self._twins.get(id(module))
-        if twin is None or not twin.holds():
+        twin = self._twins.get(module)
+        if twin is None or not twin.holds(module):
             if not untouched(*module.modules()):
+                self._let_go(module)
                 return module
             with self._lock, torch.inference_mode(False), torch.no_grad():
-                twin = self._twins.get(id(module))
-                if twin is None or not twin.holds():
-                    twin = self._twins[id(module)] = Twin.of(module, self._make_stand_in(module, twin))
+                twin = self._twins.get(module)
+                if twin is None or not twin.holds(module):
+                    twin = self._twins[module] = Twin.of(module, self._make_stand_in(module, twin))
+                    self._packed_for = 0
         keeps_dtype = self._graphs is None or isinstance(module, (PatchEmbed, Stem))
         autocast = torch.is_autocast_enabled(self.device.type)
-        return module if autocast and keeps_dtype else twin.stand_in
+        return module if twin.stand_in is None or (autocast and keeps_dtype) else twin.stand_in
+
+    def _let_go(self, module: nn.Module) -> None:
+        """Drop what is packed of a module that now runs itself, unless it is only watched by a mode, which passes."""
+        if not modes_watch() and self._twins.pop(module, None) is not None:
+            for part in module.modules():
+                Lent.undo(part)
 
     def _make_stand_in(self, module: nn.Module, before: Twin | None) -> nn.Module:
         if is_first := isinstance(module, (PatchEmbed, Stem)):
@@ -193,13 +202,7 @@ class PreparedBackbone(Prepared):
             return module
         assert isinstance(module, (Block, ConvNeXtBlock))
         folded = fold(module)
-        modules = tuple(module.modules())
-        if before is not None and (before.modules, before.settings) == (modules, settings_of(modules)):
-            # what was compiled keeps its tensors
-            for old, new in zip(before.stand_in.parameters(), folded.parameters(), strict=True):
-                old.data = new.data
-            return before.stand_in
-        return folded
+        return folded if before is None else before.refilled(module, folded)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

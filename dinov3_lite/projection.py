@@ -61,13 +61,13 @@ class Projection(nn.Module):
         with self.lock, torch.inference_mode(False), torch.no_grad():
             held_for, product = self.held
             if product is None or held_for != rows:
-                weight = self.lent.plain()
+                version, weight = self.lent.version(), self.lent.plain()
                 made = PRODUCTS[way_of_product(self.choices, weight, self.act, rows)]
                 ordered = weight if self.order is None else _ordered(weight, self.order)
                 product = made(ordered, self.bias, self.act, rows)
                 product.to_huge_pages()
                 self.held = rows, product
-                self.lent.lend(partial(_in_order, product.unpack, self.order))
+                self.lent.lend(partial(_in_order, product.unpack, self.order), version)
             return product
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import ATTENTION
+from .attention import resolve_attention
 from .attention_ways import ATTENTIONS, Attend, sdpa, sdpa_of_sixteens, sixteens, ways_of_attention
 from .choices import Choices
 from .convnext import ConvNeXtBlock, Downsample
@@ -98,7 +98,8 @@ class PreparedAttention:
         if self.name == "auto":
             return self._way(q.shape, q.dtype)(q, k, v)
         still = self.cos.new_ones(q.shape[1], q.shape[-1] // 2)
-        return ATTENTION[self.name](q, k, v, still, torch.zeros_like(still))  # what is rotated stays where it is
+        attend = resolve_attention(self.name)
+        return attend(q, k, v, still, torch.zeros_like(still))  # what is rotated stays where it is
 
     def _way(self, shape: torch.Size, dtype: torch.dtype) -> Attend:
         if shape not in self.chosen:

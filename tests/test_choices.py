@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +259,33 @@ def test_a_cache_that_can_not_be_written_is_no_failure(cache, measured, model, t
     assert len(measured) == 6 and len(fast.choices) == 8  # and the numbers of rows, of patches and of tokens
 
 
+def test_a_user_without_a_home_has_answers_in_memory(cache, measured, monkeypatch):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    for _ in range(2):
+        assert Choices().way("product", ["onednn", "plain"], lambda way: [id]) == "onednn"
+    assert len(measured) == 1
+
+
+class Growing(dict):
+    """Answers to which another thread adds one whenever somebody goes through them."""
+
+    def items(self):
+        for number, item in enumerate(super().items()):
+            self[f"product {len(self)} {number}"] = Answer("plain", {})
+            yield item
+
+
+def test_answers_are_told_and_copied_while_another_thread_runs(model):
+    fast = optimize_for_inference(model)
+    fast._choices.answers = Growing({"product": Answer("plain", {})})
+    assert fast.choices == {"product": "plain"} and fast.explain().startswith("product: plain")
+    assert copy.deepcopy(fast).choices == pickle.loads(pickle.dumps(fast)).choices == fast.choices
+
+
 def test_another_machine_measures_for_itself(cache, measured, monkeypatch):
     def ask():
         Choices().way("product", ["onednn", "plain"], lambda way: [id])
@@ -372,6 +401,15 @@ def test_a_choice_that_there_is_not_is_refused(cache, model):
         ValueError, match=r"choices\['product \d+ to \d+, any rows, float32'\] is 'mkl': expected one of"
     ):
         wrong(torch.randn(1, 3, 16, 24))
+
+
+@pytest.mark.parametrize("pinned", [{1: "x"}, {"rows a": "x"}, {"rows": "x", "rows ": "x"}, {"product": 1}, "plain", 3])
+def test_choices_that_no_model_has_are_refused_at_once(pinned):
+    with pytest.raises(
+        ValueError, match=r"choices (is|has) .*: expected .*texts.*`choices` of a prepared model"
+    ) as error:
+        optimize_for_inference(DINOv3ViT(TINY).eval(), choices=pinned)
+    assert "\n" not in str(error.value)
 
 
 @torch.no_grad()

@@ -150,6 +150,7 @@ def test_settings_made_anew_are_followed():
     images, fast = torch.randn(1, 3, 64, 64), optimize_for_inference(model)
     for name, settings in (
         ("stages.0.blocks.0.dwconv", {"dilation": (2, 2), "padding": (6, 6)}),
+        ("stages.2.blocks.1.dwconv", {"padding_mode": "circular"}),
         ("stages.1.downsample.norm", {"eps": 1.0}),
         ("stages.2.blocks.0.mlp", {"act": "silu"}),
     ):

@@ -87,6 +87,26 @@ def test_one_graph_a_kind_of_call(model, compiled):
 
 
 @torch.no_grad()
+def test_weights_of_another_kind_have_another_graph(model, compiled):
+    """Of another dtype, or fewer of them; new numbers have the same."""
+    fast, images = optimize_for_inference(model, backend="inductor"), torch.randn(2, 3, 16, 16)
+    for made_so_far, change in (
+        (1, lambda m: m.blocks[0].mlp.fc1.weight.mul_(2)),
+        (1, lambda m: setattr(m.blocks[0].mlp.fc1, "weight", torch.nn.Parameter(m.blocks[0].mlp.fc1.weight * 2))),
+        (2, lambda m: setattr(m.blocks[0].mlp.fc1, "bias", None)),
+        (3, lambda m: m.blocks.bfloat16()),
+        (4, lambda m: setattr(m.blocks[0].mlp.fc2, "bias", None)),
+        (5, lambda m: m.blocks.float()),
+        (6, lambda m: m.blocks.double()),
+    ):
+        fast(images)
+        change(fast), change(model)
+        bound = 2e-6 if model.blocks[0].mlp.fc1.weight.dtype == torch.float32 else 1e-2
+        assert relative_error(fast(images).last_hidden_state, model(images).last_hidden_state) < bound
+        assert len(compiled) == made_so_far
+
+
+@torch.no_grad()
 def test_a_step_down_that_somebody_looks_at_is_not_compiled(compiled):
     """Nor are the stages that it stands between."""
     model, seen = made(), []
@@ -178,8 +198,16 @@ def test_a_compiled_call_that_fails_runs_eagerly(model, monkeypatch):
 
         return run
 
+    class Held(dict):
+        """Graphs that nobody adds to while somebody goes through them."""
+
+        def items(self):
+            assert fast._graphs.lock._is_owned()
+            return super().items()
+
     monkeypatch.setattr(torch, "compile", fails_later)
     fast = optimize_for_inference(model, backend="inductor")
+    fast._graphs.made = Held()
     images = torch.randn(1, 3, 16, 16)
     with pytest.warns(UserWarning, match="a compiled call failed; calls of its kind run eagerly from now on"):
         out = fast(images)

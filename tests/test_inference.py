@@ -142,6 +142,16 @@ def test_packed_products_are_those_of_the_layer(layer, layout, dtype):
             assert torch.equal(packed.unpack(), linear.weight)
 
 
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=str)
+@torch.no_grad()
+def test_what_is_no_number_comes_back_as_it_was(layout, dtype):
+    """And spoils none of the numbers beside it; of numbers whose sum is too large each comes back."""
+    weight = torch.randn(48, 32).to(dtype)
+    weight[3, 4], weight[5, 6], weight[7, 8:10], weight[9] = torch.inf, torch.nan, -torch.inf, torch.finfo(dtype).max
+    for rows in (7, 100):
+        torch.testing.assert_close(layout(weight, None, rows=rows).unpack(), weight, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 @torch.no_grad()
 def test_no_rows_give_no_rows(dynamic):
@@ -213,6 +223,9 @@ def test_the_prefix_alone_is_attended_by_the_function_that_was_chosen(tmp_path, 
     (prefix,) = fast.run_prefix(tokens, [model.depth - 1])
     assert len(calls) == model.depth
     assert relative_error(prefix, model.run_prefix(tokens, [model.depth - 1])[0]) < 2e-6
+    fast.attention = "flash"
+    with pytest.raises(ValueError, match="attention is 'flash': expected one of auto, sdpa, eager, triton"):
+        fast.run_prefix(tokens, [model.depth - 1])
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

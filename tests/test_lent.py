@@ -8,21 +8,25 @@ import os
 import pickle
 import platform
 import sys
+import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from convnexts import made as made_convnext
 from helpers import TINY, TINY_GATED, relative_error, run_python, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from convert import convert
-from dinov3_lite import DINOv3ViT, optimize_for_inference
+from dinov3_lite import DINOv3ViT, lent, optimize_for_inference
 from dinov3_lite.lent import Lent
 from dinov3_lite.pages import give_back, mapped, view
-from dinov3_lite.prepacked import ways_of_products
+from dinov3_lite.prepacked import Product, ways_of_products
 from dinov3_lite.projection import Projection
 
 IMAGES = torch.randn(2, 3, 16, 24)
@@ -142,11 +146,162 @@ def test_copies_moves_and_files_are_whole(tmp_path):
     assert all(torch.equal(t, state[name].to(t.dtype)) for name, t in half.state_dict().items())
 
 
+READERS = {
+    "state_dict": lambda model: model.state_dict(),
+    "parameters": lambda model: [*model.parameters(), *model.named_parameters()],
+    "attention maps": lambda model: model.attention_maps(IMAGES) if isinstance(model, DINOv3ViT) else None,
+    "autocast": lambda model: torch.autocast("cpu", torch.bfloat16)(model)(torch.randn(1, 3, 32, 40)),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "to": lambda model: model.to(torch.float32),
+    "half": lambda model: model.half().float(),
+}
+
+
+@pytest.mark.parametrize("kind", [made, made_convnext], ids=["vit", "convnext"])
+@pytest.mark.parametrize("reader", READERS)
+def test_weights_outlast_who_reads_them_in_inference_mode(kind, reader):
+    fast, images = optimize_for_inference(kind(), choices=Packed()), torch.randn(1, 3, 32, 40)
+    if reader == "half":
+        fast.half().float()  # the same numbers afterwards
+    state = {name: tensor.clone() for name, tensor in fast.state_dict().items()}
+    with torch.inference_mode():
+        out = fast(images).last_hidden_state
+        for _ in range(2):
+            READERS[reader](fast)
+            assert torch.equal(fast(images).last_hidden_state, out)
+    assert away(fast) or reader == "half"  # what inference mode made stays
+    for read in (READERS[reader], *READERS.values()):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in fast.state_dict().items())
+        read(fast)
+        if read is not READERS["half"]:
+            assert torch.equal(fast(images).last_hidden_state, out)
+
+
+def beside(function) -> threading.Thread:
+    """Run it in another thread, which may have to wait for this one."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(timeout=0.2)
+    return thread
+
+
+def lent_alone() -> tuple[nn.Linear, Lent, torch.Tensor]:
+    """A layer that ran, the only one to hold its weight, and a copy of that."""
+    linear = nn.Linear(3, 2)
+    parameters, weight = Lent.of(linear), linear.weight.detach().clone()
+    parameters.lend(lambda: weight.clone(), parameters.version())
+    gc.collect()
+    assert dict.get(parameters, "weight") is None
+    return linear, parameters, weight
+
+
+def test_a_weight_that_another_thread_lends_is_read_all_the_same(monkeypatch):
+    """Just when it has come back, and when all of them are looked at one by one."""
+    come_back = Lent._come_back
+
+    def taken_at_once(self):
+        value = come_back(self)
+        beside(self.watched)
+        return value
+
+    monkeypatch.setattr(Lent, "_come_back", taken_at_once)
+    for read in (
+        lambda linear: linear.weight,
+        lambda linear: linear._parameters["weight"],
+        lambda linear: linear._parameters.get("weight"),
+        lambda linear: linear._parameters.pop("weight"),
+    ):
+        linear, _, weight = lent_alone()
+        assert torch.equal(read(linear), weight)
+    linear, parameters, weight = lent_alone()
+    for seen in (parameters.items(), linear.named_parameters()):
+        parameters.watched()
+        assert torch.equal(dict(seen)["weight"], weight)
+
+
+def test_a_weight_that_comes_back_is_lost_to_no_other_thread(monkeypatch):
+    """One that makes a stand-in, runs the model or takes its weights, between the unpacking and the return."""
+    for other, find in (
+        (Lent.of, lambda parameters: parameters.alias),
+        (lambda linear: linear._parameters.watched(), lambda watched: watched[0]),
+        (nn.Linear.state_dict, lambda state: state["weight"]),
+        (lambda linear: Lent.undo(linear) or linear.weight, lambda weight: weight),
+    ):
+        linear, parameters, weight = lent_alone()
+        threads, found = [], []
+
+        def between(unpack, linear=linear, other=other, threads=threads, found=found):
+            unpack()
+            threads.append(beside(lambda: found.append(other(linear))))
+
+        monkeypatch.setattr(lent, "unseen", between)
+        assert torch.equal(linear.weight, weight)
+        monkeypatch.undo()
+        threads[0].join(timeout=10)
+        assert not threads[0].is_alive() and isinstance(find(found[0]), torch.Tensor)
+        assert torch.equal(linear.weight, weight) and torch.equal(parameters["weight"], weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear: linear.weight.mul_(2),
+        lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight * 2)),
+    ],
+    ids=["written to", "replaced"],
+)
+@torch.no_grad()
+def test_what_is_changed_while_it_is_packed_is_followed(change, monkeypatch):
+    """By another thread, which the first run does not wait for."""
+    fast = optimize_for_inference(made(), choices=Packed())
+    layer, expected = fast.blocks[0].attn.qkv, 2 * fast.blocks[0].attn.qkv.weight
+    changes = iter((lambda _: None, change))  # while the first layer is packed, and while this one is
+    monkeypatch.setattr(Product, "to_huge_pages", lambda _: next(changes, lambda _: None)(layer))
+    fast(IMAGES)
+    monkeypatch.undo()
+    assert torch.equal(layer.weight, expected)
+    truth = DINOv3ViT(TINY).eval()
+    truth.load_state_dict(fast.state_dict())
+    assert relative_error(fast(IMAGES).last_hidden_state, truth(IMAGES).last_hidden_state) < 2e-6
+    assert away(fast) == 4 * TINY.num_hidden_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_block_that_was_replaced_is_let_go_of(dtype):
+    """Also one that runs itself, of a dtype that nothing is packed of."""
+    fast, _ = alone()
+    fast.blocks[1].to(dtype)
+    fast(IMAGES)
+    held = weakref.ref(fast.blocks[1]), weakref.ref(fast._stand_in(fast.blocks[1]))
+    fast.blocks[1] = made().blocks[1]
+    fast(IMAGES)
+    gc.collect()
+    assert [one() for one in held] == [None, None] and len(fast._twins) == 1 + TINY.num_hidden_layers
+
+
+def test_an_observed_block_holds_nothing_packed():
+    """Until nobody looks at it any more. A mode passes: what another thread runs stays as it is."""
+    fast, _ = alone()
+    out, product = fast(IMAGES).last_hidden_state, fast._stand_in(fast.blocks[1]).mlp.fc1.held[1]
+    with FlopCounterMode(display=False):
+        assert relative_error(fast(IMAGES).last_hidden_state, out) < 2e-6
+    assert fast._stand_in(fast.blocks[1]).mlp.fc1.held[1] is product
+    packed = weakref.ref(product)
+    del product
+    hook = fast.blocks[1].register_forward_hook(lambda *_: None)
+    assert relative_error(fast(IMAGES).last_hidden_state, out) < 2e-6
+    gc.collect()
+    assert packed() is None and away(fast) == 4 * (TINY.num_hidden_layers - 1)
+    hook.remove()
+    assert torch.equal(fast(IMAGES).last_hidden_state, out) and away(fast) == 4 * TINY.num_hidden_layers
+
+
 def test_a_prepared_model_compiles_after_it_ran():
     torch._dynamo.reset()
     fast, _ = alone()
     out = fast(IMAGES).last_hidden_state
-    assert relative_error(torch.compile(fast, backend="eager")(IMAGES).last_hidden_state, out) < 2e-6
+    assert relative_error(torch.compile(fast, backend="eager", fullgraph=True)(IMAGES).last_hidden_state, out) < 2e-6
     assert torch.equal(fast(IMAGES).last_hidden_state, out)
 
 
@@ -155,7 +310,7 @@ def test_parameters_are_a_dict_like_any_other():
     expected = dict(linear._parameters)
     lent = Lent.of(linear)
     weight = linear.weight.detach().clone()
-    lent.lend(lambda: weight.clone())
+    lent.lend(lambda: weight.clone(), lent.version())
     del expected["weight"]
     gc.collect()
     assert dict.get(lent, "weight") is None and list(lent) == ["weight", "bias"]
@@ -165,6 +320,9 @@ def test_parameters_are_a_dict_like_any_other():
         lambda: dict(lent.items())["weight"],
         lambda: next(iter(lent.values())),
         lambda: lent.copy()["weight"],
+        lambda: lent.setdefault("weight", 3),
+        lambda: (lent | {})["weight"],
+        lambda: ({} | lent)["weight"],
         lambda: copy.deepcopy(lent)["weight"],
         lambda: linear.weight,
         lambda: linear.state_dict()["weight"],
@@ -172,9 +330,13 @@ def test_parameters_are_a_dict_like_any_other():
         assert torch.equal(read(), weight)
         lent.watched()
         assert dict.get(lent, "weight") is None
-    assert lent.get("nothing", 3) == 3
+    assert lent.get("nothing", 3) == lent.pop("nothing", 3) == lent.setdefault("nothing", 3) == lent.pop("nothing") == 3
     Lent.undo(linear)
     assert type(linear._parameters) is dict and torch.equal(linear.weight, weight)
+    linear._parameters = lent
+    lent.watched()
+    del linear.weight  # which asks for nothing before
+    assert "weight" not in lent.copy() and lent.get("weight") is None and lent.watched() == [linear.bias]
 
 
 @linux
@@ -289,8 +451,12 @@ def test_all_is_packed_before_the_first_block_runs(dynamic, monkeypatch):
     monkeypatch.setattr(
         "dinov3_lite.prepared.run_stack", lambda blocks, tokens, taps, attend: seen.extend(blocks) or []
     )
-    model.run_blocks(model.embed(IMAGES)[0], (TINY.num_hidden_layers - 1,))
-    products = [m.held for block in seen for m in block.modules() if isinstance(m, Projection)]
     rows = None if dynamic else len(IMAGES) * (1 + TINY.num_register_tokens + 6)
-    assert len(products) == 4 * TINY.num_hidden_layers
-    assert all(product is not None and held_for == rows for held_for, product in products)
+    for _ in range(2):
+        seen.clear()
+        model.run_blocks(model.embed(IMAGES)[0], (TINY.num_hidden_layers - 1,))
+        products = [m.held for block in seen for m in block.modules() if isinstance(m, Projection)]
+        assert len(products) == 4 * TINY.num_hidden_layers
+        assert all(product is not None and held_for == rows for held_for, product in products)
+        with torch.no_grad():
+            model.blocks[1].norm1.weight.mul_(2)  # whose stand-in is made anew
