@@ -83,11 +83,19 @@ def products(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Ten
                 held = scores[: len(some), : some[:, rows].shape[1]]
                 torch.baddbmm(held, some[:, rows], keys, beta=0.0, alpha=scale, out=held)
                 if q.dtype == torch.bfloat16:
-                    held.copy_(held.amax(dim=-1, keepdim=True).neg_().expand_as(held))
+                    held.copy_(_greatest(held).neg_().expand_as(held))
                     torch.baddbmm(held, some[:, rows], keys, alpha=scale, out=held)
                 results[h : h + heads, rows] = torch.bmm(_softmax(held), values)
         out[b : b + images] = results.unflatten(0, (-1, H)).transpose(1, 2)
     return out
+
+
+def _greatest(scores: Tensor) -> Tensor:
+    """The greatest of bfloat16 over the last dimension, which stays: of their bits as whole numbers, in a third of the
+    time. From 0 on these have the order of the numbers; where all are below, the numbers are asked.
+    """
+    found = scores.view(torch.int16).amax(dim=-1, keepdim=True).view(scores.dtype)
+    return scores.amax(dim=-1, keepdim=True) if (found < 0).any() else found
 
 
 def _softmax(scores: Tensor) -> Tensor:
