@@ -160,8 +160,7 @@ def describe_size(opened: Checkpoint) -> dict[str, Any]:
     """Parameters, dtype, bytes and files."""
     files = {span.stored.file for spans in opened.spans.values() for span in spans} - {Path()}
     sizes = {name: sum(span.size for span in spans) for name, spans in opened.spans.items()}
-    first = opened.spans[opened.table.family.weight][0].stored
-    dtypes = dict.fromkeys(stored.dtype for stored in (first, *opened.of_other_dtypes()))
+    dtypes = dict.fromkeys(stored.dtype for stored in (opened.first, *opened.of_other_dtypes()))
     return {
         "parameters": sum(size for name, size in sizes.items() if name != "rope_embed.periods"),
         "dtype": ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes),

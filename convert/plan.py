@@ -13,7 +13,7 @@ import torch
 from dinov3_lite.checkpoint import DTYPES, Checkpoint
 from dinov3_lite.checkpoint.folders import license_files
 from dinov3_lite.checkpoint.layouts import LAYOUTS
-from dinov3_lite.checkpoint.layouts.table import README, Layout
+from dinov3_lite.checkpoint.layouts.table import Layout
 from dinov3_lite.checkpoint.saving import (
     MAX_SHARD_SIZE,
     Files,
@@ -21,7 +21,7 @@ from dinov3_lite.checkpoint.saving import (
     carried_into,
     destination,
     files_of,
-    is_somebodys,
+    leave_readme,
     losses,
     obsolete,
 )
@@ -91,8 +91,7 @@ def make_plan(
     folder, name = _destination(source, layout, None if output is None else Path(output))
     kept = {name.removeprefix(layout.carries) for name in carried_into(source, layout)}
     files = files_of(source, layout, dtype=dtype, name=name, max_shard_size=max_shard_size)
-    if is_somebodys(folder / README):
-        files.pop(README, None)
+    leave_readme(folder, files)
     return Plan(
         source=source,
         layout=layout,

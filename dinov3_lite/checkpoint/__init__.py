@@ -109,7 +109,7 @@ class Checkpoint:
         if len(spans) == 1:
             return spans[0].read()
         if not spans:
-            return torch.empty(0, dtype=self._first.dtype, device="cpu")
+            return torch.empty(0, dtype=self.first.dtype, device="cpu")
         parts = [span.read() for span in spans]
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
         whole = torch.cat(parts, out=empty((sum(span.size for span in spans),), dtype))
@@ -126,20 +126,20 @@ class Checkpoint:
         for stored in self.of_other_dtypes():
             raise ValueError(
                 f"{stored.file}: tensor {stored.name!r} is {stored.dtype} "
-                f"but {self._first.name!r} is {self._first.dtype}: say which dtype you want (dtype=, --dtype)"
+                f"but {self.first.name!r} is {self.first.dtype}: say which dtype you want (dtype=, --dtype)"
             )
-        return self._first.dtype
+        return self.first.dtype
 
     def of_other_dtypes(self) -> Iterator[StoredTensor]:
         """What stores weights in another dtype than the first's, and than a model of that would."""
-        first, assumed = self._first.dtype, self.table.assumed
+        first, assumed = self.first.dtype, self.table.assumed
         for name, spans in self.spans.items():
             if name not in assumed and name != "rope_embed.periods":  # Meta's are bfloat16 under float32 weights
                 kept = first, storage_dtype(name, first)
                 yield from (span.stored for span in spans if span.stored.dtype not in kept)
 
     @property
-    def _first(self) -> StoredTensor:
+    def first(self) -> StoredTensor:
         """What stores the projection of the images, or its begin."""
         return self.spans[self.table.family.weight][0].stored
 

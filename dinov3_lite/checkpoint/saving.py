@@ -213,8 +213,7 @@ def save_tensors(
     if lost := losses(opened, layout, dtype):
         raise ValueError(f"the {layout.name} layout can't hold {'; '.join(lost.values())}")
     files = files_of(opened, layout, dtype=dtype, name=name, max_shard_size=MAX_SHARD_SIZE)
-    if is_somebodys(folder / README):
-        files.pop(README, None)
+    leave_readme(folder, files)
     if layout.is_folder or not name:
         _check_alone(folder, layout, opened.digest(None if layout.mark else dtype or opened.dtype))
     save(folder, files, obsolete=obsolete(folder, files, layout))
@@ -236,9 +235,11 @@ def destination(path: Path, layout: Layout) -> tuple[Path, str | None]:
     return path.parent, path.name
 
 
-def is_somebodys(readme: Path) -> bool:
-    """Whether a model card is there that was not written here: it stays."""
-    return readme.is_file() and README_MARK not in readme.read_text(encoding="utf-8", errors="replace")
+def leave_readme(folder: Path, files: Files) -> None:
+    """Take the model card from the files where one lies that was not written here: it stays."""
+    readme = folder / README
+    if readme.is_file() and README_MARK not in readme.read_text(encoding="utf-8", errors="replace"):
+        files.pop(README, None)
 
 
 def obsolete(folder: Path, files: Files, layout: Layout, *, side_files: bool = True) -> list[Path]:
